@@ -1,0 +1,158 @@
+"""`dynaflow_serving.compile`: any PyTorch model under a strategy, as a `torch.compile` backend.
+
+Contract
+- The graph is captured by Dynamo and, with `level="aot"`, lowered to ATen, where DTensor's collectives
+  are operators of their own.
+- `batch_dim` of every tensor argument that has the same size there is the token axis; it is made dynamic,
+  so that one graph serves the micro-batches and the whole.
+- Outputs equal those of the un-split model; models that mix the batch are refused by name.
+- Training works at `level="dynamo"`: autograd runs through the operators of the plan. At `level="aot"`
+  the forward runs under the plan and the backward graph runs whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from dynaflow_serving.annotations import apply_rules
+from dynaflow_serving.config import Config, load
+from dynaflow_serving.errors import ConfigError, PartitionError
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.ir import Batch
+from dynaflow_serving.partition import Capture, partition
+from dynaflow_serving.partition.axes import expression
+from dynaflow_serving.partition.effects import fake_value
+from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.scheduler import OpScheduler
+
+Level = Literal["dynamo", "aot"]
+
+
+class Compiled(torch.nn.Module):
+    """A model under a strategy; call it like the model. `runtimes` holds one Runtime per graph."""
+
+    def __init__(self, model: Callable[..., Any], backend: Backend, batch_dim: int) -> None:
+        super().__init__()
+        self.model, self._backend, self._batch_dim = model, backend, batch_dim
+        self._compiled = torch.compile(model, backend=backend)
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        return self._backend.runtimes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dim() > self._batch_dim]
+        if tensors:
+            size, _ = Counter(t.shape[self._batch_dim] for t in tensors).most_common(1)[0]
+            if size < 2:
+                return self.model(*args, **kwargs)  # Dynamo specialises on 0 and 1; there is nothing to split
+            for t in tensors:
+                if t.shape[self._batch_dim] == size:
+                    torch._dynamo.maybe_mark_dynamic(t, self._batch_dim)
+        return self._compiled(*args, **kwargs)
+
+
+class Backend:
+    """The `torch.compile` backend: captures each graph and runs it under the strategy."""
+
+    def __init__(self, strategy: OpScheduler, executor: str, batch_dim: int, level: Level) -> None:
+        self.strategy, self.executor, self.batch_dim, self.level = strategy, executor, batch_dim, level
+        self.runtimes: list[Runtime] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        apply_rules(gm, self.strategy.annotations)
+        if self.level == "dynamo":
+            return self._runner(gm, boxed=False)
+        from torch._dynamo.backends.common import aot_autograd
+
+        compiler = aot_autograd(
+            fw_compiler=lambda graph, _: self._runner(graph, boxed=True),
+            bw_compiler=lambda graph, _: graph,
+            keep_inference_input_mutations=True,
+        )
+        compiled: Callable[..., Any] = compiler(gm, example_inputs)
+        return compiled
+
+    def _runner(self, gm: fx.GraphModule, boxed: bool) -> Callable[..., Any]:
+        tokens = batch_symbols(gm, self.batch_dim)
+        if not tokens:
+            return gm  # a graph without a batch (set-up between graph breaks) has nothing to split
+        capture = partition(gm, tokens=tokens)
+        if capture.program.unsplittable:
+            raise PartitionError(f"this model cannot be split: {capture.program.unsplittable}")
+        runtime = Runtime(capture, self.strategy, get_executor(self.executor, _device(gm)))
+        self.runtimes.append(runtime)
+        run = functools.partial(_run, runtime, _row_source(capture))
+        if not boxed:
+            return lambda *args: run(args)
+        from torch._functorch._aot_autograd.utils import make_boxed_func
+
+        boxed_run: Callable[..., Any] = make_boxed_func(lambda *args: run(args))
+        return boxed_run
+
+
+def compile(
+    model: Callable[..., Any],
+    strategy: str | Mapping[str, Any] | Config | OpScheduler = "nanoflow",
+    *,
+    config: Mapping[str, Any] | None = None,
+    batch_dim: int = 0,
+    level: Level = "dynamo",
+    executor: str = "auto",
+) -> Compiled:
+    """`model` under `strategy`: a name, a YAML file, a mapping, or a strategy object.
+
+    config: options of the strategy, when `strategy` is a name.
+    level: "dynamo" keeps the model's own calls as operators; "aot" lowers to ATen first.
+    Raises `ConfigError` here, and `AnnotationError`, `PartitionError` on the first call.
+    """
+    if level not in ("dynamo", "aot"):
+        raise ConfigError(f"level must be 'dynamo' or 'aot', not {level!r}")
+    if not isinstance(strategy, OpScheduler):
+        if config is not None:
+            strategy = {"strategy": strategy, "options": dict(config)}
+        loaded = load(strategy)
+        executor = loaded.executor if executor == "auto" else executor
+        strategy = loaded.build()
+    return Compiled(model, Backend(strategy, executor, batch_dim, level), batch_dim)
+
+
+def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
+    """The symbol that most tensor inputs have at `batch_dim`."""
+    count: Counter[Any] = Counter()
+    for n in gm.graph.nodes:
+        if n.op == "placeholder":
+            fake = fake_value(n)
+            if isinstance(fake, torch.Tensor) and fake.dim() > batch_dim:
+                expr = expression(fake.shape[batch_dim])
+                if expr.is_Symbol:
+                    count[expr] += 1
+    return {count.most_common(1)[0][0]} if count else set()
+
+
+def _row_source(capture: Capture) -> tuple[int, int]:
+    """(argument, axis) from which the size of the batch is read."""
+    for i, v in enumerate(capture.program.inputs):
+        axis = capture.program.values[v].axis
+        if axis is not None:
+            return i, axis
+    raise PartitionError("no input of this graph has the batch dimension")
+
+
+def _run(runtime: Runtime, source: tuple[int, int], args: Sequence[Any]) -> Any:
+    rows = args[source[0]].shape[source[1]]
+    split = runtime.decide(Batch((1,) * rows))
+    return runtime.run(args, split, zero_copy=not torch.is_grad_enabled())
+
+
+def _device(gm: fx.GraphModule) -> str:
+    for n in gm.graph.nodes:
+        if isinstance(fake := fake_value(n), torch.Tensor):
+            return fake.device.type
+    return "cpu"

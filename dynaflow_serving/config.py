@@ -1,0 +1,110 @@
+"""The YAML strategy config.
+
+Contract
+- `load` takes a path, a strategy name, a mapping or a Config; every mistake is one `ConfigError` that says
+  where it is and what is valid there.
+- Options are typed per strategy (`OpScheduler.Options`); unknown keys are errors.
+- `json_schema` describes a whole file, for editors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dynaflow_serving.errors import ConfigError, unknown_name
+from dynaflow_serving.scheduler import OpScheduler
+from dynaflow_serving.strategies import get_strategy, strategy_names
+
+
+class Config(BaseModel):
+    """What a YAML file holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: str = Field(description="name of a registered strategy, or the path of a .py file that registers one")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the strategy")
+    executor: Literal["auto", "sequential", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda on CUDA devices, else cpu"
+    )
+    fallback: bool = Field(
+        False, description="run the stock engine with a warning, instead of an error, where DynaFlow cannot be active"
+    )
+
+    def build(self) -> OpScheduler:
+        """The strategy with its options. Raises `ConfigError`."""
+        cls = get_strategy(self.strategy)
+        try:
+            return cls(cls.Options(**self.options))
+        except ValidationError as e:
+            raise ConfigError(_explain(e, cls.Options, f"options of strategy {cls.name!r}")) from None
+
+
+def load(source: str | Path | Mapping[str, Any] | Config) -> Config:
+    """Read and check a config, its strategy and its options included. Raises `ConfigError`."""
+    if isinstance(source, Config):
+        config = source
+    elif isinstance(source, Mapping):
+        config = _parse(dict(source), "the config")
+    else:
+        config = _from_text(str(source))
+    config.build()
+    return config
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, with the options of every registered strategy."""
+    schema = Config.model_json_schema()
+    schema["title"] = "dynaflow_serving strategy config"
+    schema["allOf"] = [
+        {
+            "if": {"properties": {"strategy": {"const": name}}},
+            "then": {"properties": {"options": get_strategy(name).Options.model_json_schema()}},
+        }
+        for name in strategy_names()
+    ]
+    return schema
+
+
+def _from_text(source: str) -> Config:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or (path.exists() and path.is_file() and path.suffix != ".py"):
+        if not path.is_file():
+            raise ConfigError(f"config file {source!r} does not exist (looked in {Path.cwd()})")
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{source} is not valid YAML: {' '.join(str(e).split())}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{source} must hold a mapping with at least 'strategy: NAME'")
+        return _parse(content, source)
+    if path.suffix != ".py" and ("/" in source or source not in strategy_names()):
+        what = "config file or strategy" if "/" in source else "strategy"
+        raise ConfigError(unknown_name(what, source, strategy_names()) + " Or give the path of a YAML file.")
+    return Config(strategy=source)
+
+
+def _parse(content: dict[str, Any], where: str) -> Config:
+    try:
+        return Config(**content)
+    except ValidationError as e:
+        raise ConfigError(_explain(e, Config, where)) from None
+    except TypeError as e:
+        raise ConfigError(f"{where}: {e}") from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden":
+            lines.append(unknown_name("option", key, model.model_fields))
+        elif item["type"] == "missing":
+            lines.append(f"{key!r} is missing. Valid: {', '.join(sorted(model.model_fields))}.")
+        else:
+            lines.append(f"{key}: {item['msg']} (got {item['input']!r})")
+    return f"{where}: " + " ".join(lines)

@@ -1,0 +1,165 @@
+"""Plan -> straight-line Python: one local variable per instance, one line per step.
+
+Contract
+- The text is plain Python that a person can read: `Emitter.source` is kept on the bound function.
+- Only RECORD, WAIT, the switch of streams and FREE differ between executors: they override `Emitter`.
+- Of our own nothing is left at run time but the calls: no look-ups, no hand-off per operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.ir import Instance, Plan, Scope, Step, StepKind
+from dynaflow_serving.partition.capture import Capture
+
+
+class Emitter:
+    """Writes the body of a plan in issue order, as one function."""
+
+    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+        self.capture, self.program, self.plan = capture, capture.program, plan
+        self.names: dict[str, Any] = {"cat": torch.cat}  # globals of the generated function
+        self.variables: dict[Instance, str] = {}
+        self.buffer_of: dict[Instance, Instance] = {}
+        self.in_place: set[Instance] = set()
+        self.entered = -1
+        n_constants = len(capture.constants)
+        self.arguments = {v: f"a{i}" for i, v in enumerate(self.program.inputs)}
+        taken = len(self.program.inputs) - n_constants
+        for value, constant in zip(self.program.inputs[taken:], capture.constants, strict=True):
+            self.names[self.arguments[value]] = constant
+        self.taken = [self.arguments[v] for v in self.program.inputs[:taken]]
+        for i, op in enumerate(self.program.operators):
+            self.names[f"f{i}"] = capture.functions[op.name]
+            self.names[f"g{i}"] = capture.into.get(op.name)
+        self.index = {op.name: i for i, op in enumerate(self.program.operators)}
+        self.names |= {f"k_{i}": k for i, k in enumerate(kernels.values())}
+        self.kernel_names = {name: f"k_{i}" for i, name in enumerate(kernels)}
+        self.makers = {v: f"b{i}" for i, v in enumerate(capture.buffers)}
+        self.names |= {self.makers[v]: maker for v, maker in capture.buffers.items()}
+        for v in self.program.inputs:
+            if self.program.values[v].scope in (Scope.BATCH, Scope.LOCAL):
+                self.variables[Instance(v, 0, plan.micro_batches)] = self.arguments[v]
+
+    # -- what executors override ---------------------------------------------------------------------
+    def record(self, step: Step) -> list[str]:
+        return []
+
+    def wait(self, step: Step) -> list[str]:
+        return []
+
+    def free(self, step: Step) -> list[str]:
+        return [" = ".join(self.variables[i] for i in step.instances) + " = None"]
+
+    def before(self, step: Step) -> list[str]:
+        """Lines before any step (a switch of streams)."""
+        return []
+
+    def body(self) -> list[str]:
+        return [line for step in self.plan.steps for line in (*self.before(step), *self.step(step))]
+
+    # -- shared --------------------------------------------------------------------------------------
+    def build(self) -> Callable[..., list[Any]]:
+        lines = self.body()
+        head = [f"({', '.join(self.taken)},) = args"] if self.taken else []
+        head += [f"({', '.join(f'c{i}' for i in range(self.plan.micro_batches + 1))},) = bounds"]
+        text = "\n".join(["def run(args, bounds, enter):", *(f"    {line}" for line in (*head, *lines, self.result()))])
+        exec(compile(text, f"<plan {self.plan.strategy} {self.plan.digest}>", "exec"), self.names)
+        run: Callable[..., list[Any]] = self.names["run"]
+        run.source = text  # type: ignore[attr-defined]
+        return run
+
+    def result(self) -> str:
+        return f"return [{', '.join(self._output(v) for v in self.program.outputs)}]"
+
+    def _output(self, value: str) -> str:
+        n = self.plan.micro_batches
+        if self.program.values[value].scope in (Scope.BATCH, Scope.LOCAL):
+            return self.variable(Instance(value, 0, n))
+        first = [var for i, var in self.variables.items() if i.value == value and i.start == 0]
+        return first[0] if first else self.read(value, 0, n)
+
+    def variable(self, instance: Instance) -> str:
+        return self.variables.setdefault(instance, f"v{len(self.variables)}")
+
+    def read(self, value: str, start: int, stop: int) -> str:
+        scope = self.program.values[value].scope
+        if scope is Scope.TOKENS and not (value in self.arguments and (start, stop) == (0, self.plan.micro_batches)):
+            return self._tokens(start, stop)
+        if scope in (Scope.TOKENS, Scope.SHARED) and value in self.arguments:
+            return self.arguments[value]
+        return self.variable(Instance(value, start, stop))
+
+    def step(self, step: Step) -> list[str]:
+        match step.kind:
+            case StepKind.RUN | StepKind.REPLACE:
+                return self._call(step)
+            case StepKind.SPLIT:
+                whole, view = step.instances
+                return [f"{self.variable(view)} = {self._narrow(whole, view)}"]
+            case StepKind.ALLOC:
+                (whole,) = step.instances
+                self.buffer_of.update(
+                    {Instance(whole.value, a, b): whole for a in range(whole.start, whole.stop) for b in range(a + 1, whole.stop + 1)}
+                )
+                return [f"{self.variable(whole)} = {self.makers[whole.value]}({self._tokens(whole.start, whole.stop)})"]
+            case StepKind.MERGE:
+                return self._merge(step.instances[0], step.instances[1:])
+            case StepKind.RECORD:
+                return self.record(step)
+            case StepKind.WAIT:
+                return self.wait(step)
+        return self.free(step)
+
+    def _call(self, step: Step) -> list[str]:
+        inputs, outputs = external_ports(self.program, step.operators)
+        arguments = [self.read(v, step.start, step.stop) for v in inputs]
+        op = self.program.by_name[step.operators[0]]
+        lines = []
+        if op.context and self.entered != step.start:
+            self.entered = step.start
+            lines.append(f"enter({step.start})")
+        if step.kind is StepKind.REPLACE:
+            function = self.kernel_names[step.kernel]
+        elif step.into:
+            function = f"g{self.index[op.name]}"
+            for v in op.into:
+                part = Instance(v, step.start, step.stop)
+                arguments.append(
+                    self._narrow(self.buffer_of[part], part)
+                    if v in step.into
+                    else f"{self.makers[v]}({self._tokens(step.start, step.stop)})"
+                )
+            self.in_place |= {Instance(v, step.start, step.stop) for v in step.into}
+        else:
+            function = f"f{self.index[op.name]}"
+        targets = [
+            "_" if self.program.values[v].scope is Scope.TOKENS else self.variable(Instance(v, step.start, step.stop))
+            for v in outputs
+        ]
+        assign = f"{', '.join(targets)} = " if targets else ""
+        return [*lines, f"{assign}{function}({', '.join(arguments)})"]
+
+    def _merge(self, whole: Instance, parts: tuple[Instance, ...]) -> list[str]:
+        if whole not in self.buffer_of.values():
+            axis = self.program.values[whole.value].axis
+            listed = ", ".join(map(self.variable, parts))
+            return [f"{self.variable(whole)} = cat(({listed},), {axis})"]
+        copied = [p for p in parts if p not in self.in_place]
+        return [f"{self._narrow(whole, p)}.copy_({self.variable(p)})" for p in copied]
+
+    def _narrow(self, whole: Instance, part: Instance) -> str:
+        axis = self.program.values[part.value].axis
+        if part == whole:
+            return self.variable(whole)
+        offset = self._tokens(whole.start, part.start) if part.start > whole.start else "0"
+        return f"{self.variable(whole)}.narrow({axis}, {offset}, {self._tokens(part.start, part.stop)})"
+
+    @staticmethod
+    def _tokens(start: int, stop: int) -> str:
+        return f"c{stop} - c{start}" if start else f"c{stop}"

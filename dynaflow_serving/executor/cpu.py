@@ -1,0 +1,162 @@
+"""Every extra stream is a worker thread; the compute stream stays on the caller's thread.
+
+Contract
+- A stream's steps run in order; an event is a lock that RECORD opens and WAIT passes. One hand-off per
+  stream and run, not per operator.
+- A worker runs in the caller's grad and inference mode and with its number of intra-op threads.
+- An exception anywhere opens all events, so that every stream ends, and reaches the caller; the
+  executor is usable afterwards.
+- A plan with the compute stream only pays nothing for all this.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from dynaflow_serving.executor.base import BoundPlan, Executor
+from dynaflow_serving.executor.codegen import Emitter
+from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step
+from dynaflow_serving.partition.capture import Capture
+
+
+class Aborted(Exception):
+    """Raised in a stream because another one failed."""
+
+
+def event() -> _thread.LockType:
+    lock = _thread.allocate_lock()
+    lock.acquire()
+    return lock
+
+
+class Run:
+    """One run of a plan: its events, and the streams that are still busy."""
+
+    __slots__ = ("busy", "error", "events")
+
+    def __init__(self, events: Sequence[_thread.LockType]) -> None:
+        self.events = events
+        self.error: BaseException | None = None
+        self.busy: list[_thread.LockType] = []
+
+    def wait(self, lock: _thread.LockType) -> None:
+        lock.acquire()
+        lock.release()  # others may wait for the same event
+        if self.error is not None:
+            raise Aborted
+
+    def fail(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error
+        for lock in self.events:
+            try:
+                lock.release()
+            except RuntimeError:  # it was open
+                continue
+
+    def finish(self) -> None:
+        for lock in self.busy:
+            lock.acquire()
+        if self.error is not None:
+            raise self.error
+
+
+class Worker:
+    """The thread of one stream."""
+
+    def __init__(self, stream: str) -> None:
+        self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.thread = threading.Thread(target=self._loop, name=f"dynaflow-{stream}", daemon=True)
+        self.thread.start()
+
+    def submit(self, run: Run, steps: Callable[[], None]) -> None:
+        done = event()
+        run.busy.append(done)
+        threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+        inference = torch.is_inference_mode_enabled()
+
+        def job() -> None:
+            try:
+                if torch.get_num_threads() != threads:
+                    torch.set_num_threads(threads)
+                with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                    steps()
+            except BaseException as error:  # handed to the caller by Run.finish
+                run.fail(error)
+            finally:
+                done.release()
+
+        self.queue.put(job)
+
+    def _loop(self) -> None:
+        while (job := self.queue.get()) is not None:
+            job()
+            del job  # its closure holds the tensors of the run
+
+    def stop(self) -> None:
+        self.queue.put(None)
+        self.thread.join()
+
+
+class _ThreadEmitter(Emitter):
+    """A nested function per extra stream; variables that several streams use are closure cells."""
+
+    def record(self, step: Step) -> list[str]:
+        return [f"e{step.event}.release()"]
+
+    def wait(self, step: Step) -> list[str]:
+        return [f"wait(e{step.event})"]
+
+    def body(self) -> list[str]:
+        blocks: dict[str, list[str]] = {s: [] for s in self.plan.streams}
+        for step in self.plan.steps:
+            blocks[step.stream] += self.step(step)
+        if len(blocks) == 1:
+            return blocks[COMPUTE_STREAM]
+        events = [f"e{i}" for i in sorted({s.event for s in self.plan.steps if s.event >= 0})]
+        shared = sorted(v for i, v in self.variables.items() if v not in self.arguments.values())
+        self.names |= {"Run": Run, "event": event}
+        lines = [f"{e} = event()" for e in events]
+        lines += [f"run = Run([{', '.join(events)}])", "wait = run.wait", f"{' = '.join(shared)} = None"]
+        extra = [s for s in blocks if s != COMPUTE_STREAM]
+        for i, stream in enumerate(extra):
+            assigned = [v for v in shared if any(_assigns(line, v) for line in blocks[stream])]
+            lines += [f"def stream{i}():", *(f"    nonlocal {v}" for v in assigned)]
+            lines += [f"    {line}" for line in blocks[stream]]
+        lines += ["try:"]
+        lines += [f"    w{i}.submit(run, stream{i})" for i in range(len(extra))]
+        lines += [f"    {line}" for line in blocks[COMPUTE_STREAM]]
+        return [*lines, "except BaseException as error:", "    run.fail(error)", "run.finish()"]
+
+
+def _assigns(line: str, variable: str) -> bool:
+    left, is_assignment, _ = line.rpartition(" = ")
+    return bool(is_assignment) and variable in left.replace(" = ", ", ").split(", ")
+
+
+class CPUExecutor(Executor):
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+
+    def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+        emitter = _ThreadEmitter(capture, plan, kernels)
+        for i, stream in enumerate(s for s in plan.streams if s != COMPUTE_STREAM):
+            emitter.names[f"w{i}"] = self._workers.setdefault(stream, None) or self._start(stream)  # type: ignore[arg-type]
+        return emitter.build()
+
+    def _start(self, stream: str) -> Worker:
+        self._workers[stream] = Worker(stream)
+        return self._workers[stream]
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.stop()
+        self._workers.clear()

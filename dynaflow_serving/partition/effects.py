@@ -1,0 +1,81 @@
+"""What a node writes in place and what aliases what, from operator schemas and fake tensors.
+
+Contract
+- Aliasing is storage identity of the nodes' fake tensors, so views through any operator are seen.
+- Writes come from schemas (`Tensor(a!)`), the trailing-underscore convention, `out=`, `inplace=True`,
+  `x += y` and `x[i] = y`. A mutating construct that is none of these is refused by name.
+- Engine state that no schema shows (a KV cache reached through a layer name) is declared by the
+  integration as an `EffectTable`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from dynaflow_serving.annotations import function_names
+from dynaflow_serving.errors import PartitionError
+
+# Function name -> node -> (states read, states written).
+EffectTable = Mapping[str, Callable[[fx.Node], tuple[tuple[str, ...], tuple[str, ...]]]]
+
+_IN_PLACE = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem,
+}  # fmt: skip
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor or symbolic size that tracing left on `node` (AOT: val, Dynamo: example_value)."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def storage_id(node: fx.Node) -> int | None:
+    value = fake_value(node)
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        return int(value.untyped_storage()._cdata)
+    return None
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes whose memory `node` writes. Raises `PartitionError` for what it cannot judge."""
+    args: list[Any] = []
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            args = [node.args[0]]
+    elif node.op == "call_function":
+        if isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in target.name():
+            raise PartitionError(f"{node.name}: {target.name()} mutates its arguments in ways that cannot be seen")
+        if (schema := _schema(target)) is not None:
+            for i, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    args.append(node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None))
+        elif target in _IN_PLACE or node.kwargs.get("inplace") is True:
+            args = [node.args[0]]
+        else:
+            name = getattr(target, "__name__", "")
+            if name.endswith("_") and not name.endswith("__"):
+                args = [node.args[0]]
+            args.append(node.kwargs.get("out"))
+    flat: list[fx.Node] = []
+    for a in args:
+        fx.node.map_arg(a, flat.append)
+    return flat
+
+
+def declared_effects(node: fx.Node, table: EffectTable) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    for name in function_names(node) & table.keys():
+        return table[name](node)
+    return (), ()
+
+
+def _schema(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+        target = getattr(target, target.overloads()[0])
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None

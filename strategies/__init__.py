@@ -1,0 +1,70 @@
+"""Strategies and their registry.
+
+Contract
+- `@register_strategy("name")` on an `OpScheduler` makes it available in YAML and on the command line.
+- Other packages contribute through the entry-point group `dynaflow_serving.strategies`; a single file is
+  named in YAML by its path (`strategy: my_strategy.py`).
+- An unknown name is a `ConfigError` that lists the valid ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from dynaflow_serving.errors import ConfigError, unknown_name
+from dynaflow_serving.scheduler import OpScheduler
+
+STRATEGIES: dict[str, type[OpScheduler]] = {}
+
+
+def register_strategy(name: str) -> Callable[[type[OpScheduler]], type[OpScheduler]]:
+    def register(cls: type[OpScheduler]) -> type[OpScheduler]:
+        known = STRATEGIES.setdefault(name, cls)
+        if known is not cls and known.__qualname__ != cls.__qualname__:
+            raise ConfigError(f"two strategies are called {name!r}: {known.__qualname__}, {cls.__qualname__}")
+        STRATEGIES[name] = cls
+        cls.name = name
+        return cls
+
+    return register
+
+
+@cache
+def _load_all() -> None:
+    from dynaflow_serving.strategies import dual_batch, nanoflow, sequential  # noqa: F401
+
+    for point in entry_points(group="dynaflow_serving.strategies"):
+        point.load()
+
+
+def strategy_names() -> list[str]:
+    _load_all()
+    return sorted(STRATEGIES)
+
+
+def get_strategy(name: str) -> type[OpScheduler]:
+    """The class registered as `name`, or the one that the file `name` (ending in .py) registers."""
+    _load_all()
+    if name.endswith(".py"):
+        return _from_file(Path(name))
+    if name not in STRATEGIES:
+        raise ConfigError(unknown_name("strategy", name, STRATEGIES) + " A path to a .py file works too.")
+    return STRATEGIES[name]
+
+
+def _from_file(path: Path) -> type[OpScheduler]:
+    if not path.is_file():
+        raise ConfigError(f"strategy file {str(path)!r} does not exist")
+    before = dict(STRATEGIES)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"strategy file {str(path)!r} cannot be imported")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    new = [cls for name, cls in STRATEGIES.items() if before.get(name) is not cls]
+    if len(new) != 1:
+        raise ConfigError(f"strategy file {str(path)!r} must register one strategy, it registers {len(new)}")
+    return new[0]

@@ -1,0 +1,44 @@
+"""NanoFlow (arXiv 2408.12757; DynaFlow paper, section 6): micro-batches in lock-step, network beside compute.
+
+One operator of each live micro-batch in turn. While the all-reduce of micro-batch 0 is on the network
+stream, micro-batch 1 computes; then the roles change:
+
+    compute  c0@0  c0@1    c1@0    c1@1
+    network        ar@0    ar@1
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Resource, Split
+from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
+from dynaflow_serving.splitting import cut_at_requests, cut_evenly
+from dynaflow_serving.strategies import register_strategy
+
+
+class NanoFlowOptions(Options):
+    micro_batches: int = Field(2, ge=2, description="how many micro-batches a step is cut into at most")
+    min_tokens: int = Field(
+        2048, ge=1, description="a step is not split if a micro-batch would have fewer tokens (paper: 4096 a step)"
+    )
+    cut: Literal["request", "token"] = Field(
+        "request", description="cut between requests, or at equal token counts inside a request"
+    )
+
+
+@register_strategy("nanoflow")
+class NanoFlow(OpScheduler):
+    Options = NanoFlowOptions
+
+    def split(self, batch: Batch) -> Split:
+        cut = cut_at_requests if self.options.cut == "request" else cut_evenly
+        return cut(batch, self.options.micro_batches, self.options.min_tokens)
+
+    def schedule(self, s: Schedule) -> None:
+        while s.get_ready_ops():
+            for micro_batch in range(s.micro_batches):
+                for task in s.get_ready_ops(micro_batch):
+                    s.execute(task, stream="network" if task.resource is Resource.NETWORK else COMPUTE_STREAM)

@@ -1,0 +1,29 @@
+"""One micro-batch after the other, all on the compute stream: the reference order, and the un-split step."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dynaflow_serving.ir import Batch, Split
+from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
+from dynaflow_serving.splitting import cut_at_requests, whole
+from dynaflow_serving.strategies import register_strategy
+
+
+class SequentialOptions(Options):
+    micro_batches: int = Field(1, ge=1, description="micro-batches per step; 1 runs every step un-split")
+    min_tokens: int = Field(1, ge=1, description="no micro-batch is smaller than this many tokens")
+
+
+@register_strategy("sequential")
+class Sequential(OpScheduler):
+    Options = SequentialOptions
+
+    def split(self, batch: Batch) -> Split:
+        if self.options.micro_batches == 1:
+            return whole(batch, "sequential with one micro-batch")
+        return cut_at_requests(batch, self.options.micro_batches, self.options.min_tokens)
+
+    def schedule(self, s: Schedule) -> None:
+        while ready := s.get_ready_ops():
+            s.execute(min(ready, key=lambda task: task.micro_batch))
