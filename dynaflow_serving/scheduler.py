@@ -195,6 +195,11 @@ class OpScheduler(abc.ABC):
     def __init__(self, options: Options | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
 
+    @property
+    def max_micro_batches(self) -> int:
+        """How many micro-batches `split` makes at most: engines prepare for as many."""
+        return int(getattr(self.options, "micro_batches", 2))
+
     @abc.abstractmethod
     def split(self, batch: Batch) -> Split:
         """Cut one step's batch. Called every step: keep it to microseconds (see `splitting`)."""

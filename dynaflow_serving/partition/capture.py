@@ -124,7 +124,8 @@ def capture_pieces(
         graph = graphs[str(n.target)]
         taken = {m.args[1]: m for m in n.users if m.op == "call_function" and m.target is operator.getitem}
         results = _outputs(graph)
-        ports = [n] if len(results) == 1 else [taken.get(i) for i in range(len(results))]
+        bare = not isinstance(_result(graph), tuple | list)
+        ports = [n] if bare else [taken.get(i) for i in range(len(results))]
         outputs = []
         for i, (port, result) in enumerate(zip(ports, results, strict=True)):
             value_name = result.name if isinstance(result, fx.Node) else f"{name}.{i}"
@@ -150,7 +151,7 @@ def capture_pieces(
                 bool(mark.get("context")),
             )
         )
-        capture.functions[name] = getattr(split, str(n.target))
+        capture.functions[name] = _callable(getattr(split, str(n.target)), single=len(results) == 1 and not bare)
         capture.pieces[name] = graph
     results = next(n for n in split.graph.nodes if n.op == "output").args[0]
     leaves, spec = pytree.tree_flatten(results, is_leaf=lambda x: isinstance(x, fx.Node))
@@ -284,9 +285,19 @@ def _mark(graph: fx.GraphModule) -> dict[str, Any] | None:
     return next((m for n in _calls(graph) if (m := region_of(n))), None)
 
 
+def _result(graph: fx.GraphModule) -> Any:
+    return next(n for n in graph.graph.nodes if n.op == "output").args[0]
+
+
 def _outputs(graph: fx.GraphModule) -> list[Any]:
-    results: Any = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    results = _result(graph)
     return list(results) if isinstance(results, tuple | list) else [results]
+
+
+def _callable(piece: Any, single: bool) -> Callable[..., Any]:
+    """What the plan calls: past `nn.Module.__call__`, and one output bare even if the piece wraps it."""
+    function: Callable[..., Any] = piece.forward if isinstance(piece, fx.GraphModule) else piece
+    return (lambda *args: function(*args)[0]) if single else function
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:

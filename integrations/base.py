@@ -1,0 +1,54 @@
+"""What an engine integration offers, as narrow as the engines let it be.
+
+Contract
+- `attach` hooks the engine in this process; it is idempotent, imports the engine itself, and is called by
+  the engine's own plugin mechanism. Nothing is changed for engines that do not ask for DynaFlow.
+- A release outside `supported` is an `InactiveError` naming the supported ones; it is raised before weights load.
+- A `Step` is one forward pass of the engine: what there is to split, and how to enter a micro-batch.
+"""
+
+from __future__ import annotations
+
+import abc
+from importlib.metadata import PackageNotFoundError, version
+from typing import ClassVar, Protocol
+
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.ir import Batch, Split
+
+
+class Step(Protocol):
+    """One forward pass, between the engine's own preparation and its model call."""
+
+    batch: Batch
+    split: Split
+
+    def enter(self, micro_batch: int) -> None:
+        """Make the engine's context (attention metadata, slot mapping) that of `micro_batch`."""
+
+
+class Integration(abc.ABC):
+    """One engine. Instances are listed in `INTEGRATIONS`, for `dynaflow doctor` and `dynaflow bench`."""
+
+    name: ClassVar[str]
+    package: ClassVar[str]  # distribution whose version counts
+    supported: ClassVar[tuple[str, ...]]  # releases that were tested
+
+    @abc.abstractmethod
+    def attach(self) -> None:
+        """Hook the engine in this process."""
+
+    def installed_version(self) -> str | None:
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
+
+    def check_release(self) -> None:
+        """Raise `InactiveError` unless the installed release (its local part, as in +cpu, aside) is supported."""
+        installed = self.installed_version()
+        if installed is None or installed.partition("+")[0] not in self.supported:
+            raise InactiveError(
+                f"DynaFlow supports {self.name} {', '.join(self.supported)}; installed is {installed or 'none'}. "
+                f"Install a supported release, or remove the dynaflow option to run {self.name} as it is."
+            )

@@ -1,0 +1,134 @@
+"""From the user's flag to a checked VllmConfig, in the process that parses the arguments.
+
+Contract
+- `--dynaflow PATH|NAME`, `--additional-config '{"dynaflow": ...}'` and `LLM(additional_config={"dynaflow": ...})`
+  are the same: `additional_config["dynaflow"]` becomes the checked content of the config, so that every
+  worker process, and vLLM's compile hash, see the same.
+- vLLM decides mode, backend and custom ops as it always does; only then are worker class, Dynamo backend
+  (mode 2) and split points (mode 3) changed, so that baseline and DynaFlow compile alike.
+- Whatever cannot be active raises `InactiveError` here, before any weight is loaded; on the command line
+  it is one paragraph and exit code 1. With `fallback: true` it is a warning and vLLM runs as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from dynaflow_serving.config import Config, load
+from dynaflow_serving.errors import DynaflowError, InactiveError
+
+KEY = "dynaflow"
+PIECE_COMPILER = "dynaflow_piece_compiler"  # mode 2: what vLLM would have compiled the graph with
+RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
+
+logger = logging.getLogger("vllm.dynaflow")
+
+
+def attach() -> None:
+    """Wrap the three methods of EngineArgs that every way into vLLM passes."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, "_dynaflow_attached", False):
+        return
+    EngineArgs._dynaflow_attached = True
+    add_cli_args, create = EngineArgs.add_cli_args, EngineArgs.create_engine_config
+    from_cli_args = EngineArgs.from_cli_args.__func__
+
+    @functools.wraps(add_cli_args)
+    def add_with_flag(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group("DynaFlow", "Run the forward pass as scheduled micro-batches.")
+        group.add_argument(
+            "--dynaflow", metavar="CONFIG", default=None, help="YAML strategy config, or the name of a strategy"
+        )
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_cli_with_flag(cls: type, args: Any) -> Any:
+        engine_args = from_cli_args(cls, args)
+        engine_args._dynaflow_cli = True
+        if source := getattr(args, "dynaflow", None):
+            engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: source}
+        return engine_args
+
+    @functools.wraps(create)
+    def create_checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return _create_engine_config(self, functools.partial(create, self, *args, **kwargs))
+        except DynaflowError as error:
+            if getattr(self, "_dynaflow_cli", False):
+                raise SystemExit(f"dynaflow: error: {error}") from None
+            raise
+
+    EngineArgs.add_cli_args = staticmethod(add_with_flag)
+    EngineArgs.from_cli_args = classmethod(from_cli_with_flag)
+    EngineArgs.create_engine_config = create_checked
+
+
+def _create_engine_config(args: Any, create: Callable[[], Any]) -> Any:
+    requested = (args.additional_config or {}).get(KEY) if isinstance(args.additional_config, dict) else None
+    if not requested:
+        return create()
+    config = load(requested)
+    original = dict(args.additional_config)
+    try:
+        return _activate(args, config, create)
+    except InactiveError as error:
+        if not config.fallback:
+            raise
+        logger.warning("DynaFlow is NOT active, vLLM runs as it is (fallback: true): %s", error)
+        args.additional_config = {k: v for k, v in original.items() if k != KEY}
+        return create()
+
+
+def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
+    from dynaflow_serving.integrations.vllm import VLLMIntegration
+    from dynaflow_serving.integrations.vllm.limits import check
+
+    VLLMIntegration().check_release()
+    args.additional_config = {**args.additional_config, KEY: config.model_dump()}
+    if os.environ.get(RUNNER_ENV) == "1":
+        raise InactiveError(f"{RUNNER_ENV}=1 asks for Model Runner V2, which DynaFlow does not support yet; unset it")
+    asked = os.environ.get(RUNNER_ENV)
+    # vLLM reads both while it builds the config and again in every child process. Its ahead-of-time compile
+    # would bring stock stitching back on the second start.
+    os.environ |= {RUNNER_ENV: "0", "VLLM_USE_AOT_COMPILE": "0"}
+    vllm_config = create()
+    check(vllm_config, config)
+    if asked is None and _default_is_v2(vllm_config):
+        logger.warning("DynaFlow selects Model Runner V1 (vLLM's default here is V2, not supported yet)")
+    _redirect(vllm_config)
+    logger.info("DynaFlow is on: strategy %s, options %s", config.strategy, config.options or "default")
+    return vllm_config
+
+
+def _default_is_v2(vllm_config: Any) -> bool:
+    del os.environ[RUNNER_ENV]
+    try:
+        return bool(vllm_config.use_v2_model_runner)
+    finally:
+        os.environ[RUNNER_ENV] = "0"
+
+
+def _redirect(vllm_config: Any) -> None:
+    """Point vLLM at our worker, and at our backend (mode 2) or split points (mode 3)."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    from dynaflow_serving.integrations.vllm.operators import collective_names
+
+    kind = "CPUDynaflowWorker" if current_platform.is_cpu() else "GPUDynaflowWorker"
+    vllm_config.parallel_config.worker_cls = f"dynaflow_serving.integrations.vllm.worker.{kind}"
+    compilation = vllm_config.compilation_config
+    if compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE:
+        vllm_config.additional_config[PIECE_COMPILER] = compilation.backend
+        compilation.backend = "dynaflow_serving.integrations.vllm.mode2.backend"
+    elif vllm_config.parallel_config.tensor_parallel_size > 1:
+        listed = compilation.splitting_ops or []
+        compilation.splitting_ops = [*listed, *(n for n in collective_names() if n not in listed)]
+        # The fused kernel needs all-reduce and norm in one piece; here they are operators of their own.
+        compilation.pass_config.fuse_allreduce_rms = False

@@ -1,0 +1,88 @@
+"""What vLLM calls in place of its compiled graph, in both modes.
+
+Contract
+- A split step runs its plan, each micro-batch under a forward context of its own: its attention metadata
+  and slot mapping, no CUDA graph (graphs are keyed by batch and share static outputs).
+- Any other call goes to `whole`: vLLM's own stitching in mode 3, the un-split plan in mode 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from dynaflow_serving.integrations.vllm.session import Session
+from dynaflow_serving.ir import Scope, Split
+from dynaflow_serving.partition.axes import expression
+from dynaflow_serving.partition.effects import fake_value
+from dynaflow_serving.runtime import Runtime, no_context
+
+
+def token_symbols(gm: fx.GraphModule) -> set[sympy.Symbol]:
+    """vLLM makes only the number of tokens dynamic; several symbols may stand for it."""
+    symbols: set[sympy.Symbol] = set()
+    for n in gm.graph.nodes:
+        if n.op == "placeholder":
+            fake = fake_value(n)
+            sizes = fake.shape if isinstance(fake, torch.Tensor) else [fake] if isinstance(fake, torch.SymInt) else []
+            symbols |= {s for size in sizes for s in expression(size).free_symbols}
+    return symbols
+
+
+class MicroBatchedGraph:
+    def __init__(self, session: Session, runtime: Runtime, whole: Callable[..., Any] | None = None) -> None:
+        self.session, self.runtime = session, runtime
+        self._whole = whole or self._run_whole
+        program = runtime.capture.program
+        self._rows = next(
+            (i, v.axis or 0)
+            for i, name in enumerate(program.inputs)
+            if (v := program.values[name]).scope is Scope.BATCH
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        split = self.session.split
+        if split is None or len(split.micro_batches) == 1:
+            return self._whole(*args)
+        return self._run_split(args, split)
+
+    def _run_whole(self, *args: Any) -> Any:
+        index, axis = self._rows
+        prepared = self.runtime.prepare((1, ()))
+        return self.runtime.capture.rebuild(prepared.run(args, (0, args[index].shape[axis]), no_context))
+
+    def _run_split(self, args: Sequence[Any], split: Split) -> Any:
+        from vllm import forward_context
+
+        contexts = self._contexts(split)
+
+        def enter(micro_batch: int) -> None:
+            # The module global is what every vLLM operator reads; override_forward_context below restores it.
+            forward_context._forward_context = contexts[micro_batch]
+
+        prepared = self.runtime.prepare(split.signature)
+        with forward_context.override_forward_context(contexts[0]):
+            return self.runtime.capture.rebuild(prepared.run(args, split.bounds, enter))
+
+    def _contexts(self, split: Split) -> list[Any]:
+        from vllm.forward_context import BatchDescriptor, create_forward_context, get_forward_context
+
+        step = get_forward_context()
+        contexts = []
+        for i, part in enumerate(split.micro_batches):
+            start, stop = part.tokens
+            contexts.append(
+                create_forward_context(
+                    step.attn_metadata[i],
+                    self.session.vllm_config,
+                    dp_metadata=step.dp_metadata,
+                    batch_descriptor=BatchDescriptor(num_tokens=stop - start),
+                    slot_mapping=step.slot_mapping[i],
+                    is_padding=None if step.is_padding is None else step.is_padding[start:stop],
+                )
+            )
+        return contexts

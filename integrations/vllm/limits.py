@@ -1,0 +1,75 @@
+"""What DynaFlow declines in vLLM, each by name and before weights load.
+
+Contract
+- `check` sees the final VllmConfig (vLLM has resolved modes and platform rewrites by then) and raises
+  `InactiveError` with all causes and what to change.
+- The support matrix in the README is this list.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.errors import InactiveError
+
+
+def check(vllm_config: Any, config: Config) -> None:
+    if causes := [*_mode(vllm_config), *_features(vllm_config), *_executor(config)]:
+        raise InactiveError(
+            f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {'; '.join(causes)}. "
+            "Change these, or remove the dynaflow option; with 'fallback: true' vLLM runs without it."
+        )
+
+
+def _mode(vllm_config: Any) -> list[str]:
+    from vllm.config import CompilationMode
+
+    compilation = vllm_config.compilation_config
+    if vllm_config.model_config.enforce_eager:
+        return ["enforce_eager leaves no graph to capture (drop --enforce-eager)"]
+    if compilation.mode not in (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE):
+        mode = getattr(compilation.mode, "name", compilation.mode)
+        return [f"compilation mode {mode} captures no graph for plugins (modes 2 and 3 are supported)"]
+    causes = []
+    if compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE and compilation.backend not in ("eager", "inductor"):
+        causes.append(f"compilation backend {compilation.backend!r} (mode 2 supports 'inductor' and 'eager')")
+    if compilation.use_inductor_graph_partition:
+        causes.append("use_inductor_graph_partition hides the pieces (set it to false)")
+    if compilation.cudagraph_copy_inputs:
+        causes.append("cudagraph_copy_inputs wraps the compiled graph (set it to false)")
+    return causes
+
+
+def _features(vllm_config: Any) -> list[str]:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    found = {
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "expert load balancing (EPLB)": parallel.enable_eplb,
+        "vLLM's own dual-batch overlap": parallel.use_ubatching,
+        "LoRA": vllm_config.lora_config is not None,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "KV transfer": vllm_config.kv_transfer_config is not None,
+        "encoder cache transfer": getattr(vllm_config, "ec_transfer_config", None) is not None,
+        "multimodal models": model.is_multimodal_model,
+        "encoder-decoder models": model.is_encoder_decoder,
+        "hybrid and state-space models": model.is_hybrid or model.is_attention_free,
+        "pooling models": model.runner_type == "pooling",
+        "prompt embeddings": model.enable_prompt_embeds,
+        "KV-sharing fast prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+    }
+    return [f"{name} is not supported yet" for name, present in found.items() if present]
+
+
+def _executor(config: Config) -> list[str]:
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    if device not in ("cpu", "cuda"):
+        return [f"device {device!r} is not supported (cpu and cuda are)"]
+    if config.executor not in ("auto", "sequential", device):
+        return [f"executor {config.executor!r} does not fit device {device!r}"]
+    return []

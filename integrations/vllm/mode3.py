@@ -1,0 +1,56 @@
+"""Mode 3 (VllmBackend): vLLM's pieces, fusion passes, graph wrappers and compile cache stay; the stitching
+of split steps is ours.
+
+Contract
+- `attach` wraps `CompilationConfig.init_backend`; the VllmBackend it returns for the language model keeps
+  everything it does and is asked afterwards for its pieces.
+- Un-split steps and capture runs call vLLM's own stitching, CUDA graphs included.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import fx
+
+from dynaflow_serving.annotations import apply_rules
+from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph, token_symbols
+from dynaflow_serving.integrations.vllm.operators import effects, rules
+from dynaflow_serving.integrations.vllm.session import current
+from dynaflow_serving.partition import capture_pieces
+
+
+def attach() -> None:
+    from vllm.compilation.backends import VllmBackend
+    from vllm.config import CompilationConfig
+
+    if hasattr(CompilationConfig.init_backend, "__wrapped__"):
+        return
+    stock = CompilationConfig.init_backend
+
+    class DynaflowBackend(VllmBackend):  # type: ignore[misc]
+        def __call__(self, graph: fx.GraphModule, example_inputs: Any) -> Any:
+            result = super().__call__(graph, example_inputs)
+            result.optimized_call = _stitch(self, result.optimized_call)
+            return result
+
+    @functools.wraps(stock)
+    def init_backend(self: Any, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> Any:
+        backend = stock(self, vllm_config, prefix=prefix, is_encoder=is_encoder)
+        if isinstance(backend, VllmBackend) and not is_encoder and "dynaflow" in (vllm_config.additional_config or {}):
+            backend.__class__ = DynaflowBackend
+        return backend
+
+    CompilationConfig.init_backend = init_backend
+
+
+def _stitch(backend: Any, whole: Any) -> MicroBatchedGraph:
+    session = current()
+    graphs = {item.submod_name: item.graph for item in backend.piecewise_graphs}
+    for graph in graphs.values():
+        apply_rules(graph, rules())
+    capture = capture_pieces(
+        backend.split_gm, tokens=token_symbols(backend.split_gm), effects=effects(), graphs=graphs
+    )
+    return MicroBatchedGraph(session, session.add(capture), whole)

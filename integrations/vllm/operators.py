@@ -1,0 +1,76 @@
+"""vLLM's operators: where its graphs are cut, and which state they touch that no schema shows.
+
+Contract
+- Attention and KV-cache update read the module-global forward context, so they have `context`; the KV
+  cache of a layer is a state, written by the update (or by an attention without one) and read by attention.
+- Collectives are NETWORK operators of group "tp". The CPU's shared-memory all-reduce works in place, as
+  its schema says.
+- Mixture-of-experts kernels are operators of their own: on CUDA they read the forward context, on CPU they
+  share one scratch pad with attention, so both stay on the compute stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from dynaflow_serving.annotations import Rule, SplitFunc
+from dynaflow_serving.ir import Resource
+from dynaflow_serving.partition.effects import EffectTable
+
+KV_UPDATE = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
+ATTENTION = ("vllm::unified_attention_with_output", "vllm::unified_mla_attention_with_output")
+EXPERTS = ("vllm::moe_forward", "vllm::moe_forward_shared", "_C::cpu_fused_moe")
+COLLECTIVES = {
+    "_C::shm_allreduce": "all_reduce",
+    "vllm::all_reduce": "all_reduce",
+    "vllm::reduce_scatter": "reduce_scatter",
+    "vllm::all_gather": "all_gather",
+}
+
+
+def rules() -> tuple[Rule, ...]:
+    return (
+        *(SplitFunc(n, "kv_update", Resource.MEMORY, ("kv_update",), context=True, required=False) for n in KV_UPDATE),
+        *(SplitFunc(n, "attention", Resource.MEMORY, ("attention",), context=True, required=False) for n in ATTENTION),
+        *(SplitFunc(n, "experts", Resource.COMPUTE, ("experts",), context=True, required=False) for n in EXPERTS),
+        *(SplitFunc(n, kind, Resource.NETWORK, (kind,), "tp", required=False) for n, kind in COLLECTIVES.items()),
+    )
+
+
+def effects() -> EffectTable:
+    return {
+        **{name: _kv_written for name in KV_UPDATE},
+        **{name: _kv_attended for name in ATTENTION},
+    }
+
+
+def collective_names() -> list[str]:
+    """Split points for mode 3, as vLLM spells them: the collectives that exist on this platform."""
+    import torch
+
+    return [n for n in COLLECTIVES if hasattr(getattr(torch.ops, n.partition("::")[0]), n.partition("::")[2])]
+
+
+def _kv_written(node: fx.Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (), (_state(node),)
+
+
+def _kv_attended(node: fx.Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    updated_before = _argument(node, "kv_cache_dummy_dep") is not None
+    return ((_state(node),), ()) if updated_before else ((), (_state(node),))
+
+
+def _state(node: fx.Node) -> str:
+    """The layer's KV cache, by the name (or the graph input that carries it) of the layer."""
+    return f"kv:{_argument(node, 'layer_name')}"
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    target: Any = node.target
+    schema = target._schema if hasattr(target, "_schema") else getattr(target, target.overloads()[0])._schema
+    position = [a.name for a in schema.arguments].index(name)
+    return node.args[position] if position < len(node.args) else None
