@@ -2,9 +2,7 @@
 
 Contract
 - Only data: no torch, no engine, no behaviour beyond validation and look-up.
-- A `Program` is the logical model (what is computed), a `Plan` the physical schedule (when and where);
-  the text form of both round-trips exactly.
-- An *instance* is a value for a range of micro-batches: `hidden@1` or `hidden@0:2` in text.
+- A `Program` is what is computed, a `Plan` when and where; the text form of both round-trips exactly.
 """
 
 from __future__ import annotations
@@ -18,17 +16,13 @@ from dynaflow_serving.textual import Textual
 COMPUTE_STREAM = "compute"  # the stream of the caller: it forks the others and joins them
 
 
-class Resource(StrEnum):
-    """What an operator is bound by (paper, section 3)."""
-
+class Resource(StrEnum):  # what an operator is bound by (paper, section 3)
     COMPUTE = "compute"
     MEMORY = "memory"
     NETWORK = "network"
 
 
-class Scope(StrEnum):
-    """How a value relates to the batch."""
-
+class Scope(StrEnum):  # how a value relates to the batch
     BATCH = "batch"  # one axis is the token axis: can be cut into views and merged
     TOKENS = "tokens"  # an integer: the number of tokens of the (micro-)batch
     SHARED = "shared"  # the same for all micro-batches: weights, constants
@@ -80,29 +74,22 @@ class Program(Textual):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """What a strategy may look at when it decides a split. All counts are of this step."""
-
+class Batch:  # what a strategy may look at when it decides a split; all counts are of this step
     tokens: tuple[int, ...]  # new tokens of each request, in batch order
     context: tuple[int, ...] = ()  # tokens already in the KV cache, per request; () if unknown
     depends: tuple[tuple[int, int], ...] = ()  # (writer request, reader request) of shared KV blocks
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Half-open ranges into the step's batch; a request may straddle two micro-batches."""
-
+class MicroBatch:  # half-open ranges into the step's batch; a request may straddle two micro-batches
     requests: tuple[int, int]
     tokens: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """How one step's batch is cut. `depends` are (earlier, later) pairs of micro-batches: the later
-    one reads engine state that the earlier one writes in this step."""
-
+class Split:  # how one step's batch is cut
     micro_batches: tuple[MicroBatch, ...]
-    depends: tuple[tuple[int, int], ...] = ()
+    depends: tuple[tuple[int, int], ...] = ()  # (earlier, later): later reads engine state that earlier writes
     reason: str = ""  # why there is one micro-batch only
 
     @property
@@ -110,15 +97,12 @@ class Split:
         return len(self.micro_batches), self.depends
 
     @property
-    def bounds(self) -> tuple[int, ...]:
-        """Token offsets of the cuts, first 0 and last the number of tokens."""
+    def bounds(self) -> tuple[int, ...]:  # token offsets of the cuts, first 0 and last the number of tokens
         return (0, *(m.tokens[1] for m in self.micro_batches))
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Instance:
-    """A value for the micro-batches `start` (included) to `stop` (excluded)."""
-
+class Instance:  # a value for the micro-batches start to stop (excluded): `hidden@1`, `hidden@0:2` in text
     value: str
     start: int
     stop: int
@@ -151,9 +135,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan(Textual):
-    """The physical schedule of one Program for one Split signature."""
-
+class Plan(Textual):  # the physical schedule of one Program for one Split signature
     strategy: str
     program: str  # digest of its Program
     micro_batches: int

@@ -7,6 +7,8 @@ Contract
 - Micro-batch inputs are views. A merge whose parts were produced by operators that can write into a
   given buffer gets that buffer first (ALLOC) and copies nothing.
 - A value used by one stream only is freed after its last reader; one that crosses streams at the join.
+- A merge copies, so an in-place write reaches the copy or the parts, never both. What it does not reach
+  is *stale*: reading it later is a `ScheduleError`.
 
 Steps
     for each launch: bring its inputs to its range (SPLIT, MERGE), collect what it must follow
@@ -16,7 +18,7 @@ Steps
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from dynaflow_serving.dependencies import external_ports, is_state, order_edges, state_edges
@@ -32,11 +34,9 @@ def lower(schedule: Schedule, strategy: str, zero_copy: bool = True) -> Plan:
     """
     program = schedule.program
     builder = _Builder(program, schedule.micro_batches, zero_copy)
-    states = state_edges(program)
     for launch in schedule.launches:
-        builder.launch(launch, schedule.depends, states)
-    builder.finish()
-    steps = _synchronise(builder.nodes)
+        builder.launch(launch, schedule.depends)
+    steps = _synchronise(builder.finish())
     return Plan(strategy, program.digest, schedule.micro_batches, schedule.depends, tuple(steps))
 
 
@@ -53,6 +53,8 @@ class _Node:
     kernel: str = ""
     into: list[str] = field(default_factory=list)
     instances: tuple[Instance, ...] = ()
+    free: list[Instance] = field(default_factory=list)  # dropped right after this step
+    index: int = 0  # in the order of recording
     position: int = 0  # in its stream, filled by _synchronise
     clock: dict[str, int] = field(default_factory=dict)  # stream -> last position known to be finished
 
@@ -64,17 +66,24 @@ class _Node:
 
 class _Builder:
     def __init__(self, program: Program, micro_batches: int, zero_copy: bool) -> None:
-        self.program, self.n, self.zero_copy = program, micro_batches, zero_copy
+        self.program, self.n = program, micro_batches
         self.entry = _Node(StepKind.RECORD, COMPUTE_STREAM)  # where the caller hands over
         self.nodes: list[_Node] = [self.entry]
+        self.allocs: dict[_Node, list[_Node]] = defaultdict(list)  # node -> buffers made right before it
         self.made: dict[Instance, _Node] = {}
-        self.readers: dict[Instance, list[_Node]] = {}
+        self.readers: dict[Instance, list[_Node]] = defaultdict(list)
         self.current: dict[tuple[str, int], Instance] = {}  # what holds value @ micro-batch now
         self.ran: dict[tuple[str, int], _Node] = {}
-        self.writers: dict[tuple[str, int], list[_Node]] = {}  # (storage, micro-batch) -> in-place writers
-        self.stale: set[Instance] = set()  # parts of what a merged operator wrote in place
+        self.writers: dict[tuple[str, int], list[_Node]] = defaultdict(list)  # (storage, micro-batch) -> in place
+        self.root: dict[Instance, Instance] = {}  # the instance whose memory this one is a view of
+        self.roots: dict[str, set[Instance]] = defaultdict(set)  # storage -> its copies
+        self.stale: dict[tuple[Instance, int], str] = {}  # (root, micro-batch) -> who wrote another copy
+        self.buffered: set[tuple[str, int]] = set()  # value @ micro-batch that have a merge buffer
         self.last_of_group: dict[str, _Node] = {}
         self.before = order_edges(program)
+        self.state_writers: dict[str, list[str]] = defaultdict(list)
+        for writer, toucher in state_edges(program):
+            self.state_writers[toucher].append(writer)
         produced = {v for o in program.operators for v in o.outputs}
         self.tracked = {
             v.name
@@ -84,42 +93,48 @@ class _Builder:
         for name in program.inputs:
             if name in self.tracked:
                 whole = Instance(name, 0, micro_batches)
-                self.made[whole] = self.entry
-                self.current.update({(name, mb): whole for mb in range(micro_batches)})
-        written = {s for o in program.operators for s in o.writes}
-        shared = [v.storage for v in program.values.values()]
-        self.own_storage = {s for s in shared if s not in written and shared.count(s) == 1} if zero_copy else set()
+                first = next(v for v in program.inputs if self._storage(v) == self._storage(name))
+                self._produce(whole, self.entry, Instance(first, 0, micro_batches))
+        self.written = {s for o in program.operators for s in o.writes}
+        aliases = Counter(v.storage for v in program.values.values())
+        self.own_storage = {s for s, n in aliases.items() if n == 1 and s not in self.written} if zero_copy else set()
 
-    def launch(self, launch: Launch, depends: Iterable[tuple[int, int]], states: list[tuple[str, str]]) -> None:
+    def launch(self, launch: Launch, depends: tuple[tuple[int, int], ...]) -> None:
         ops = [self.program.by_name[n] for n in launch.operators]
         inputs, outputs = external_ports(self.program, launch.operators)
         kind = StepKind.REPLACE if launch.kernel else StepKind.RUN
         node = _Node(kind, launch.stream, set(), launch.operators, launch.start, launch.stop, launch.kernel)
-        used = {v: self._bring(v, launch.start, launch.stop, node) for v in inputs if v in self.tracked}
+        used = [self._bring(v, launch.start, launch.stop, node) for v in inputs if v in self.tracked]
         span = range(launch.start, launch.stop)
+        group = {(o.name, mb) for o in ops for mb in span}
         for op in ops:
-            for mb in span:
-                node.after |= {self.ran[e, mb] for e in self.before[op.name] if e not in launch.operators}
-            for earlier, later in depends:
-                if later in span:
-                    node.after |= {self.ran[w, earlier] for w, t in states if t == op.name}
+            must = {(e, mb) for e in self.before[op.name] for mb in span}
+            must |= {(w, a) for a, later in depends if later in span for w in self.state_writers[op.name]}
+            node.after |= {self.ran[key] for key in must - group}
             if op.group:
                 if op.group in self.last_of_group:
                     node.after.add(self.last_of_group[op.group])
                 self.last_of_group[op.group] = node
         node.after.discard(node)
-        self.nodes.append(node)
+        self._add(node)
+        self.ran.update(dict.fromkeys(group, node))
+        roots: dict[str, set[Instance]] = defaultdict(set)  # storage -> the copies of it that the node sees
+        for instance in used:
+            roots[self._storage(instance.value)].add(self.root[instance])
         for op in ops:
-            for mb in span:
-                self.ran[op.name, mb] = node
             for storage in op.writes:
                 if not is_state(self.program, storage):
-                    self._written(storage, span, node, used)
+                    self._written(op.name, storage, span, node, roots[storage], used)
         for v in outputs:
             if v in self.tracked:
-                self._produce(Instance(v, launch.start, launch.stop), node)
+                seen = roots[self._storage(v)]
+                if len(seen) > 1 and self._storage(v) in self.written:
+                    raise ScheduleError(f"{launch.operators[-1]} cannot run merged: {v} would alias two copies")
+                instance = Instance(v, launch.start, launch.stop)
+                self._produce(instance, node, next(iter(seen)) if len(seen) == 1 else instance)
+                seen.add(self.root[instance])
 
-    def finish(self) -> None:
+    def finish(self) -> list[_Node]:
         """Bring the outputs together on the compute stream, join the streams, and free the rest there."""
         join = _Node(StepKind.FREE, COMPUTE_STREAM)
         keep: set[Instance] = set()
@@ -128,29 +143,35 @@ class _Builder:
                 first = self.current[name, 0]  # of a shared value any micro-batch's will do
                 batched = self.program.values[name].scope is Scope.BATCH
                 keep.add(self._bring(name, 0, self.n, join) if batched else self._bring(*_fields(first), join))
-        last = {n.stream: n for n in self.nodes}
-        join.after |= set(last.values())
-        freed_after: dict[_Node, list[Instance]] = {}
-        rank = {node: i for i, node in enumerate(self.nodes)}
+        join.after |= set({n.stream: n for n in self.nodes}.values())
+        self._add(join)
+        crossing: list[Instance] = []
         for instance, maker in self.made.items():
             if maker is self.entry or instance in keep:
                 continue
-            users = {maker, *self.readers.get(instance, ())}
+            users = {maker, *self.readers[instance]}
             if len({u.stream for u in users}) == 1:
-                freed_after.setdefault(max(users, key=rank.__getitem__), []).append(instance)
+                max(users, key=lambda u: u.index).free.append(instance)
             else:
-                join.instances += (instance,)
-        ordered = []
-        for node in self.nodes:
-            ordered.append(node)
-            if node in freed_after:
-                ordered.append(_Node(StepKind.FREE, node.stream, instances=tuple(sorted(freed_after[node]))))
-        join.instances = tuple(sorted(join.instances))
-        self.nodes = [*ordered, join]
+                crossing.append(instance)
+        join.instances = tuple(sorted(crossing))
+        return [n for node in self.nodes for n in (*self.allocs[node], node)]
 
-    def _produce(self, instance: Instance, node: _Node) -> None:
-        self.made[instance] = node
+    def _add(self, node: _Node) -> None:
+        node.index = len(self.nodes)
+        self.nodes.append(node)
+
+    def _storage(self, value: str) -> str:
+        return self.program.values[value].storage
+
+    def _produce(self, instance: Instance, node: _Node, root: Instance) -> None:
+        self._make(instance, node, root)
         self.current.update({(instance.value, mb): instance for mb in range(instance.start, instance.stop)})
+
+    def _make(self, instance: Instance, node: _Node, root: Instance) -> None:
+        self.made[instance] = node
+        self.root[instance] = root
+        self.roots[self._storage(instance.value)].add(root)
 
     def _bring(self, value: str, start: int, stop: int, reader: _Node) -> Instance:
         """The instance of `value` for exactly [start, stop), made by a view or a merge if need be."""
@@ -159,82 +180,80 @@ class _Builder:
         if parts != [want]:
             if self.program.values[value].scope is not Scope.BATCH:
                 raise ScheduleError(f"{value} has no token axis: it can be neither cut nor merged")
-            covers = len(parts) == 1 and parts[0].start <= start and stop <= parts[0].stop
-            if want in self.stale:
-                raise ScheduleError(
-                    f"{value} was written in place for several micro-batches at once: later readers must run "
-                    "merged as well"
-                )
-            if want not in self.made:
-                node = self._view(parts[0], want, reader) if covers else self._merge(parts, want, reader)
-                self.made[want] = node
-        self.readers.setdefault(want, []).append(reader)
+            if want not in self.made and len(parts) == 1:
+                self._view(parts[0], want, reader)
+            elif want not in self.made:
+                self._merge(parts, want, reader)
+        self._check_fresh(want)
+        self.readers[want].append(reader)
         reader.after.add(self.made[want])
         return want
 
-    def _view(self, whole: Instance, view: Instance, reader: _Node) -> _Node:
+    def _view(self, whole: Instance, view: Instance, reader: _Node) -> None:
         node = _Node(StepKind.SPLIT, reader.stream, {self.made[whole]}, instances=(whole, view))
-        self.nodes.append(node)
-        self.readers.setdefault(whole, []).append(node)
-        return node
+        self._add(node)
+        self.readers[whole].append(node)
+        self._make(view, node, self.root[whole])
 
-    def _merge(self, parts: list[Instance], whole: Instance, reader: _Node) -> _Node:
-        parts = [p if whole.start <= p.start and p.stop <= whole.stop else self._clip(p, whole, reader) for p in parts]
+    def _merge(self, parts: list[Instance], whole: Instance, reader: _Node) -> None:
+        parts = [self._clip(p, whole, reader) for p in parts]
         node = _Node(StepKind.MERGE, reader.stream, instances=(whole, *parts))
-        storage = self.program.values[whole.value].storage
+        storage = self._storage(whole.value)
         for p in parts:
+            self._check_fresh(p)
             node.after.add(self.made[p])
-            self.readers.setdefault(p, []).append(node)
+            self.readers[p].append(node)
             for mb in range(p.start, p.stop):
-                node.after |= set(self.writers.get((storage, mb), ()))
-        makers = [self.made[p] for p in parts]
-        fit = [m for m in makers if self._can_write_into(m, whole.value)] if storage in self.own_storage else []
-        if fit:
-            first = min(fit, key=self.nodes.index)
-            alloc = _Node(StepKind.ALLOC, first.stream, instances=(whole,))
-            self.nodes.insert(self.nodes.index(first), alloc)
-            node.after.add(alloc)
-            self.readers.setdefault(whole, []).append(alloc)  # its memory is in use from here
-            for m in fit:
-                m.into.append(whole.value)
-                m.after.add(alloc)
-                self.readers[whole].append(m)
-        self.nodes.append(node)
-        return node
+                node.after |= set(self.writers[storage, mb])
+        keys = {(whole.value, mb) for mb in range(whole.start, whole.stop)}
+        if storage in self.own_storage and not keys & self.buffered:
+            fit = [m for p in parts if self._can_write_into(m := self.made[p], whole.value)]
+            if fit:
+                self.buffered |= keys
+                self._give_buffer(whole, fit, node)
+        self._add(node)
+        self._make(whole, node, whole)
+
+    def _give_buffer(self, whole: Instance, makers: list[_Node], merge: _Node) -> None:
+        first = min(makers, key=lambda m: m.index)
+        alloc = _Node(StepKind.ALLOC, first.stream, instances=(whole,), index=first.index)
+        self.allocs[first].append(alloc)
+        merge.after.add(alloc)
+        self.readers[whole] += [alloc, *makers]  # its memory is in use from here
+        for m in makers:
+            m.into.append(whole.value)
+            m.after.add(alloc)
 
     def _clip(self, part: Instance, whole: Instance, reader: _Node) -> Instance:
         clipped = Instance(part.value, max(part.start, whole.start), min(part.stop, whole.stop))
         if clipped not in self.made:
-            self.made[clipped] = self._view(part, clipped, reader)
+            self._view(part, clipped, reader)
         return clipped
 
     def _can_write_into(self, maker: _Node, value: str) -> bool:
-        return (
-            maker.kind is StepKind.RUN
-            and value in self.program.by_name[maker.operators[0]].into
-            and value not in maker.into
-        )
+        return maker.kind is StepKind.RUN and value in self.program.by_name[maker.operators[0]].into
 
-    def _written(self, storage: str, span: range, node: _Node, used: dict[str, Instance]) -> None:
-        """`node` writes `storage` in place. If it wrote a merged copy, the parts hold old contents now."""
+    def _written(
+        self, op: str, storage: str, span: range, node: _Node, seen: set[Instance], used: list[Instance]
+    ) -> None:
+        """`node` writes `storage` in place, through its copy in `seen`: all other copies are stale now."""
+        if len(seen) > 1:
+            raise ScheduleError(f"{op} writes {storage} in place and cannot run merged: it would see two copies")
         for mb in span:
-            self.writers.setdefault((storage, mb), []).append(node)
-        copies = {
-            v: i
-            for v, i in used.items()
-            if self.program.values[v].storage == storage and self.made[i].kind is StepKind.MERGE
-        }
-        if not copies:
-            return
-        for v in self.program.values.values():
-            if v.storage == storage and (v.name, span[0]) in self.current and v.name not in copies:
+            self.writers[storage, mb].append(node)
+            self.stale.update({(root, mb): op for root in self.roots[storage] - seen})
+            for instance in used:
+                key = (instance.value, mb)
+                if self.root[instance] in seen and (self.root[self.current[key]], mb) in self.stale:
+                    self.current[key] = instance
+
+    def _check_fresh(self, instance: Instance) -> None:
+        for mb in range(instance.start, instance.stop):
+            if writer := self.stale.get((self.root[instance], mb)):
                 raise ScheduleError(
-                    f"{node.operators[0]} writes {storage} in place and cannot run merged: {v.name} would "
-                    "keep the old contents"
+                    f"{instance.value}@{mb} is out of date: {writer} wrote another copy of it in place. Run "
+                    f"{writer} and the operators after it that use {instance.value} merged alike"
                 )
-        for i in copies.values():
-            self.current.update({(i.value, mb): i for mb in span})
-            self.stale |= {m for m in self.made if m.value == i.value and m.start < i.stop and i.start < m.stop} - {i}
 
 
 def _fields(i: Instance) -> tuple[str, int, int]:
@@ -275,6 +294,8 @@ def _synchronise(nodes: list[_Node]) -> list[Step]:
         steps += [Step(StepKind.WAIT, node.stream, event=events[d]) for d in waits[node]]
         if node is not entry and (node.kind is not StepKind.FREE or node.instances):
             steps.append(node.step())
+        if node.free:  # before the event, so that joining the stream covers it
+            steps.append(Step(StepKind.FREE, node.stream, instances=tuple(sorted(node.free))))
         if node in recorded:
             events[node] = len(events)
             steps.append(Step(StepKind.RECORD, node.stream, event=events[node]))

@@ -4,18 +4,19 @@ Contract: `verify` returns silently, or raises `PlanError` with the offending st
 What is proved, with happens-before (HB) being the transitive order of streams and events:
 - every operator of every micro-batch runs exactly once;
 - every instance is produced exactly once, HB each reader, and the parts of a merge tile it exactly;
-- in-place writes keep program order with every other access to the storage, and nobody reads a part
-  whose merged copy was written;
+- in-place writes keep program order with every other access to the storage, and each access sees all the
+  writes before it: a merge copies, and a write to one copy is not in the others;
 - micro-batches in `Plan.depends` see engine state written before they read it;
 - collectives of one group have one order; operators with context stay on the compute stream;
+- operators write into buffers that are theirs: allocated before, of one merge, and of no other storage;
 - every instance but the outputs is freed once, after all its readers, and not used afterwards;
 - events are recorded once, before they are waited for; all streams are joined by the compute stream.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 from dynaflow_serving.dependencies import external_ports
 from dynaflow_serving.errors import PlanError
@@ -54,6 +55,15 @@ def happens_before(plan: Plan) -> list[int]:
     return before
 
 
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """`op` touches a storage in `step`, through the copy `root`."""
+
+    op: Operator
+    step: int
+    root: Instance
+
+
 class _Verifier:
     def __init__(self, program: Program, plan: Plan) -> None:
         self.program, self.plan = program, plan
@@ -64,12 +74,17 @@ class _Verifier:
         self.before = happens_before(plan)
         self.compute_steps = sum(1 << i for i, s in enumerate(plan.steps) if s.stream == COMPUTE_STREAM)
         self.order = {o.name: i for i, o in enumerate(program.operators)}
+        self.aliases = Counter(v.storage for v in program.values.values())
+        self.written = {s for o in program.operators for s in o.writes}
         self.made: dict[Instance, int] = {}  # -1: at entry
         self.allocated: dict[Instance, int] = {}
         self.reads: dict[Instance, list[int]] = defaultdict(list)
         self.freed: dict[Instance, int] = {}
         self.ran: dict[tuple[str, int], int] = {}
-        self.views: dict[Instance, Instance] = {}
+        self.root: dict[Instance, Instance] = {}  # the instance that owns the memory
+        self.copied: dict[Instance, tuple[int, tuple[Instance, ...]]] = {}  # merged root -> (step, parts)
+        self.accesses: dict[tuple[str, int], list[_Access]] = defaultdict(list)  # (storage, micro-batch) ->
+        self.buffer: dict[tuple[str, int], Instance] = {}  # value @ micro-batch -> its merge buffer
         produced = {v for o in program.operators for v in o.outputs}
         self.tracked = {
             v.name
@@ -78,7 +93,10 @@ class _Verifier:
         }
         for v in program.inputs:
             if v in self.tracked:
-                self.made[Instance(v, 0, plan.micro_batches)] = -1
+                whole = Instance(v, 0, plan.micro_batches)
+                self.made[whole] = -1
+                first = next(u for u in program.inputs if self._storage(u) == self._storage(v))
+                self.root[whole] = Instance(first, 0, plan.micro_batches)
 
     def run(self) -> None:
         for i, step in enumerate(self.plan.steps):
@@ -88,7 +106,7 @@ class _Verifier:
                 self._split(i, *step.instances)
             elif step.kind is StepKind.ALLOC:
                 for instance in step.instances:
-                    self._once(i, instance, self.allocated, "allocated")
+                    self._alloc(i, instance)
             elif step.kind is StepKind.MERGE:
                 self._merge(i, step.instances[0], step.instances[1:])
             elif step.kind is StepKind.FREE:
@@ -106,6 +124,8 @@ class _Verifier:
     def _run_step(self, i: int, step: Step) -> None:
         if not 0 <= step.start < step.stop <= self.plan.micro_batches:
             self._fail(i, f"there are {self.plan.micro_batches} micro-batches only")
+        if not step.operators or (step.kind is StepKind.RUN) != (not step.kernel and len(step.operators) == 1):
+            self._fail(i, "a run step has one operator and no kernel, a replace step a kernel")
         for name in step.operators:
             if name not in self.program.by_name:
                 self._fail(i, f"the program has no operator {name!r}")
@@ -117,23 +137,48 @@ class _Verifier:
                     self._fail(i, f"{name}@{mb} runs twice (first in step {self.ran[name, mb]})")
                 self.ran[name, mb] = i
         inputs, outputs = external_ports(self.program, step.operators)
+        roots: dict[str, set[Instance]] = defaultdict(set)
         for v in inputs:
             if v in self.tracked:
-                self._read(i, Instance(v, step.start, step.stop))
-        for v in outputs:
-            if v in self.tracked:
                 instance = Instance(v, step.start, step.stop)
-                self._once(i, instance, self.made, "produced")
-                if v in step.into:
-                    self._write_into(i, instance)
+                self._read(i, instance)
+                roots[self._storage(v)].add(self.root[instance])
         if not set(step.into) <= {v for n in step.operators for v in self.program.by_name[n].into}:
             self._fail(i, f"{step.operators[0]} cannot write {', '.join(step.into)} into a given buffer")
+        for v in outputs:
+            if v in self.tracked:
+                instance, seen = Instance(v, step.start, step.stop), roots[self._storage(v)]
+                self._once(i, instance, self.made, "produced")
+                if len(seen) > 1 and self._storage(v) in self.written:
+                    self._fail(i, f"{instance_text(instance)} would alias two copies of {self._storage(v)}")
+                self.root[instance] = next(iter(seen)) if len(seen) == 1 else instance
+                seen.add(self.root[instance])
+                if v in step.into:
+                    self._write_into(i, instance)
+        self._note_accesses(i, step, roots)
+
+    def _note_accesses(self, i: int, step: Step, roots: dict[str, set[Instance]]) -> None:
+        for op in (self.program.by_name[n] for n in step.operators):
+            for storage in self._touches(op) & self.written:
+                seen = roots[storage] if self._per_micro_batch(storage) else {Instance(storage, 0, 0)}
+                if storage in op.writes and len(seen) > 1:
+                    self._fail(i, f"{op.name} writes {storage} in place, but sees two copies of it")
+                for mb in range(step.start, step.stop):
+                    self.accesses[storage, mb] += [_Access(op, i, root) for root in seen]
+
+    def _alloc(self, i: int, whole: Instance) -> None:
+        self._once(i, whole, self.allocated, "allocated")
+        if self.aliases[self._storage(whole.value)] > 1 or self._storage(whole.value) in self.written:
+            self._fail(i, f"{whole.value} has aliases or is written in place: it cannot have a merge buffer")
+        for mb in range(whole.start, whole.stop):
+            if (other := self.buffer.setdefault((whole.value, mb), whole)) != whole:
+                self._fail(i, f"{instance_text(whole)} and {instance_text(other)} are two buffers for {whole.value}@{mb}")
 
     def _write_into(self, i: int, part: Instance) -> None:
-        wholes = [w for w in self.allocated if w.value == part.value and w.start <= part.start and part.stop <= w.stop]
-        if not wholes or not self._hb(self.allocated[wholes[0]], i):
+        whole = self.buffer.get((part.value, part.start))
+        if whole is None or part.stop > whole.stop or not self._hb(self.allocated[whole], i):
             self._fail(i, f"the buffer for {instance_text(part)} is not allocated before it is written")
-        self.reads[wholes[0]].append(i)  # its memory is in use
+        self.reads[whole].append(i)  # its memory is in use
 
     def _split(self, i: int, whole: Instance, view: Instance) -> None:
         inside = whole.value == view.value and whole.start <= view.start < view.stop <= whole.stop
@@ -141,7 +186,7 @@ class _Verifier:
             self._fail(i, f"{instance_text(view)} is not a part of {instance_text(whole)}")
         self._read(i, whole)
         self._once(i, view, self.made, "produced")
-        self.views[view] = whole
+        self.root[view] = self.root[whole]
 
     def _merge(self, i: int, whole: Instance, parts: tuple[Instance, ...]) -> None:
         at = whole.start
@@ -155,6 +200,8 @@ class _Verifier:
         if whole in self.allocated and not self._hb(self.allocated[whole], i):
             self._fail(i, f"the buffer of {instance_text(whole)} is not allocated before the merge")
         self._once(i, whole, self.made, "produced")
+        self.root[whole] = whole
+        self.copied[whole] = (i, parts)
 
     def _read(self, i: int, instance: Instance) -> None:
         if instance not in self.made:
@@ -173,50 +220,57 @@ class _Verifier:
                     self._fail(-1, f"{op.name}@{mb} never runs")
 
     def _storages_in_order(self) -> None:
-        values = self.program.values
-        for storage in {s for o in self.program.operators for s in o.writes if self._per_micro_batch(s)}:
-            users = [o for o in self.program.operators if storage in self._touches(o)]
-            for a, b in itertools.combinations(users, 2):
-                if storage in a.writes or storage in b.writes:
-                    for mb in range(self.plan.micro_batches):
-                        self._ordered((a.name, mb), (b.name, mb), f"both access {storage}, written in place")
-            writers = [o for o in users if storage in o.writes]
-            for whole, made in list(self.made.items()):
-                if values[whole.value].storage == storage and made >= 0:
-                    step = self.plan.steps[made]
-                    if step.kind is StepKind.MERGE:
-                        self._copy_in_order(made, step, writers)
+        """Each access comes after the writes before it (a write: after all accesses before it) and sees them."""
+        for (storage, mb), accesses in self.accesses.items():
+            accesses.sort(key=lambda a: self.order[a.op.name])
+            private = self._per_micro_batch(storage)
+            touched = written = 0  # masks of steps
+            wrote: dict[Instance, int] = defaultdict(int)  # copy -> mask of the steps that wrote it
+            for a in accesses:
+                me = 1 << a.step
+                missing = (touched if storage in a.op.writes else written) & ~(self.before[a.step] | me)
+                if missing:
+                    late = missing.bit_length() - 1
+                    self._fail(a.step, f"{a.op.name}@{mb} does not wait for step {late}: both access {storage}")
+                if private and (unseen := written & ~(self._visible(a.root, mb, wrote) | me)):
+                    late = unseen.bit_length() - 1
+                    self._fail(a.step, f"{a.op.name}@{mb} does not see what step {late} wrote to {storage}")
+                touched |= me
+                if storage in a.op.writes:
+                    written |= me
+                    wrote[a.root] |= me
+            if private:
+                self._final_contents(storage, mb, written, wrote)
 
-    def _copy_in_order(self, i: int, step: Step, writers: list[Operator]) -> None:
-        """A merge copies: writers before its readers come before it; a writer of the copy ends the parts."""
-        whole, parts = step.instances[0], step.instances[1:]
-        readers = [o for o in self.program.operators if whole.value in o.inputs]
-        readers = [o for o in readers if any(self.ran[o.name, whole.start] == r for r in self.reads[whole])]
-        first = min((self.order[o.name] for o in readers), default=len(self.order))
-        for w in writers:
-            runs = [self.ran[w.name, mb] for mb in range(whole.start, whole.stop)]
-            if all(r in self.reads[whole] for r in runs):  # wrote the copy itself
-                for part in parts:
-                    late = [r for r in self.reads[part] if r != i and not self._hb(r, runs[0])]
-                    if late:
-                        self._fail(late[0], f"{instance_text(part)} is stale: {w.name} wrote its merged copy")
-            elif self.order[w.name] < first and not all(self._hb(r, i) for r in runs):
-                self._fail(i, f"{instance_text(whole)} is merged before {w.name} has written it")
+    def _visible(self, root: Instance, mb: int, wrote: dict[Instance, int]) -> int:
+        """The steps whose writes are in the copy `root`: its own, and those in its parts when it was merged."""
+        mask = wrote[root]
+        if root in self.copied:
+            step, parts = self.copied[root]
+            part = next((p for p in parts if p.start <= mb < p.stop), None)
+            if part is not None:
+                mask |= self._visible(self.root[part], mb, wrote) & self.before[step]
+        return mask
+
+    def _final_contents(self, storage: str, mb: int, written: int, wrote: dict[Instance, int]) -> None:
+        """Outputs, and arguments that the caller sees changed, hold all that was written."""
+        for v in dict.fromkeys((*self.program.inputs, *self.program.outputs)):
+            instance = Instance(v, 0, self.plan.micro_batches)
+            if self._storage(v) == storage and instance in self.root:
+                if unseen := written & ~self._visible(self.root[instance], mb, wrote):
+                    self._fail(unseen.bit_length() - 1, f"this write to {storage} is not in {instance_text(instance)}")
 
     def _states_in_order(self) -> None:
-        users: dict[str, list[Operator]] = defaultdict(list)
-        for op in self.program.operators:
-            for storage in self._touches(op):
-                users[storage].append(op)
-        for state in {s for o in self.program.operators for s in o.writes if not self._per_micro_batch(s)}:
-            writers = [o for o in users[state] if state in o.writes]
-            for w, t in itertools.product(writers, users[state]):
-                for earlier, later in self.plan.depends:
-                    self._ordered((w.name, earlier), (t.name, later), f"the latter reads {state}")
-                if w is not t:
-                    first, then = sorted((w, t), key=lambda o: self.order[o.name])
-                    for mb in range(self.plan.micro_batches):
-                        self._ordered((first.name, mb), (then.name, mb), f"both access {state}")
+        """Between micro-batches in `depends`: the later one's accesses come after the earlier one's writes."""
+        for (state, mb), accesses in self.accesses.items():
+            if self._per_micro_batch(state):
+                continue
+            for earlier in (a for a, later in self.plan.depends if later == mb):
+                writes = sum({1 << a.step for a in self.accesses[state, earlier] if state in a.op.writes})
+                for a in accesses:
+                    if missing := writes & ~(self.before[a.step] | 1 << a.step):
+                        late = missing.bit_length() - 1
+                        self._fail(a.step, f"{a.op.name}@{mb} does not wait for step {late}, which writes {state}")
 
     def _groups_in_order(self) -> None:
         last: dict[str, int] = {}
@@ -261,16 +315,14 @@ class _Verifier:
             return bool(self.before[b] >> a & 1)
         return self.plan.steps[b].stream == COMPUTE_STREAM or bool(self.before[b] & self.compute_steps)
 
-    def _ordered(self, a: tuple[str, int], b: tuple[str, int], why: str) -> None:
-        first, then = self.ran[a], self.ran[b]
-        if first != then and not self._hb(first, then):
-            self._fail(then, f"{b[0]}@{b[1]} does not wait for {a[0]}@{a[1]} (step {first}): {why}")
-
     def _per_micro_batch(self, storage: str) -> bool:
         return storage in self.program.values and self.program.values[storage].scope is not Scope.SHARED
 
     def _touches(self, op: Operator) -> set[str]:
         return {self.program.values[v].storage for v in op.inputs} | {*op.reads, *op.writes}
+
+    def _storage(self, value: str) -> str:
+        return self.program.values[value].storage
 
     def _axis(self, instance: Instance) -> int | None:
         return self.program.values[instance.value].axis

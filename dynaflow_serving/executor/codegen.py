@@ -25,8 +25,8 @@ class Emitter:
         self.capture, self.program, self.plan = capture, capture.program, plan
         self.names: dict[str, Any] = {"cat": torch.cat}  # globals of the generated function
         self.variables: dict[Instance, str] = {}
-        self.buffer_of: dict[Instance, Instance] = {}
-        self.in_place: set[Instance] = set()
+        self.buffer_of: dict[tuple[str, int], Instance] = {}  # value @ micro-batch -> merge buffer
+        self.in_place: set[Instance] = set()  # parts that their operator wrote into the buffer
         self.entered = -1
         n_constants = len(capture.constants)
         self.arguments = {v: f"a{i}" for i, v in enumerate(self.program.inputs)}
@@ -103,11 +103,7 @@ class Emitter:
                 whole, view = step.instances
                 return [f"{self.variable(view)} = {self._narrow(whole, view)}"]
             case StepKind.ALLOC:
-                (whole,) = step.instances
-                self.buffer_of.update(
-                    {Instance(whole.value, a, b): whole for a in range(whole.start, whole.stop) for b in range(a + 1, whole.stop + 1)}
-                )
-                return [f"{self.variable(whole)} = {self.makers[whole.value]}({self._tokens(whole.start, whole.stop)})"]
+                return [self._alloc(whole) for whole in step.instances]
             case StepKind.MERGE:
                 return self._merge(step.instances[0], step.instances[1:])
             case StepKind.RECORD:
@@ -116,12 +112,16 @@ class Emitter:
                 return self.wait(step)
         return self.free(step)
 
+    def _alloc(self, whole: Instance) -> str:
+        self.buffer_of.update({(whole.value, mb): whole for mb in range(whole.start, whole.stop)})
+        return f"{self.variable(whole)} = {self.makers[whole.value]}({self._tokens(whole.start, whole.stop)})"
+
     def _call(self, step: Step) -> list[str]:
         inputs, outputs = external_ports(self.program, step.operators)
         arguments = [self.read(v, step.start, step.stop) for v in inputs]
         op = self.program.by_name[step.operators[0]]
         lines = []
-        if op.context and self.entered != step.start:
+        if any(self.program.by_name[n].context for n in step.operators) and self.entered != step.start:
             self.entered = step.start
             lines.append(f"enter({step.start})")
         if step.kind is StepKind.REPLACE:
@@ -131,7 +131,7 @@ class Emitter:
             for v in op.into:
                 part = Instance(v, step.start, step.stop)
                 arguments.append(
-                    self._narrow(self.buffer_of[part], part)
+                    self._narrow(self.buffer_of[v, step.start], part)
                     if v in step.into
                     else f"{self.makers[v]}({self._tokens(step.start, step.stop)})"
                 )
@@ -146,7 +146,7 @@ class Emitter:
         return [*lines, f"{assign}{function}({', '.join(arguments)})"]
 
     def _merge(self, whole: Instance, parts: tuple[Instance, ...]) -> list[str]:
-        if whole not in self.buffer_of.values():
+        if self.buffer_of.get((whole.value, whole.start)) != whole:
             axis = self.program.values[whole.value].axis
             listed = ", ".join(map(self.variable, parts))
             return [f"{self.variable(whole)} = cat(({listed},), {axis})"]

@@ -5,7 +5,8 @@ Contract
 - Between annotated operators, nodes are kept in the order of the graph, and separated where a schedule
   could use it: by which network operators they follow and precede (so a shared expert is not glued to
   the gate), and into unconnected branches.
-- A branch without heavy arithmetic is absorbed by a neighbour: a scalar multiply is no operator.
+- A branch without heavy arithmetic is absorbed by a neighbour, unless that would make the neighbour wait
+  for, or hold up, one more network operator: a scalar multiply is no operator.
 - The operators' order is a valid order of the graph, in-place writes included.
 """
 
@@ -35,6 +36,7 @@ class Region:
     mark: dict[str, Any] | None
     first: int
     segment: int
+    network: tuple[int, int] = (0, 0)  # bit masks of the network operators before and after it
     preds: set[Region] = field(default_factory=set)
 
 
@@ -45,7 +47,8 @@ def find_regions(gm: fx.GraphModule, hidden: dict[fx.Node, set[fx.Node]]) -> lis
     preds = {n: [p for p in (*n.all_input_nodes, *hidden.get(n, ())) if p in index] for n in nodes}
     regions, segment_of = _marked_runs(nodes, index)
     home = {n: r for r in regions for n in r.nodes}
-    regions += _branches([n for n in nodes if n not in home], preds, segment_of, _signatures(nodes, preds), index)
+    signature = _signatures(nodes, preds)
+    regions += _branches([n for n in nodes if n not in home], preds, segment_of, signature, index)
     home = {n: r for r in regions for n in r.nodes}
     for n in nodes:
         home[n].preds |= {home[p] for p in preds[n]} - {home[n]}
@@ -134,7 +137,7 @@ def _branches(
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for n in nodes:
         groups[find(n)].append(n)
-    return [Region(g, None, index[g[0]], segment_of[g[0]]) for g in groups.values()]
+    return [Region(g, None, index[g[0]], segment_of[g[0]], signature[g[0]]) for g in groups.values()]
 
 
 def _absorb(regions: list[Region]) -> list[Region]:
@@ -142,6 +145,7 @@ def _absorb(regions: list[Region]) -> list[Region]:
     alive = set(regions)
     for light in sorted((r for r in regions if r.mark is None and not _heavy(r)), key=lambda r: -r.first):
         peers = [r for r in alive if r is not light and r.mark is None and r.segment == light.segment]
+        peers = [r for r in peers if not any(mine & ~theirs for mine, theirs in zip(light.network, r.network))]
         peers.sort(key=lambda r: (light not in r.preds, abs(r.first - light.first)))
         for peer in peers:
             if not _path_through_others(light, peer) and not _path_through_others(peer, light):

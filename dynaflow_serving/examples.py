@@ -1,0 +1,148 @@
+"""Two tiny models with marks, for golden plans, `dynaflow explain` and benchmarks.
+
+Contract
+- Pure torch, on the CPU, no process group: a collective is simulated by a marked elementwise function
+  (`all_reduce` doubles its input, as if one other rank held the same), so that a plan has real network
+  operators with checkable results.
+- `llama`: two tensor-parallel decoder layers, two all-reduces each. `moe`: two layers with dispatch,
+  experts, combine, and a shared expert that depends on neither.
+- The batch dimension is symbolic: one capture serves every size from 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+from dynaflow_serving.annotations import mark
+from dynaflow_serving.compile import batch_symbols
+from dynaflow_serving.ir import Resource
+from dynaflow_serving.partition import Capture, partition
+
+HIDDEN, HEADS, LAYERS = 16, 2, 2
+
+
+@mark("all_reduce", Resource.NETWORK, ["all_reduce"])
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@mark("dispatch", Resource.NETWORK, ["dispatch"])
+def dispatch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * weight
+
+
+@mark("combine", Resource.NETWORK, ["combine"])
+def combine(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * weight
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class Attention(nn.Module):
+    """Self-attention over the heads of one token: there is no sequence, so tokens stay independent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+        self.o_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(-1, 3, HEADS, HIDDEN // HEADS).unbind(1)
+        with mark("attention", Resource.MEMORY, ["attention"]):
+            scores = torch.softmax(q @ k.transpose(1, 2), dim=-1)
+            attended = (scores @ v).reshape(-1, HIDDEN)
+        out: torch.Tensor = self.o_proj(attended)
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return out
+
+
+class DenseLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(), Norm()
+        self.attention, self.mlp = Attention(), MLP()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + all_reduce(self.attention(self.norm1(x)))
+        return x + all_reduce(self.mlp(self.norm2(x)))
+
+
+class MoELayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(), Norm()
+        self.attention, self.experts, self.shared_expert = Attention(), MLP(), MLP()
+        self.gate = nn.Linear(HIDDEN, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        h = self.norm2(x)
+        weight = torch.sigmoid(self.gate(h))
+        routed = combine(self.experts(dispatch(h, weight)), weight)
+        return x + routed + self.shared_expert(h)
+
+
+class Model(nn.Module):
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(LAYERS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def llama() -> nn.Module:
+    return Model(DenseLayer)
+
+
+def moe() -> nn.Module:
+    return Model(MoELayer)
+
+
+EXAMPLES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "moe": moe}
+
+
+def example_capture(name: str) -> Capture:
+    """The model called `name` as a Program with its callables; the weights are the same each time."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = EXAMPLES[name]()
+        return capture_model(model, torch.randn(8, HIDDEN))
+
+
+def capture_model(model: nn.Module, *examples: torch.Tensor) -> Capture:
+    """`model` traced by Dynamo with a symbolic batch (dimension 0 of `examples`), parameters as constants."""
+    graphs: list[tuple[fx.GraphModule, list[torch.Tensor]]] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[torch.Tensor]) -> fx.GraphModule:
+        graphs.append((gm, inputs))
+        return gm
+
+    for example in examples:
+        torch._dynamo.mark_dynamic(example, 0)
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True)(*examples)
+    gm, inputs = graphs[0]
+    return partition(gm, tokens=batch_symbols(gm, 0))
