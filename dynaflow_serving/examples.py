@@ -11,6 +11,7 @@ Contract
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -145,4 +146,10 @@ def capture_model(model: nn.Module, *examples: torch.Tensor) -> Capture:
     torch._dynamo.reset()
     torch.compile(model, backend=backend, fullgraph=True)(*examples)
     gm, inputs = graphs[0]
-    return partition(gm, tokens=batch_symbols(gm, 0))
+    capture = partition(gm, tokens=batch_symbols(gm, 0))
+    values = dict(zip(capture.program.inputs, inputs, strict=True))
+    weights = {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
+    ordered = (*(name for name in values if name not in weights), *weights)
+    capture.program = dataclasses.replace(capture.program, inputs=ordered)
+    capture.constants = tuple(weights.values())
+    return capture

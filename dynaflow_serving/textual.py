@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from typing import Self
 
 
@@ -19,6 +20,6 @@ class Textual:
 
         return text.parse(cls, source)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]

@@ -9,7 +9,8 @@ What is proved, with happens-before (HB) being the transitive order of streams a
 - micro-batches in `Plan.depends` see engine state written before they read it;
 - collectives of one group have one order; operators with context stay on the compute stream;
 - operators write into buffers that are theirs: allocated before, of one merge, and of no other storage;
-- every instance but the outputs is freed once, after all its readers, and not used afterwards;
+- every instance but the outputs is freed once, after all its readers, and not used afterwards; memory goes
+  back to the stream that allocated it, so what that stream issues after the last FREE comes after all users;
 - events are recorded once, before they are waited for; all streams are joined by the compute stream.
 """
 
@@ -73,6 +74,10 @@ class _Verifier:
             raise PlanError(f"the program cannot be split: {program.unsplittable}")
         self.before = happens_before(plan)
         self.compute_steps = sum(1 << i for i, s in enumerate(plan.steps) if s.stream == COMPUTE_STREAM)
+        self.issued: dict[str, list[int]] = defaultdict(list)
+        for i, step in enumerate(plan.steps):
+            if step.event < 0:
+                self.issued[step.stream].append(i)
         self.order = {o.name: i for i, o in enumerate(program.operators)}
         self.aliases = Counter(v.storage for v in program.values.values())
         self.written = {s for o in program.operators for s in o.writes}
@@ -179,6 +184,7 @@ class _Verifier:
         if whole is None or part.stop > whole.stop or not self._hb(self.allocated[whole], i):
             self._fail(i, f"the buffer for {instance_text(part)} is not allocated before it is written")
         self.reads[whole].append(i)  # its memory is in use
+        self.root[part] = whole
 
     def _split(self, i: int, whole: Instance, view: Instance) -> None:
         inside = whole.value == view.value and whole.start <= view.start < view.stop <= whole.stop
@@ -296,17 +302,33 @@ class _Verifier:
                 if whole not in self.made or whole in self.freed:
                     self._fail(self.freed.get(whole, -1), f"output {v} is not there when the plan returns")
                 keep.add(whole)
+        memory: dict[Instance, list[Instance]] = defaultdict(list)  # root -> what shares its memory
         for instance, made in self.made.items():
             if instance in self.freed:
-                free = self.freed[instance]
-                for r in (*self.reads[instance], made):
-                    if not self._hb(r, free):
-                        self._fail(free, f"{instance_text(instance)} is freed while step {r} may still use it")
+                self._check_free(self.freed[instance], instance)
             elif made >= 0 and instance not in keep:
                 self._fail(made, f"{instance_text(instance)} is never freed")
+            memory[self.root[instance]].append(instance)
+        for root, sharers in memory.items():
+            if all(instance in self.freed for instance in sharers):
+                self._check_reuse(root, sharers)
         for instance, at in self.allocated.items():
             if instance not in self.made:
                 self._fail(at, f"the buffer {instance_text(instance)} is never merged")
+
+    def _check_free(self, free: int, instance: Instance) -> None:
+        for user in (*self.reads[instance], self.made[instance]):
+            if not self._hb(user, free):
+                self._fail(free, f"{instance_text(instance)} is freed while step {user} may still use it")
+
+    def _check_reuse(self, root: Instance, sharers: list[Instance]) -> None:
+        free = max(self.freed[i] for i in sharers)
+        for instance in sharers:
+            self._check_free(free, instance)
+        stream = self.plan.steps[self.allocated.get(root, self.made[root])].stream
+        later = next((j for j in self.issued[stream] if j > free), None)
+        if later is not None and not self._hb(free, later):
+            self._fail(free, f"{instance_text(root)} is freed, but stream {stream!r} may reuse its memory too early")
 
     # -- small predicates ----------------------------------------------------------------------------
     def _hb(self, a: int, b: int) -> bool:

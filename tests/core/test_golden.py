@@ -1,0 +1,93 @@
+"""Plans of the example models, as text that people review: `pytest tests/core --update-golden` rewrites them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dynaflow_serving.errors import PlanError
+from dynaflow_serving.examples import EXAMPLES, example_capture
+from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Program, StepKind
+from dynaflow_serving.lowering import lower
+from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.verify import happens_before, verify
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = [(m, s, 2) for m in EXAMPLES for s in ("sequential", "nanoflow", "dual_batch")]
+CASES += [(m, "nanoflow", 3) for m in EXAMPLES]
+
+
+def golden_file(model: str, strategy: str, micro_batches: int) -> Path:
+    many = "" if micro_batches == 2 else str(micro_batches)
+    return GOLDEN / f"{model}.{strategy}{many}.plan"
+
+
+def golden_plan(model: str, strategy: str, micro_batches: int = 2) -> Plan:
+    return Plan.from_text(golden_file(model, strategy, micro_batches).read_text())
+
+
+@pytest.mark.parametrize(("model", "strategy", "micro_batches"), CASES)
+def test_golden(model: str, strategy: str, micro_batches: int, request: pytest.FixtureRequest) -> None:
+    program = example_capture(model).program
+    plan = lower(get_strategy(strategy)().record(program, micro_batches), strategy)
+    verify(program, plan)
+    text = program.to_text() + "\n" + plan.to_text()
+    file = golden_file(model, strategy, micro_batches)
+    if request.config.getoption("--update-golden", default=False):
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text(), "the plan has changed; if that is right: pytest tests/core --update-golden"
+    assert Program.from_text(text) == program
+    assert Plan.from_text(text) == plan
+
+
+class Order:
+    """Happens-before between the runs of a golden plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.before = happens_before(plan)
+        self.at = {(s.operators[0], s.start): i for i, s in enumerate(plan.steps) if s.kind is StepKind.RUN}
+        self.stream = {key: plan.steps[i].stream for key, i in self.at.items()}
+
+    def ordered(self, a: tuple[str, int], b: tuple[str, int]) -> bool:
+        return bool(self.before[self.at[b]] >> self.at[a] & 1)
+
+    def overlap(self, a: tuple[str, int], b: tuple[str, int]) -> bool:
+        """Neither waits for the other, and they are on different streams."""
+        return not self.ordered(a, b) and not self.ordered(b, a) and self.stream[a] != self.stream[b]
+
+
+def test_nanoflow_reduces_one_micro_batch_under_the_compute_of_the_other() -> None:
+    order = Order(golden_plan("llama", "nanoflow"))
+    assert order.overlap(("layers.0.all_reduce.0", 0), ("layers.0.attention.1", 1))  # ar@0 under c0@1
+    assert order.overlap(("layers.0.all_reduce.0", 1), ("layers.0.compute.1", 0))  # ar@1 under c1@0
+    assert not order.overlap(("layers.0.all_reduce.0", 0), ("layers.0.compute.1", 0))  # its own consumer waits
+
+
+def test_dual_batch_hides_dispatch_and_combine() -> None:
+    order = Order(golden_plan("moe", "dual_batch"))
+    attention, gate, experts = "layers.0.attention", "layers.0.compute.1", "layers.0.experts"
+    for a in (attention, gate):
+        assert order.overlap(("layers.0.dispatch", 0), (a, 1))  # D@0 under A@1
+    assert order.overlap(("layers.0.dispatch", 1), (experts, 0))  # D@1 under E@0
+    assert order.overlap(("layers.0.combine", 0), (experts, 1))  # C@0 under E@1
+    assert order.overlap(("layers.0.combine", 1), ("layers.1.attention", 0))  # C@1 under the next A@0
+
+
+@pytest.mark.parametrize("layer", range(2))
+def test_the_shared_expert_is_an_operator_that_waits_for_no_network_of_its_layer(layer: int) -> None:
+    order = Order(golden_plan("moe", "dual_batch"))
+    shared = (f"layers.{layer}.shared_expert", 0)
+    assert order.stream[shared] == COMPUTE_STREAM
+    assert not order.ordered((f"layers.{layer}.combine", 0), shared)
+    assert order.overlap((f"layers.{layer}.combine", 0), shared)
+
+
+def test_error_shows_the_grid() -> None:
+    plan = golden_plan("llama", "nanoflow")
+    program = Program.from_text(golden_file("llama", "nanoflow", 2).read_text())
+    i = next(i for i, s in enumerate(plan.steps) if s.kind is StepKind.WAIT)
+    broken = Plan(plan.strategy, plan.program, 2, (), plan.steps[:i] + plan.steps[i + 1 :])
+    with pytest.raises(PlanError, match=r"(?s)read without waiting.*compute.*network.*<-- ERROR HERE"):
+        verify(program, broken)

@@ -1,0 +1,211 @@
+"""Every small mutation of every golden plan: rejected by the verifier, or shown to compute the same.
+
+A mutant that `verify` accepts is one of
+- harmless: the same work steps with the same happens-before closure as the golden plan, where work steps
+  are all but RECORD and WAIT, and the closure includes the entry and the return of the plan;
+- another valid schedule: the same work steps, and every two of them that *conflict* (both touch one
+  instance, buffer or collective group, at least one of them changes it) are in the same order as in the
+  golden plan. Such plans compute the same values in any interleaving. As a second opinion, some of them are
+  run on real threads with random delays and compared bitwise.
+Anything else fails the test. Nothing here uses the verifier's own order or bookkeeping.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support import arguments, replaced
+from test_golden import CASES, golden_file
+
+from dynaflow_serving.errors import PlanError
+from dynaflow_serving.examples import HIDDEN, example_capture
+from dynaflow_serving.executor import Executor
+from dynaflow_serving.executor.cpu import CPUExecutor
+from dynaflow_serving.executor.sequential import SequentialExecutor
+from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Program, Step, StepKind
+from dynaflow_serving.partition import Capture
+from dynaflow_serving.verify import verify
+
+EVENTS = (StepKind.RECORD, StepKind.WAIT)
+ENTRY, END = -1, -2
+Closure = set[tuple[object, object]]
+
+
+def mutants(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    steps = list(plan.steps)
+    for i, step in enumerate(steps):
+        yield f"omit {step.kind}", replaced(plan, steps[:i] + steps[i + 1 :])
+        yield f"duplicate {step.kind}", replaced(plan, [*steps[: i + 1], *steps[i:]])
+        for stream in {*plan.streams, "other"} - {step.stream}:
+            moved = dataclasses.replace(step, stream=stream)
+            yield f"move {step.kind} to another stream", replaced(plan, [*steps[:i], moved, *steps[i + 1 :]])
+        if step.kind is StepKind.FREE:
+            for j in range(i):
+                yield "free earlier", replaced(plan, [*steps[:j], step, *steps[j:i], *steps[i + 1 :]])
+        if i and steps[i - 1].kind is not step.kind:
+            yield "swap neighbours", replaced(plan, [*steps[: i - 1], step, steps[i - 1], *steps[i + 1 :]])
+
+
+def identities(plan: Plan) -> list[object]:
+    """What a step does, its stream left out: the same step in golden plan and mutant."""
+    return [dataclasses.replace(s, stream="") if s.kind not in EVENTS else None for s in plan.steps]
+
+
+def closure(plan: Plan) -> Closure:
+    """(earlier, later) pairs of work steps, ENTRY and END. Raises `ValueError` for a wait without a record."""
+    ids = identities(plan)
+    reach: list[set[object]] = []  # per step: what is finished when it is
+    last: dict[str, set[object]] = {COMPUTE_STREAM: {ENTRY}}
+    events: dict[int, set[object]] = {}
+    pairs: Closure = set()
+    for step, me in zip(plan.steps, ids, strict=True):
+        before = last.get(step.stream, set())
+        if step.kind is StepKind.WAIT:
+            if step.event not in events:
+                raise ValueError("a wait comes before its record")
+            before = before | events[step.event]
+        if step.kind is StepKind.RECORD:
+            events[step.event] = before
+        if me is not None:
+            pairs |= {(b, me) for b in before}
+            before = before | {me}
+        reach.append(before)
+        last[step.stream] = before
+    return pairs | {(b, END) for b in last[COMPUTE_STREAM]}
+
+
+def touches(program: Program, step: Step) -> tuple[set[object], set[object]]:
+    """(read, changed): instances, merge buffers and collective groups."""
+    if step.kind in (StepKind.RUN, StepKind.REPLACE):
+        (op,) = (program.by_name[n] for n in step.operators)
+        assert not op.writes and not op.reads, "the examples write nothing in place"
+        reads = {(v, step.start, step.stop) for v in op.inputs}
+        changes: set[object] = {(v, step.start, step.stop) for v in op.outputs}
+        if op.group:
+            changes.add(("group", op.group))
+        return {*reads, *(("buffer", v) for v in step.into)}, changes
+    ids = [(i.value, i.start, i.stop) for i in step.instances]
+    if step.kind is StepKind.SPLIT:
+        return {ids[0]}, {ids[1]}
+    if step.kind is StepKind.MERGE:
+        return {*ids[1:]}, {ids[0], ("buffer", ids[0][0])}
+    if step.kind is StepKind.ALLOC:
+        return set(), {*ids, *(("buffer", v) for v, _, _ in ids)}
+    return set(), set(ids)
+
+
+def conflicts(program: Program, golden: Plan) -> Closure:
+    """Ordered pairs of the golden plan that every equivalent plan must keep."""
+    ids = identities(golden)
+    parts = {me: touches(program, s) for s, me in zip(golden.steps, ids, strict=True) if me is not None}
+    kept: Closure = set()
+    for a, b in closure(golden):
+        if a is ENTRY or b is END:
+            kept.add((a, b))  # nothing starts before the caller or ends after the return
+        else:
+            (ra, wa), (rb, wb) = parts[a], parts[b]
+            if wa & wb or wa & rb or ra & wb:
+                kept.add((a, b))
+    return kept
+
+
+def same_memory_order(golden: Plan, mutant: Plan, order: Closure) -> bool:
+    """A FREE that changed streams: what the allocating stream issues later must come after it."""
+    where = {me: s.stream for s, me in zip(golden.steps, identities(golden), strict=True) if me is not None}
+    ids = identities(mutant)
+    for i, (step, me) in enumerate(zip(mutant.steps, ids, strict=True)):
+        if step.kind is StepKind.FREE and step.stream != where[me]:
+            for later, other in zip(mutant.steps[i + 1 :], ids[i + 1 :], strict=True):
+                if other is not None and later.stream == where[me] and (me, other) not in order:
+                    return False
+    return True
+
+
+@functools.cache
+def captured(model: str) -> Capture:
+    return example_capture(model)
+
+
+def delayed(capture: Capture, rng: random.Random) -> Capture:
+    """The operators of `capture`, each after a random pause, so that a missing wait shows."""
+
+    def slow(fn: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            time.sleep(rng.choice((0, 0, 2e-4, 1e-3)))
+            return fn(*args)
+
+        return call
+
+    functions = {name: slow(fn) for name, fn in capture.functions.items()}
+    into = {name: slow(fn) for name, fn in capture.into.items()}
+    return dataclasses.replace(capture, functions=functions, into=into)
+
+
+def run(executor: Executor, capture: Capture, plan: Plan) -> torch.Tensor:
+    x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1))
+    inputs = {"l_x_": x}
+    names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
+    bounds = [0, 2, 9] if plan.micro_batches == 2 else [0, 2, 5, 9]
+    with torch.no_grad():
+        (out,) = executor.bind(capture, plan, {})(arguments(names, inputs, 9), bounds, lambda mb: None)
+    return out
+
+
+@pytest.mark.parametrize(("model", "strategy", "micro_batches"), CASES)
+def test_mutants(model: str, strategy: str, micro_batches: int, report: Callable[[str], None]) -> None:
+    text = golden_file(model, strategy, micro_batches).read_text()
+    program, plan = Program.from_text(text), Plan.from_text(text)
+    assert len(set(identities(plan)) - {None}) == sum(s.kind not in EVENTS for s in plan.steps)
+    verify(program, plan)  # the plan itself is never rejected
+    golden_closure, must = closure(plan), conflicts(program, plan)
+    work = Counter(identities(plan))
+    count: Counter[str] = Counter()
+    valid: list[Plan] = []
+    for what, mutant in mutants(plan):
+        count["all"] += 1
+        try:
+            verify(program, mutant)
+        except PlanError:
+            count["rejected"] += 1
+            continue
+        ids = identities(mutant)
+        assert Counter(i for i in ids if i) == Counter({i: n for i, n in work.items() if i}), what
+        order = closure(mutant)
+        if order == golden_closure and same_memory_order(plan, mutant, order):
+            count["harmless"] += 1
+            continue
+        lost = must - order
+        assert not lost, f"{what} is accepted, but loses {next(iter(lost))}:\n{mutant.to_text()}"
+        assert same_memory_order(plan, mutant, order), f"{what} is accepted, but frees on the wrong stream"
+        count["another valid order"] += 1
+        valid.append(mutant)
+    rng = random.Random(0)
+    chosen = rng.sample(valid, min(8, len(valid)))
+    capture = captured(model)
+    executor = CPUExecutor()
+    expected = run(SequentialExecutor(), capture, plan)
+    try:
+        for mutant in chosen:
+            for _ in range(2):
+                assert torch.equal(run(executor, delayed(capture, rng), mutant), expected)
+    finally:
+        executor.close()
+    report(
+        f"mutants of {model}.{strategy} x{micro_batches}: {count['all']}: rejected {count['rejected']}, harmless "
+        f"{count['harmless']}, another valid order {count['another valid order']} ({len(chosen)} run on threads)"
+    )
+
+
+def test_the_proof_can_fail() -> None:
+    """Without a wait the closure loses a conflict: the classes above are not empty talk."""
+    text = golden_file("llama", "nanoflow", 2).read_text()
+    program, plan = Program.from_text(text), Plan.from_text(text)
+    i = next(i for i, s in enumerate(plan.steps) if s.kind is StepKind.WAIT)
+    assert conflicts(program, plan) - closure(replaced(plan, [*plan.steps[:i], *plan.steps[i + 1 :]]))
