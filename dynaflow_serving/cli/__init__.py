@@ -1,0 +1,48 @@
+"""The `dynaflow` command.
+
+Contract
+- A `DynaflowError` is one paragraph on stderr and exit code 2, never a traceback; a run that completed but whose
+  verdict is bad (tokens differ, a plan is wrong) ends with exit code 1.
+- Results go to stdout, progress and errors to stderr.
+- An engine is imported in a child process only, when a command runs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from dynaflow_serving.cli import bench, check, doctor, explain, schema
+from dynaflow_serving.errors import DynaflowError
+
+
+class Commands(TyperGroup):
+    """Shows a `DynaflowError` of any command, also to those who call `app` instead of `main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DynaflowError as e:
+            Console(stderr=True).print(f"dynaflow: error: {e}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run an LLM engine's forward pass under a programmable schedule: benchmark it, look at it, check it.",
+)
+app.command("bench")(bench.bench)
+app.command("explain")(explain.explain)
+app.command("check")(check.check)
+app.command("schema")(schema.schema)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,75 @@
+"""Environment variables of a vLLM child process, and what this machine has.
+
+Contract
+- A variable that the user has set is left alone.
+- The parent asks torch whether there is a GPU, which creates no CUDA context.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from dynaflow_serving.errors import ConfigError
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device_name() -> str:
+    """The accelerator in words, or the processor with the number of cores that may be used."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"CPU: {_processor()}, {len(_cores())} cores"
+
+
+def vllm_environment(
+    tensor_parallel: int, *, gpu: bool, compiled: bool, local_model: bool, given: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """What to add to `given`. Raises `ConfigError` if there are fewer cores than ranks."""
+    wanted = {"VLLM_NO_USAGE_STATS": "1"}
+    if not compiled:
+        # With an uncompiled graph, vLLM 0.32 looks for an ahead-of-time artifact on disk in every step (4 ms), and
+        # DynaFlow's engine never does: the baseline would seem half as fast as it is.
+        wanted["VLLM_USE_AOT_COMPILE"] = "0"
+    if local_model:
+        wanted["HF_HUB_OFFLINE"] = "1"
+    if not gpu:
+        wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; two engines are alive at once
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(_cores(), tensor_parallel)
+        if tensor_parallel == 1:
+            wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: starts in seconds instead of a minute
+    return {key: value for key, value in wanted.items() if key not in given}
+
+
+def cores_of_ranks(cores: list[int], ranks: int) -> str:
+    """`nobind` for one rank, else equal shares such as `0,1|2,3`."""
+    if ranks == 1:
+        return "nobind"
+    share = len(cores) // ranks
+    if not share:
+        raise ConfigError(f"tensor parallelism of {ranks} on a CPU needs {ranks} cores; this process has {len(cores)}")
+    return "|".join(",".join(map(str, cores[r * share : (r + 1) * share])) for r in range(ranks))
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,111 @@
+"""The parent's side of a child process.
+
+Contract
+- A method returns what the engine answered, or raises `EngineProcessError` that names the log file and shows its
+  last lines; a child that dies is noticed at once, also while workers of its engine hold the pipe open.
+- `close` leaves no process behind: the child has a process group of its own, which is killed if it lingers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dynaflow_serving.bench.drivers import EngineInfo
+from dynaflow_serving.bench.settings import EngineSettings, Request
+from dynaflow_serving.errors import DynaflowError
+
+LOG_LINES = 25
+CLOSE_SECONDS = 20.0
+
+
+class EngineProcessError(DynaflowError):
+    """An engine's child process failed or died."""
+
+
+class EngineProcess:
+    """One engine in a child process. `name` is what messages call it."""
+
+    def __init__(self, name: str, driver: str, environment: Mapping[str, str], log: Path) -> None:
+        self.name, self.log = name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._pipe, theirs = multiprocessing.Pipe()
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dynaflow_serving.bench.child", str(theirs.fileno()), driver],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # its own group: one signal reaches the engine's workers too
+            )
+        theirs.close()
+
+    def start(self, settings: EngineSettings) -> EngineInfo:
+        return EngineInfo(**self._ask("start", **asdict(settings)))
+
+    def generate(self, requests: list[Request]) -> tuple[float, list[list[int]]]:
+        """Seconds, and the new tokens of each request."""
+        reply = self._ask("generate", requests=[asdict(r) for r in requests])
+        return reply["seconds"], reply["tokens"]
+
+    def report(self) -> list[dict[str, Any]]:
+        reply: list[dict[str, Any]] = self._ask("report")
+        return reply
+
+    def reset(self) -> None:
+        self._ask("reset")
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                self._pipe.send_bytes(json.dumps({"action": "close", "arguments": {}}).encode())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(CLOSE_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the child and all that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._pipe.close()
+
+    def _ask(self, action: str, **arguments: Any) -> Any:
+        try:
+            self._pipe.send_bytes(json.dumps({"action": action, "arguments": arguments}).encode())
+            # The pipe alone would not do: it stays open while any worker of a dead child has it.
+            while not self._pipe.poll(0.2):
+                if self._process.poll() is not None and not self._pipe.poll(0):
+                    raise EOFError
+            reply = json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):
+            raise EngineProcessError(f"{self._died(action)} {self._last_lines()}") from None
+        if "error" in reply:
+            error = reply["error"]
+            if error["expected"]:
+                raise EngineProcessError(f"{self.name}: {error['message']} (engine log: {self.log})")
+            what = f"{self.name} could not {action}: {error['type']}: {error['message']}"
+            raise EngineProcessError(f"{what} {self._last_lines()}")
+        return reply["result"]
+
+    def _died(self, action: str) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        code = self._process.poll()
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return f"the process of {self.name} {how} during {action!r}."
+
+    def _last_lines(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:] or ["(empty)"]
+        return f"Engine log: {self.log}; its last lines:\n" + "\n".join(f"    {line}" for line in lines)

@@ -1,0 +1,118 @@
+"""Figures and verdict of a comparison, and their JSON file.
+
+Contract
+- Throughput is the median over the pairs; the ratio is taken within each pair, then median, least and greatest.
+- `failures` says why a comparison proves nothing: no step was split, tokens differ, ranks disagree.
+- The JSON file is complete or absent; its folder is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, Comparison
+
+NOISY = 1.3  # greatest over least seconds of passes that do equal work
+SMALL_HINT = "Lower the strategy's min_tokens (-o min_tokens=1), or send more requests at a time (--requests)."
+
+
+def throughput(comparison: Comparison, name: str) -> dict[str, float]:
+    lengths = comparison.traffic.lengths()
+    prompt, output = (sum(column) for column in zip(*lengths))
+    seconds = statistics.median(p.seconds[name] for p in comparison.pairs)
+    return {
+        "requests_per_s": len(lengths) / seconds,
+        "output_tokens_per_s": output / seconds,
+        "total_tokens_per_s": (prompt + output) / seconds,
+    }
+
+
+def ratios(comparison: Comparison) -> dict[str, float]:
+    values = [p.ratio for p in comparison.pairs]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def failures(comparison: Comparison) -> list[str]:
+    """Empty if the figures compare what they claim to compare."""
+    engagement, found = comparison.engagement, []
+    if not engagement.split:
+        counts = [f"{count} because: {why}" for why, count in engagement.unsplit.items()]
+        reasons = "; ".join(counts) or "none was counted"
+        hint = f" {SMALL_HINT}" if any(is_small(why) for why in engagement.unsplit) else ""
+        found.append(f"DynaFlow split no step, so the two engines did the same work. Un-split steps: {reasons}.{hint}")
+    if comparison.mismatches:
+        first = comparison.mismatches[0]
+        where = f"pair {first.pass_number}" if first.pass_number else "the warm-up"
+        found.append(
+            f"The tokens differ: {first.requests} of {comparison.traffic.requests} requests in {where}, the first at "
+            f"token {first.position} of request {first.request}. If that is rounding (bfloat16 ties flip when kernels "
+            "see other shapes), --dtype float32 makes the tokens equal; otherwise it is a bug: please report it."
+        )
+    if not engagement.ranks_agree:
+        found.append("The ranks report different steps or plans: they must all run one plan. Please report it.")
+    return found
+
+
+def noise(comparison: Comparison) -> str:
+    """A warning if one engine's passes, which do equal work, differ much; else ""."""
+    for name in (BASELINE, DYNAFLOW):
+        seconds = [p.seconds[name] for p in comparison.pairs]
+        if max(seconds) > NOISY * min(seconds):
+            return (
+                f"Noise: equal passes of {name} took {min(seconds):.2f} to {max(seconds):.2f} s. Something else uses this "
+                "machine, or the passes are too short; do not trust this ratio (try more --requests and --pairs)."
+            )
+    return ""
+
+
+def is_small(reason: str) -> bool:
+    """Whether a reason for not splitting is about too few tokens or requests."""
+    return "under" in reason or reason in ("one request", "one token")
+
+
+def record(comparison: Comparison, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object: `run` (engine, model, strategy, config, command) and the figures."""
+    import torch
+
+    engagement = comparison.engagement
+    return {
+        **run,
+        "engine_version": comparison.engine_version,
+        "device": comparison.device,
+        "torch_version": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mode": engagement.mode,
+        "baseline": throughput(comparison, BASELINE),
+        "dynaflow": throughput(comparison, DYNAFLOW),
+        "ratio": ratios(comparison),
+        "tokens_equal": not comparison.mismatches,
+        "mismatches": [asdict(m) for m in comparison.mismatches],
+        "steps": {"split": engagement.split, "unsplit": engagement.unsplit},
+        "plan_hash": engagement.plan_hash,
+        "ranks_agree": engagement.ranks_agree,
+        "failures": failures(comparison),
+        "noise": noise(comparison),
+        "pairs": [{"order": list(p.order), "seconds": p.seconds, "ratio": p.ratio} for p in comparison.pairs],
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+        os.chmod(scratch, 0o644)  # mkstemp's 0600 would stay after the rename
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise

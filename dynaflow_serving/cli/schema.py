@@ -1,0 +1,21 @@
+"""`dynaflow schema`: JSON Schema of the config file, for editors."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def schema(
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", "-s", metavar="NAME|FILE", help="Only the options of this strategy.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema of a config file, or of one strategy's options."""
+    from dynaflow_serving.config import json_schema
+    from dynaflow_serving.strategies import get_strategy
+
+    content = json_schema() if strategy is None else get_strategy(strategy).Options.model_json_schema()
+    print(json.dumps(content, indent=2))
