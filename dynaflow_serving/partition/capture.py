@@ -34,6 +34,7 @@ from dynaflow_serving.partition.effects import (
     written_arguments,
 )
 from dynaflow_serving.partition.regions import Region, find_regions, region_name
+from dynaflow_serving.partition.sizes import decompose_sizes
 
 # torch's functional collectives, wherever tensor parallelism or DTensor puts them.
 COLLECTIVES: tuple[Rule, ...] = tuple(
@@ -69,6 +70,7 @@ def partition(
     shared_inputs: placeholders that must not be cut although they have a token-sized dimension.
     Raises `AnnotationError` for a rule without a match, `PartitionError` for what cannot be captured.
     """
+    decompose_sizes(gm)
     apply_rules(gm, (*rules, *COLLECTIVES))
     regions = find_regions(gm, hidden_edges(gm, effects or {}))
     region_of_node = {n: i for i, r in enumerate(regions) for n in r.nodes}
