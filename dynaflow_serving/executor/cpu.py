@@ -3,9 +3,10 @@
 Contract
 - A stream's steps run in order; an event is a lock that RECORD opens and WAIT passes. One hand-off per
   stream and run, not per operator.
-- A worker runs in the caller's grad and inference mode and with its number of intra-op threads.
+- A worker runs in the caller's grad, inference and autocast mode and with its number of intra-op threads.
 - An exception anywhere opens all events, so that every stream ends, and reaches the caller; the
   executor is usable afterwards.
+- Not re-entrant: one run of an executor's plans at a time.
 - A plan with the compute stream only pays nothing for all this.
 """
 
@@ -63,8 +64,12 @@ class Run:
     def finish(self) -> None:
         for lock in self.busy:
             lock.acquire()
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None  # a traceback that leads back to its own error is garbage for the gc
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
 
 
 class Worker:
@@ -78,15 +83,21 @@ class Worker:
     def submit(self, run: Run, steps: Callable[[], None]) -> None:
         done = event()
         run.busy.append(done)
-        threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
-        inference = torch.is_inference_mode_enabled()
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        # Of torch._C, for a number of threads is per thread, and vLLM's CPU worker makes the public one a no-op.
+        threads = torch._C.get_num_threads()
 
         def job() -> None:
             try:
-                if torch.get_num_threads() != threads:
-                    torch.set_num_threads(threads)
+                if torch._C.get_num_threads() != threads:
+                    torch._C.set_num_threads(threads)
                 with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-                    steps()
+                    if autocast:
+                        with torch.autocast("cpu", dtype):
+                            steps()
+                    else:
+                        steps()
             except BaseException as error:  # handed to the caller by Run.finish
                 run.fail(error)
             finally:
@@ -120,10 +131,11 @@ class _ThreadEmitter(Emitter):
         if len(blocks) == 1:
             return blocks[COMPUTE_STREAM]
         events = [f"e{i}" for i in sorted({s.event for s in self.plan.steps if s.event >= 0})]
-        shared = sorted(v for i, v in self.variables.items() if v not in self.arguments.values())
+        shared = sorted(v for v in self.variables.values() if v not in self.arguments.values())
         self.names |= {"Run": Run, "event": event}
         lines = [f"{e} = event()" for e in events]
-        lines += [f"run = Run([{', '.join(events)}])", "wait = run.wait", f"{' = '.join(shared)} = None"]
+        lines += [f"run = Run([{', '.join(events)}])", "wait = run.wait"]
+        lines += [f"{' = '.join(shared)} = None"] if shared else []
         extra = [s for s in blocks if s != COMPUTE_STREAM]
         for i, stream in enumerate(extra):
             assigned = [v for v in shared if any(_assigns(line, v) for line in blocks[stream])]
@@ -149,12 +161,10 @@ class CPUExecutor(Executor):
     def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
         emitter = _ThreadEmitter(capture, plan, kernels)
         for i, stream in enumerate(s for s in plan.streams if s != COMPUTE_STREAM):
-            emitter.names[f"w{i}"] = self._workers.setdefault(stream, None) or self._start(stream)  # type: ignore[arg-type]
+            if stream not in self._workers:
+                self._workers[stream] = Worker(stream)
+            emitter.names[f"w{i}"] = self._workers[stream]
         return emitter.build()
-
-    def _start(self, stream: str) -> Worker:
-        self._workers[stream] = Worker(stream)
-        return self._workers[stream]
 
     def close(self) -> None:
         for worker in self._workers.values():

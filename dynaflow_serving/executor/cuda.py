@@ -19,7 +19,7 @@ import torch
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.codegen import Emitter
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step
+from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step, StepKind
 from dynaflow_serving.partition.capture import Capture
 
 
@@ -36,8 +36,8 @@ class _StreamEmitter(Emitter):
         return [f"{self.stream_names[step.stream]}.wait_event(e{step.event})"]
 
     def before(self, step: Step) -> list[str]:
-        if step.stream == self.active or step.event >= 0:
-            return []
+        if step.stream == self.active or step.event >= 0 or step.kind in (StepKind.SPLIT, StepKind.FREE):
+            return []  # nothing is launched or allocated
         self.active = step.stream
         return [f"set_stream({self.stream_names[step.stream]})"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from torch import fx
 
 from dynaflow_serving.compile import batch_symbols
-from dynaflow_serving.executor import Executor
-from dynaflow_serving.ir import Plan, Step
+from dynaflow_serving.ir import Plan, Program, Step, StepKind
+from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition import Capture, partition
-from dynaflow_serving.partition.effects import EffectTable
-from dynaflow_serving.scheduler import OpScheduler
+from dynaflow_serving.scheduler import Schedule
+from dynaflow_serving.verify import verify
 
 
 def trace(fn: Callable[..., Any], *examples: torch.Tensor, dim: int = 0) -> fx.GraphModule:
@@ -45,22 +46,37 @@ def arguments(program_inputs: tuple[str, ...], tensors: dict[str, torch.Tensor],
     return [tensors.get(name, tokens) for name in program_inputs]
 
 
+def program_of(text: str) -> Program:
+    """A Program from its text, without the leading line."""
+    return Program.from_text("program\n" + textwrap.dedent(text).strip("\n"))
+
+
+def manual(program: Program, **functions: Callable[..., Any]) -> Capture:
+    """A Capture of hand-written operators."""
+    return Capture(program, functions, rebuild=tuple)
+
+
+def lowered(program: Program, micro_batches: int, *launches: tuple[str, int, str], depends: Any = ()) -> Plan:
+    """The verified plan that executes (operator, micro-batch, stream) in this order."""
+    schedule = Schedule(program, micro_batches, depends)
+    for name, micro_batch, stream in launches:
+        (task,) = (t for t in schedule.get_ready_ops(micro_batch) if t.name == name)
+        schedule.execute(task, stream)
+    assert not schedule.unfinished
+    plan = lower(schedule, "manual")
+    verify(program, plan)
+    return plan
+
+
+def without(plan: Plan, kind: StepKind, stream: str) -> Plan:
+    """`plan` without the first `kind` step of `stream`: not verified."""
+    i = next(i for i, s in enumerate(plan.steps) if s.kind is kind and s.stream == stream)
+    return replaced(plan, [*plan.steps[:i], *plan.steps[i + 1 :]])
+
+
 def replaced(plan: Plan, steps: list[Step]) -> Plan:
     return dataclasses.replace(plan, steps=tuple(steps))
 
 
 def names(capture: Capture) -> list[str]:
     return [o.name for o in capture.program.operators]
-
-
-__all__ = [
-    "Capture",
-    "EffectTable",
-    "Executor",
-    "OpScheduler",
-    "arguments",
-    "capture",
-    "names",
-    "replaced",
-    "trace",
-]

@@ -1,0 +1,318 @@
+"""The executors: real threads, poisoned buffers, and the CUDA issue order with a stand-in for torch.cuda."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from support import arguments, lowered, manual, program_of, replaced, without
+
+from dynaflow_serving.errors import ConfigError, InactiveError
+from dynaflow_serving.examples import HIDDEN, example_capture
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.executor.cpu import CPUExecutor
+from dynaflow_serving.executor.cuda import CUDAExecutor
+from dynaflow_serving.executor.sequential import SequentialExecutor
+from dynaflow_serving.ir import Plan, StepKind
+from dynaflow_serving.lowering import lower
+from dynaflow_serving.strategies import get_strategy
+
+# make -> bump (in place, on the network stream, slowly) -> read
+IN_PLACE = """
+value x batch:0
+value y batch:0
+value z batch:0
+inputs x
+op make compute
+  inputs x
+  outputs y
+op bump network
+  inputs y
+  writes y
+op read compute
+  inputs y
+  outputs z
+outputs z
+"""
+TWO_STREAMS = (("make", 0, "compute"), ("bump", 0, "network"), ("read", 0, "compute"))
+
+
+@pytest.fixture
+def cpu():
+    executor = CPUExecutor()
+    yield executor
+    executor.close()
+
+
+def no_context(micro_batch: int) -> None:
+    pass
+
+
+def slow_bump(y: torch.Tensor) -> None:
+    time.sleep(0.1)
+    y.add_(1)
+
+
+def test_a_missing_wait_corrupts_the_result_and_the_wait_repairs_it(cpu: CPUExecutor) -> None:
+    program = program_of(IN_PLACE)
+    capture = manual(program, make=torch.clone, bump=slow_bump, read=lambda y: y * 2)
+    plan = lowered(program, 1, *TWO_STREAMS)
+    x = torch.arange(3.0)
+    (right,) = cpu.bind(capture, plan, {})([x], [0, 3], no_context)
+    assert torch.equal(right, (x + 1) * 2)
+    racy = without(plan, StepKind.WAIT, "compute")
+    (wrong,) = cpu.bind(capture, racy, {})([x], [0, 3], no_context)
+    assert torch.equal(wrong, x * 2)
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("failing", ["make", "bump", "read"])
+def test_the_original_exception_reaches_the_caller_and_the_executor_lives_on(cpu: CPUExecutor, failing: str) -> None:
+    program = program_of(IN_PLACE)
+    error = Boom(failing)
+    fail = {"now": True}
+
+    def operator(name: str, fn: Any) -> Any:
+        def call(y: torch.Tensor) -> Any:
+            if fail["now"] and name == failing:
+                raise error
+            return fn(y)
+
+        return call
+
+    functions = {"make": torch.clone, "bump": lambda y: None, "read": lambda y: y * 2}
+    capture = manual(program, **{n: operator(n, f) for n, f in functions.items()})
+    run = cpu.bind(capture, lowered(program, 1, *TWO_STREAMS), {})
+    x = torch.arange(3.0)
+    started = time.perf_counter()
+    with pytest.raises(Boom) as caught:
+        run([x], [0, 3], no_context)
+    assert time.perf_counter() - started < 1
+    assert caught.value is error
+    fail["now"] = False
+    for _ in range(50):
+        (out,) = run([x], [0, 3], no_context)
+        assert torch.equal(out, x * 2)
+
+
+def test_a_failed_run_frees_its_tensors_at_once(cpu: CPUExecutor) -> None:
+    import gc
+    import weakref
+
+    program = program_of(IN_PLACE)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def make(x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        alive.append(weakref.ref(y))
+        return y
+
+    def bump(y: torch.Tensor) -> None:
+        raise Boom
+
+    run = cpu.bind(manual(program, make=make, bump=bump, read=torch.clone), lowered(program, 1, *TWO_STREAMS), {})
+    gc.disable()
+    try:
+        with pytest.raises(Boom):
+            run([torch.ones(3)], [0, 3], no_context)
+        time.sleep(0.05)  # the worker drops its job
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_close_stops_the_threads() -> None:
+    executor = CPUExecutor()
+    program = program_of(IN_PLACE)
+    capture = manual(program, make=torch.clone, bump=slow_bump, read=torch.clone)
+    executor.bind(capture, lowered(program, 1, *TWO_STREAMS), {})
+    assert any(t.name == "dynaflow-network" for t in threading.enumerate())
+    executor.close()
+    assert not any(t.name == "dynaflow-network" for t in threading.enumerate())
+
+
+def test_workers_run_in_the_mode_of_the_caller(cpu: CPUExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of(IN_PLACE)
+    seen: dict[str, Any] = {}
+
+    def bump(y: torch.Tensor) -> None:
+        seen.update(
+            thread=threading.current_thread().name,
+            grad=torch.is_grad_enabled(),
+            inference=torch.is_inference_mode_enabled(),
+            threads=torch._C.get_num_threads(),
+            autocast=torch.is_autocast_enabled("cpu"),
+        )
+
+    run = cpu.bind(manual(program, make=torch.clone, bump=bump, read=torch.clone), lowered(program, 1, *TWO_STREAMS), {})
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # what vLLM's CPU worker does
+    before = torch._C.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch._C.set_num_threads(threads)
+            for mode, expected in (
+                (torch.enable_grad(), (True, False)),
+                (torch.no_grad(), (False, False)),
+                (torch.inference_mode(), (False, True)),
+            ):
+                with mode:
+                    run([torch.ones(3)], [0, 3], no_context)
+                assert (seen["grad"], seen["inference"]) == expected
+                assert seen["threads"] == threads
+                assert seen["thread"] == "dynaflow-network"
+                assert not seen["autocast"]
+        with torch.autocast("cpu", torch.bfloat16):
+            run([torch.ones(3)], [0, 3], no_context)
+        assert seen["autocast"]
+    finally:
+        torch._C.set_num_threads(before)
+
+
+CHAIN = """
+value x batch:0
+value y batch:0
+value z batch:0
+inputs x
+op first compute
+  inputs x
+  outputs y
+op second compute
+  inputs y
+  outputs z
+outputs z
+"""
+
+
+def test_the_sequential_executor_poisons_what_is_freed() -> None:
+    """An operator keeps its input behind the plan's back; reading it after the FREE gives NaN, not luck."""
+    program = program_of(CHAIN)
+    kept: list[torch.Tensor] = []
+
+    def second(y: torch.Tensor) -> torch.Tensor:
+        kept.append(y)
+        return y * 2
+
+    capture = manual(program, first=torch.clone, second=second)
+    plan = lowered(program, 1, ("first", 0, "compute"), ("second", 0, "compute"))
+    (z,) = SequentialExecutor().bind(capture, plan, {})([torch.ones(3)], [0, 3], no_context)
+    assert torch.equal(z, torch.full((3,), 2.0))
+    assert kept[0].isnan().all()
+
+
+def test_a_plan_that_frees_early_gives_nan_or_fails() -> None:
+    program = program_of(CHAIN)
+    out: list[torch.Tensor] = []
+    capture = manual(program, first=torch.clone, second=lambda y: out[-1] * 2 if y is None else y * 2)
+    capture.functions["first"] = lambda x: out.append(x.clone()) or out[-1]
+    plan = lowered(program, 1, ("first", 0, "compute"), ("second", 0, "compute"))
+    free = next(s for s in plan.steps if s.kind is StepKind.FREE)
+    rest = [s for s in plan.steps if s is not free]
+    early = replaced(plan, [rest[0], free, *rest[1:]])
+    (z,) = SequentialExecutor().bind(capture, early, {})([torch.ones(3)], [0, 3], no_context)
+    assert z.isnan().all()
+
+
+# -- CUDA, without a device --------------------------------------------------------------------------------
+class RecordingCuda:
+    """Stands in for torch.cuda: notes what is issued, in order."""
+
+    def __init__(self, available: bool = True) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.available = available
+        self.priorities: dict[str, int] = {}
+        cuda, self.streams, self.events = self, 0, 0
+
+        class Stream:
+            def __init__(self, priority: int = 0, name: str = "") -> None:
+                self.name = name or f"stream{cuda.streams}"
+                cuda.streams += not name
+                cuda.priorities[self.name] = priority
+
+            def wait_event(self, event: Any) -> None:
+                cuda.log.append(("wait", self.name, event.number))
+
+        class Event:
+            def __init__(self) -> None:
+                self.number = cuda.events
+                cuda.events += 1
+
+            def record(self, stream: Any) -> None:
+                cuda.log.append(("record", stream.name, self.number))
+
+        self.Stream, self.Event = Stream, Event
+        self.default = Stream(name="default")
+        self.active = self.default
+
+    def is_available(self) -> bool:
+        return self.available
+
+    def current_stream(self) -> Any:
+        return self.active
+
+    def set_stream(self, stream: Any) -> None:
+        self.active = stream
+
+
+def issued(plan: Plan, streams: dict[str, str]) -> list[tuple[Any, ...]]:
+    """What the CUDA executor must issue for `plan`."""
+    log: list[tuple[Any, ...]] = []
+    for s in plan.steps:
+        if s.kind in (StepKind.RECORD, StepKind.WAIT):
+            log.append((s.kind.value, streams[s.stream], s.event))
+        elif s.kind is StepKind.RUN:
+            log.append(("run", streams[s.stream], s.operators[0]))
+    return log
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "nanoflow", "dual_batch"])
+def test_cuda_issues_the_plan_in_order(strategy: str) -> None:
+    cuda = RecordingCuda()
+    capture = example_capture("moe")
+    plan = lower(get_strategy(strategy)().record(capture.program, 2), strategy)
+
+    def noting(name: str, fn: Any) -> Any:
+        def call(*args: Any) -> Any:
+            cuda.log.append(("run", cuda.active.name, name))
+            return fn(*args)
+
+        return call
+
+    capture.functions = {n: noting(n, f) for n, f in capture.functions.items()}
+    capture.into = {n: noting(n, f) for n, f in capture.into.items()}
+    taken = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
+    with torch.no_grad():
+        run = CUDAExecutor(cuda).bind(capture, plan, {})
+        for _ in range(2):
+            cuda.log.clear()
+            run(arguments(taken, {"l_x_": torch.randn(8, HIDDEN)}, 8), [0, 4, 8], no_context)
+            assert cuda.log == issued(plan, {"compute": "default", "network": "stream0"})
+    assert cuda.active is cuda.default
+    assert cuda.priorities.get("stream0", -1) == -1  # the network stream goes first
+
+
+def test_cuda_restores_the_stream_after_an_exception() -> None:
+    cuda = RecordingCuda()
+    program = program_of(IN_PLACE)
+
+    def bump(y: torch.Tensor) -> None:
+        assert cuda.active is not cuda.default
+        raise Boom
+
+    capture = manual(program, make=torch.clone, bump=bump, read=torch.clone)
+    with pytest.raises(Boom):
+        CUDAExecutor(cuda).bind(capture, lowered(program, 1, *TWO_STREAMS), {})([torch.ones(3)], [0, 3], no_context)
+    assert cuda.active is cuda.default
+
+
+def test_executors_by_name() -> None:
+    assert get_executor("auto", "cpu").name == "cpu"
+    with pytest.raises(ConfigError, match="unknown executor 'cpux'.*'cpu'.*auto, cpu, cuda, sequential"):
+        get_executor("cpux")
+    with pytest.raises(InactiveError, match="executor: cpu"):
+        CUDAExecutor(RecordingCuda(available=False))
