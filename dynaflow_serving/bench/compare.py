@@ -108,12 +108,12 @@ def compare(contest: Contest, progress: Progress) -> Comparison:
     """Run it. `progress` is told what begins. Raises `EngineProcessError`."""
     with contextlib.ExitStack() as stack:
         engines = {}
+        for name in (BASELINE, DYNAFLOW):  # both processes first: while one starts its engine, the other imports
+            engines[name] = EngineProcess(name, contest.driver, contest.environment, contest.logs / f"{name}.log")
+            stack.callback(engines[name].kill)
         for name, dynaflow in ((BASELINE, None), (DYNAFLOW, contest.dynaflow)):
             progress(f"start {name} engine")
-            engine = EngineProcess(name, contest.driver, contest.environment, contest.logs / f"{name}.log")
-            stack.callback(engine.kill)
-            info = engine.start(replace(contest.settings, dynaflow=dynaflow))
-            engines[name] = engine
+            info = engines[name].start(replace(contest.settings, dynaflow=dynaflow))
         pairs, mismatches = [], []
         for number in range(1 + contest.pairs):
             requests = requests_of_pass(contest.traffic, info.vocabulary, number)

@@ -67,8 +67,8 @@ def noise(comparison: Comparison) -> str:
         seconds = [p.seconds[name] for p in comparison.pairs]
         if max(seconds) > NOISY * min(seconds):
             return (
-                f"Noise: equal passes of {name} took {min(seconds):.2f} to {max(seconds):.2f} s. Something else uses this "
-                "machine, or the passes are too short; do not trust this ratio (try more --requests and --pairs)."
+                f"Noise: equal passes of {name} took {min(seconds):.2f} to {max(seconds):.2f} s. Something else uses "
+                "this machine, or the passes are too short: do not trust this ratio (try more --requests and --pairs)."
             )
     return ""
 

@@ -32,9 +32,9 @@ class EngineSettings:
 class Traffic:
     """`requests` at a time; lengths in tokens, uniform between half and one and a half of the given mean."""
 
-    requests: int = 32
-    input_len: int = 64
-    output_len: int = 32
+    requests: int
+    input_len: int
+    output_len: int
     seed: int = 0
 
     def lengths(self) -> list[tuple[int, int]]:

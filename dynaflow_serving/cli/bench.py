@@ -50,9 +50,9 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests of a pass, all sent at once.")] = 32,
-    input_len: Annotated[int, typer.Option(min=1, help="Mean prompt length, tokens (half to 1.5 times).")] = 64,
-    output_len: Annotated[int, typer.Option(min=1, help="Mean output length, tokens (half to 1.5 times).")] = 32,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of a pass, all sent at once.")] = 64,
+    input_len: Annotated[int, typer.Option(min=1, help="Mean prompt length, tokens (half to 1.5 times).")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Mean output length, tokens (half to 1.5 times).")] = 64,
     max_batched_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of one step at most. Default: the engine's.", show_default=False)
     ] = None,

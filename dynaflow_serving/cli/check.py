@@ -9,15 +9,15 @@ Contract
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dynaflow_serving.errors import ConfigError, DynaflowError, PlanError
+from dynaflow_serving.errors import ConfigError, DynaflowError, PlanError, TextError
 
 if TYPE_CHECKING:
     from dynaflow_serving.config import Config
@@ -42,8 +42,11 @@ def check_plan(path: Path) -> bool:
     from dynaflow_serving.ir import Plan, Program
     from dynaflow_serving.verify import verify
 
-    text = path.read_text()
-    program, plan = Program.from_text(text), Plan.from_text(text)
+    try:
+        text = path.read_text()
+        program, plan = Program.from_text(text), Plan.from_text(text)
+    except (TextError, UnicodeDecodeError) as e:
+        raise TextError(f"{path}: {e}") from None
     try:
         verify(program, plan)
     except PlanError as e:
@@ -60,9 +63,9 @@ def check_strategy(path: Path) -> bool:
     from dynaflow_serving.verify import verify
 
     config = load(path)
-    table = Table(title=f"{path}: strategy {config.build().name!r}", title_justify="left")
+    table = Table(title=f"{path}: strategy {config.build().name!r}", title_justify="left", box=box.SIMPLE)
     for column in ("example", "micro-batches", "steps", "streams", "waits", "plan hash", ""):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     problems = []
     for example in EXAMPLES:
         program = example_capture(example).program
@@ -75,8 +78,8 @@ def check_strategy(path: Path) -> bool:
                 problems.append(f"{example}, {n} micro-batches: {e}")
                 table.add_row(example, str(n), *["-"] * 4, type(e).__name__)
                 continue
-            waits = str(Counter(step.kind for step in plan.steps)["wait"])
-            table.add_row(example, str(n), str(len(plan.steps)), ", ".join(plan.streams), waits, plan.digest, "OK")
+            numbers = (str(n), str(len(plan.steps)), ", ".join(plan.streams), str(_waits(plan)))
+            table.add_row(example, *numbers, plan.digest, "OK")
     Console().print(table)
     for problem in problems:
         _error(problem)
@@ -102,11 +105,14 @@ def _variants(config: Config) -> list[tuple[Config, int]]:
 
 def describe(program: Program, plan: Plan) -> str:
     """`strategy nanoflow, 13 operators x 2 micro-batches, 61 steps on compute, network, 8 waits, hash 0123...`."""
-    waits = Counter(step.kind for step in plan.steps)["wait"]
     return (
         f"strategy {plan.strategy}, {len(program.operators)} operators x {plan.micro_batches} micro-batches, "
-        f"{len(plan.steps)} steps on {', '.join(plan.streams)}, {waits} waits, hash {plan.digest}"
+        f"{len(plan.steps)} steps on {', '.join(plan.streams)}, {_waits(plan)} waits, hash {plan.digest}"
     )
+
+
+def _waits(plan: Plan) -> int:
+    return sum(step.kind.value == "wait" for step in plan.steps)
 
 
 def _error(text: str) -> None:

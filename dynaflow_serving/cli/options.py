@@ -36,7 +36,10 @@ def configure(source: str | Path, micro_batches: int | None, options: list[str] 
         name, equals, value = option.partition("=")
         if not equals:
             raise ConfigError(f"--option {option!r} is not of the form NAME=VALUE")
-        changed[name.strip()] = yaml.safe_load(value)
+        try:
+            changed[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--option {option!r} is not valid YAML after the '='") from None
     if micro_batches is not None:
         valid = get_strategy(config.strategy).Options.model_fields
         if "micro_batches" not in valid:
