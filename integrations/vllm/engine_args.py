@@ -87,7 +87,7 @@ def _create_engine_config(args: Any, create: Callable[[], Any]) -> Any:
 
 def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
     from dynaflow_serving.integrations.vllm import VLLMIntegration
-    from dynaflow_serving.integrations.vllm.limits import check
+    from dynaflow_serving.integrations.vllm.limits import check, check_annotations
 
     VLLMIntegration().check_release()
     args.additional_config = {**args.additional_config, KEY: config.model_dump()}
@@ -99,6 +99,7 @@ def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
     os.environ |= {RUNNER_ENV: "0", "VLLM_USE_AOT_COMPILE": "0"}
     vllm_config = create()
     check(vllm_config, config)
+    check_annotations(vllm_config, config.build().annotations)
     if asked is None and _default_is_v2(vllm_config):
         logger.warning("DynaFlow selects Model Runner V1 (vLLM's default here is V2, not supported yet)")
     _redirect(vllm_config)

@@ -3,15 +3,23 @@
 Contract
 - `check` sees the final VllmConfig (vLLM has resolved modes and platform rewrites by then) and raises
   `InactiveError` with all causes and what to change.
+- An annotation whose class or function does not exist in vLLM and torch is an `AnnotationError` here; one
+  that exists but is not part of the model's graph is found when the graph is captured.
 - The support matrix in the README is this list.
 """
 
 from __future__ import annotations
 
+import operator
+import sys
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+
+from dynaflow_serving.annotations import Rule, SplitModule
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.errors import AnnotationError, InactiveError, unknown_name
 
 
 def check(vllm_config: Any, config: Config) -> None:
@@ -20,6 +28,41 @@ def check(vllm_config: Any, config: Config) -> None:
             f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {'; '.join(causes)}. "
             "Change these, or remove the dynaflow option; with 'fallback: true' vLLM runs without it."
         )
+
+
+def check_annotations(vllm_config: Any, rules: Iterable[Rule]) -> None:
+    """Raise `AnnotationError` for a rule that names nothing that exists."""
+    for rule in rules:
+        if rule.required and isinstance(rule.target, str):
+            known = _module_classes(vllm_config) if isinstance(rule, SplitModule) else _functions()
+            if rule.target not in known:
+                why = unknown_name("module class" if isinstance(rule, SplitModule) else "function", rule.target, known)
+                raise AnnotationError(f"{type(rule).__name__} of the strategy matches nothing: {_shortened(why)}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) < 1200 else f"{text[:1200]} ..."
+
+
+def _module_classes(vllm_config: Any) -> set[str]:
+    """Module classes that the model's code can use: all that its imports have brought into vLLM."""
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    get_model_architecture(vllm_config.model_config)
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith("vllm.model_executor.") and m is not None]
+    found = {v for m in modules for v in vars(m).values() if isinstance(v, type)}
+    return {c.__name__ for c in found if issubclass(c, torch.nn.Module)}
+
+
+def _functions() -> set[str]:
+    import vllm.model_executor.layers.attention  # registers vLLM's operators  # noqa: F401
+    from vllm import _custom_ops  # noqa: F401
+
+    names = {n for space in (torch, torch.nn.functional, torch.Tensor, operator) for n in dir(space)}
+    for schema in torch._C._jit_get_all_schemas():
+        namespace, _, name = schema.name.partition("::")
+        names |= {f"{namespace}::{name}", f"{namespace}.{name}", name}
+    return names
 
 
 def _mode(vllm_config: Any) -> list[str]:

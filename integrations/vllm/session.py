@@ -11,6 +11,7 @@ Contract
 from __future__ import annotations
 
 import difflib
+import logging
 from collections import Counter
 from typing import Any
 
@@ -23,6 +24,7 @@ from dynaflow_serving.partition import Capture
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.splitting import whole
 
+logger = logging.getLogger("vllm.dynaflow")
 _current: Session | None = None
 
 
@@ -70,6 +72,9 @@ class Session:
                 split = runtime.admit(batch, split)
         self.split = split
         if len(split.micro_batches) > 1:
+            if not self.split_steps:
+                sizes = [p.tokens[1] - p.tokens[0] for p in split.micro_batches]
+                logger.info("DynaFlow: first split step, %d micro-batches of %s tokens", len(sizes), sizes)
             self.split_steps += 1
         else:
             self.unsplit_steps[split.reason] += 1
@@ -121,4 +126,5 @@ class Session:
         self.unsplit_steps.clear()
 
     def close(self) -> None:
+        logger.info("DynaFlow: %d steps split, un-split: %s", self.split_steps, dict(self.unsplit_steps) or "none")
         self.executor.close()

@@ -1,0 +1,151 @@
+"""Real vLLM on CPU: engines run in this process (TP=1) or with worker processes (TP=2).
+
+Mode 3 is what CUDA uses by default; CPU rewrites it to mode 2. `MODE3_PLUGIN` undoes the rewrite in every
+process through vLLM's own plugin mechanism, so that VllmBackend and its pieces run as on CUDA.
+"""
+
+import gc
+import os
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+}
+
+MODE3_PLUGIN = '''
+import os
+
+def register():
+    from vllm.config import CompilationMode, VllmConfig
+    from vllm.platforms.cpu import CpuPlatform
+    if getattr(CpuPlatform, "_mode3", False):
+        return
+    CpuPlatform._mode3 = True
+    check, ranges = CpuPlatform.check_and_update_config.__func__, VllmConfig._set_compile_ranges
+
+    def check_and_update_config(cls, vllm_config):
+        check(cls, vllm_config)
+        c = vllm_config.compilation_config
+        if os.environ.get("TEST_MODE3") and c.mode == CompilationMode.DYNAMO_TRACE_ONCE:
+            c.mode, c.backend, c.compile_sizes = CompilationMode.VLLM_COMPILE, "eager", []
+
+    def set_compile_ranges(self):
+        ranges(self)
+        if os.environ.get("TEST_MODE3"):
+            self.compilation_config.compile_sizes = self.compilation_config.compile_sizes or []
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+    VllmConfig._set_compile_ranges = set_compile_ranges
+'''
+
+MODES = {
+    "mode2-uncompiled": {"mode": 2, "backend": "eager"},
+    "mode2-compiled": {},  # what vLLM chooses on CPU: mode 2, Inductor
+    "mode3": {},
+}
+
+
+@dataclass
+class Outcome:
+    tokens: list
+    reports: list = field(default_factory=list)
+
+    @property
+    def split(self):
+        return self.reports[0]["steps"]["split"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mode3_plugin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "mode3_on_cpu.py").write_text(MODE3_PLUGIN)
+    info = folder / "mode3_on_cpu-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mode3-on-cpu\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nmode3_on_cpu = mode3_on_cpu:register\n")
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture(scope="session")
+def model_path():
+    """`model_path(kind)`: a tiny model made locally."""
+    from dynaflow_serving.bench.tiny_models import make_tiny_model
+
+    return lambda kind: str(make_tiny_model(kind))
+
+
+def mixed_prompts(count=12, seed=0):
+    """Token ids of mixed lengths; every third request shares a long prefix with the first."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(10, 2000) for _ in range(48)]
+    prompts = []
+    for i in range(count):
+        own = [rng.randrange(10, 2000) for _ in range(rng.choice([3, 9, 17, 33, 70]))]
+        prompts.append((shared if i % 3 == 0 else []) + own)
+    return prompts
+
+
+@pytest.fixture(scope="session")
+def generate(model_path):
+    """`generate(kind, mode, tp, dynaflow, ...) -> Outcome`: one engine, greedy tokens, then shut down.
+
+    float32: in bfloat16 micro-batches of other sizes pick other CPU kernels, and near-ties flip.
+    Stock outcomes (dynaflow None) are cached.
+    """
+    stock = {}
+
+    def run(kind, mode="mode2-uncompiled", tp=1, dynaflow=None, prompts=None, max_tokens=12, **options):
+        key = (kind, mode, tp, str(prompts), max_tokens, str(sorted(options.items())))
+        if dynaflow is None and key in stock:
+            return stock[key]
+        outcome = _run(model_path(kind), mode, tp, dynaflow, prompts or mixed_prompts(), max_tokens, options)
+        if dynaflow is None:
+            stock[key] = outcome
+        return outcome
+
+    return run
+
+
+def _run(model, mode, tp, dynaflow, prompts, max_tokens, options):
+    import torch
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    torch._dynamo.reset()
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if tp == 1 else "0|1"
+    os.environ["TEST_MODE3"] = "1" if mode == "mode3" else ""
+    settings = dict(
+        max_model_len=512, max_num_seqs=16, max_num_batched_tokens=96, seed=0, dtype="float32",
+        tensor_parallel_size=tp, compilation_config=dict(MODES[mode]),
+    )  # fmt: skip
+    if dynaflow is not None:
+        settings["additional_config"] = {"dynaflow": dynaflow}
+    llm = LLM(model, **settings | options)
+    try:
+        expected = 3 if mode == "mode3" else 2
+        assert int(llm.llm_engine.vllm_config.compilation_config.mode) == expected
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], sampling, use_tqdm=False)
+        tokens = [list(o.outputs[0].token_ids) for o in outputs]
+        reports = llm.collective_rpc("dynaflow_report") if dynaflow is not None else []
+        return Outcome(tokens, reports)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def repository():
+    return Path(__file__).parents[2]

@@ -1,0 +1,84 @@
+"""What goes wrong when micro-batches share KV blocks, and that it does not."""
+
+import random
+
+import numpy as np
+import pytest
+
+from dynaflow_serving.integrations.vllm.hazards import dependences
+from dynaflow_serving.scheduler import OpScheduler, Options
+from dynaflow_serving.splitting import cut_at_requests
+from dynaflow_serving.strategies import STRATEGIES, register_strategy
+
+
+@pytest.fixture
+def last_first():
+    """A strategy that runs the last micro-batch first wherever it may: the reader before the writer."""
+
+    @register_strategy("last_first")
+    class LastFirst(OpScheduler):
+        class Options(Options):
+            micro_batches: int = 2
+
+        def split(self, batch):
+            return cut_at_requests(batch, 2)
+
+        def schedule(self, s):
+            while ready := s.get_ready_ops():
+                s.execute(max(ready, key=lambda t: t.micro_batch))
+
+    yield {"strategy": "last_first"}
+    STRATEGIES.pop("last_first")
+
+
+def shared_prefix_prompts():
+    rng = random.Random(0)
+    shared = [rng.randrange(10, 2000) for _ in range(300)]
+    return [shared + [rng.randrange(10, 2000) for _ in range(20)] for _ in range(2)]
+
+
+OPTIONS = dict(prompts=shared_prefix_prompts(), max_tokens=8, max_model_len=1024, max_num_batched_tokens=4096)
+
+
+@pytest.mark.parametrize("mode", ["mode2-uncompiled", "mode3"])
+def test_reader_of_a_prefix_written_in_the_same_step_follows_its_writer(generate, last_first, mode):
+    ours = generate("llama", mode, dynaflow=last_first, **OPTIONS)
+    assert ours.tokens == generate("llama", mode, **OPTIONS).tokens
+    plans = [p for program in ours.reports[0]["programs"] for p in program["plans"]]
+    assert any("depends=0>1" in p for p in plans)
+
+
+def test_it_is_the_edge_that_makes_it_right(generate, last_first, monkeypatch):
+    from dynaflow_serving.integrations.vllm import runner
+
+    monkeypatch.setattr(runner, "dependences", lambda *_: ())
+    broken = generate("llama", dynaflow=last_first, **OPTIONS)
+    assert broken.tokens != generate("llama", **OPTIONS).tokens
+
+
+def test_metadata_is_built_per_micro_batch_by_builders_that_update_block_tables(generate, monkeypatch):
+    """vLLM caches metadata by (spec, builder type); FlashAttention's builder would hand micro-batch 1 the
+    sequence lengths of micro-batch 0. The CPU builder is given the same ability here."""
+    import copy
+
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder as Builder
+
+    def update_block_table(self, metadata, block_table, slot_mapping):
+        updated = copy.copy(metadata)
+        updated.block_table, updated.slot_mapping = block_table, slot_mapping
+        return updated
+
+    stock = generate("llama")
+    monkeypatch.setattr(Builder, "supports_update_block_table", True)
+    monkeypatch.setattr(Builder, "update_block_table", update_block_table, raising=False)
+    ours = generate("llama", dynaflow={"strategy": "nanoflow", "options": {"min_tokens": 1}})
+    assert ours.tokens == stock.tokens and ours.split > 0
+
+
+def test_dependences_of_block_tables():
+    table = np.array([[1, 2, 3], [1, 2, 4], [5, 6, 0]])
+    tokens, computed = np.array([40, 8, 16]), np.array([0, 32, 16])
+    # request 0 writes blocks 1, 2, 3 in this step; request 1 was admitted on a hit for 1 and 2
+    assert dependences(tokens, computed, [(16, table)]) == ((0, 1),)
+    assert dependences(tokens, np.array([0, 0, 0]), [(16, table)]) == ()
+    assert dependences(np.array([1, 1, 1]), np.array([47, 40, 20]), [(16, table)]) == ()

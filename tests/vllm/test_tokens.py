@@ -1,0 +1,56 @@
+"""Greedy tokens of 12 mixed-length requests (prefill, decode, mixed, chunked prefill, prefix-cache hits) with
+and without DynaFlow, in every mode, on one and two tensor-parallel ranks."""
+
+import pytest
+
+NANOFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("mode", ["mode2-uncompiled", "mode2-compiled", "mode3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral"])
+def test_tokens_equal_stock(generate, kind, mode, tp):
+    stock = generate(kind, mode, tp)
+    ours = generate(kind, mode, tp, NANOFLOW)
+    assert ours.tokens == stock.tokens
+    assert ours.split > 0
+    assert len({r["plan_hash"] for r in ours.reports}) == 1 and len(ours.reports) == tp
+
+
+@pytest.mark.parametrize(
+    "dynaflow",
+    [
+        {"strategy": "nanoflow", "options": {"min_tokens": 1, "micro_batches": 3}},
+        {"strategy": "nanoflow", "options": {"min_tokens": 1, "micro_batches": 2, "cut": "token"}},
+        {"strategy": "nanoflow", "options": {"min_tokens": 1, "micro_batches": 4, "cut": "token"}},
+        {"strategy": "dual_batch", "options": {"min_tokens": 1}},
+        {"strategy": "sequential", "options": {"micro_batches": 3}},
+        {"strategy": "nanoflow", "options": {"min_tokens": 1}, "executor": "sequential"},
+    ],
+    ids=["n3", "token-cut", "token-cut-n4", "dual_batch", "sequential-n3", "poisoning-executor"],
+)
+def test_strategies_and_cuts(generate, dynaflow):
+    stock = generate("llama")
+    ours = generate("llama", dynaflow=dynaflow)
+    assert ours.tokens == stock.tokens
+    assert ours.split > 0
+
+
+def test_other_moe(generate):
+    ours = generate("qwen3_moe", dynaflow=NANOFLOW)
+    assert ours.tokens == generate("qwen3_moe").tokens and ours.split > 0
+
+
+def test_steps_below_the_threshold_run_unsplit_and_are_counted(generate):
+    ours = generate("llama", dynaflow={"strategy": "nanoflow", "options": {"min_tokens": 40}})
+    assert ours.tokens == generate("llama").tokens
+    steps = ours.reports[0]["steps"]
+    assert steps["split"] > 0
+    assert steps["unsplit"]["a micro-batch would have under 40 tokens"] > 0
+
+
+def test_collectives_are_on_the_network_stream(generate):
+    ours = generate("llama", tp=2, dynaflow=NANOFLOW)
+    plan = ours.reports[0]["programs"][0]["plans"][-1]
+    assert "network | run layers.0.all_reduce.0 @0" in plan
+    assert "compute | run layers.0.attention @1" in plan
