@@ -143,6 +143,9 @@ class _Builder:
                 first = self.current[name, 0]  # of a shared value any micro-batch's will do
                 batched = self.program.values[name].scope is Scope.BATCH
                 keep.add(self._bring(name, 0, self.n, join) if batched else self._bring(*_fields(first), join))
+        for name in self.program.inputs:
+            if name in self.tracked:
+                self._check_fresh(Instance(name, 0, self.n))  # the caller sees what is written to an argument
         join.after |= set({n.stream: n for n in self.nodes}.values())
         self._add(join)
         crossing: list[Instance] = []

@@ -30,8 +30,9 @@ def parse(cls: type[T], source: str) -> T:
     for number, line in enumerate(source.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        if line.split()[0] in ("program", "plan"):
-            section = line.split()[0]
+        word, *rest = line.split()
+        if word in ("program", "plan") and rest[:1] != ["|"]:  # a stream may have such a name
+            section = word
         if section == wanted:
             lines.append((number, line))
     if not lines:
@@ -160,9 +161,7 @@ def _read_program(lines: list[tuple[int, str]]) -> Program:
                 values[rest[0]] = Value(rest[0], Scope(scope), int(axis) if axis else None, storage)
             elif word == "op":
                 flags = {f.partition("=")[0]: f.partition("=")[2] or True for f in rest[2:]}
-                operators.append(
-                    {"name": rest[0], "resource": Resource(rest[1]), "inputs": (), "outputs": (), **flags}
-                )
+                operators.append({"name": rest[0], "resource": Resource(rest[1]), "inputs": (), "outputs": (), **flags})
             elif word in ports:
                 ports[word] = tuple(rest)
             else:

@@ -1,0 +1,144 @@
+"""Random Programs, built in the IR: what lowering returns, the verifier accepts; text forms round-trip.
+
+The Programs write storages in place (through aliases too), read and write engine states, and have
+collective groups and operators with context. Lowering may refuse a schedule, with a `ScheduleError`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynaflow_serving.errors import ScheduleError, TextError
+from dynaflow_serving.ir import COMPUTE_STREAM, Operator, Plan, Program, Resource, Scope, StepKind, Value
+from dynaflow_serving.lowering import lower
+from dynaflow_serving.scheduler import Schedule
+from dynaflow_serving.verify import verify
+
+SEEN: Counter[str] = Counter()
+
+
+def random_program(rng: random.Random, size: int) -> Program:
+    values = {"n": Value("n", Scope.TOKENS), "w": Value("w", Scope.SHARED)}
+    for i in range(rng.randint(1, 3)):
+        values[f"x{i}"] = Value(f"x{i}", Scope.BATCH, rng.choice((0, 1)))
+    inputs = tuple(values)
+    operators: list[Operator] = []
+    for i in range(size):
+        readable = [v for v in values.values() if v.scope is not Scope.TOKENS or rng.random() < 0.5]
+        used = rng.sample(readable, min(len(readable), rng.randint(1, 3)))
+        batched = [v for v in used if v.scope is Scope.BATCH]
+        outputs = []
+        for j in range(rng.randint(0 if i else 1, 2)):
+            source = rng.choice(batched) if batched and rng.random() < 0.3 else None
+            scope = rng.choices((Scope.BATCH, Scope.LOCAL, Scope.SHARED), (8, 1, 1))[0]
+            axis = rng.choice((0, 1)) if scope is Scope.BATCH else None
+            storage = source.storage if source is not None and scope is Scope.BATCH else ""
+            outputs.append(Value(f"v{i}_{j}", scope, axis, storage))
+        values.update({v.name: v for v in outputs})
+        writes = [v.storage for v in batched if rng.random() < 0.25]
+        states = [s for s in ("cache0", "cache1") if rng.random() < 0.15]
+        own = [v.name for v in outputs if v.scope is Scope.BATCH and v.storage == v.name]
+        operators.append(
+            Operator(
+                f"op{i}",
+                rng.choice(list(Resource)),
+                tuple(v.name for v in used),
+                tuple(v.name for v in outputs),
+                tags=("t",) * rng.randint(0, 1),
+                writes=tuple(dict.fromkeys(writes + states[:1])),
+                reads=tuple(states[1:]),
+                group=rng.choice(("", "", "", "tp", "ep")),
+                context=rng.random() < 0.1,
+                into=tuple(v for v in own if rng.random() < 0.5),
+            )
+        )
+    produced = [v for v in values.values() if v.scope is Scope.BATCH]
+    outputs_of = rng.sample(produced, min(len(produced), rng.randint(1, 3)))
+    return Program(inputs, tuple(v.name for v in outputs_of), values, tuple(operators))
+
+
+def random_schedule(rng: random.Random, program: Program, micro_batches: int, depends: list[tuple[int, int]]) -> Schedule:
+    s = Schedule(program, micro_batches, depends)
+    while ready := s.get_ready_ops():
+        task = rng.choice(ready)
+        stream = COMPUTE_STREAM if task.operator.context else rng.choice(("compute", "network", "memory"))
+        group = [task]
+        while rng.random() < 0.3:
+            group += [t for t in ready if t.name == task.name and t.micro_batch == group[-1].micro_batch + 1]
+        try:
+            s.execute(group, stream)
+        except ScheduleError:
+            s.execute(task, stream)
+    if s.unfinished:
+        raise ScheduleError("micro-batches wait for one another")
+    return s
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 16), micro_batches=st.integers(1, 4))
+def test_what_lowering_returns_is_correct(seed: int, size: int, micro_batches: int) -> None:
+    rng = random.Random(seed)
+    program = random_program(rng, size)
+    pairs = [(i, j) for i in range(micro_batches) for j in range(i + 1, micro_batches)]
+    depends = sorted(rng.sample(pairs, rng.randint(0, len(pairs))))
+    assert Program.from_text(program.to_text()) == program
+    assert Program.from_text(program.to_text()).to_text() == program.to_text()
+    try:
+        plan = lower(random_schedule(rng, program, micro_batches, depends), "random", zero_copy=rng.random() < 0.8)
+    except ScheduleError:
+        SEEN["refused"] += 1
+        return
+    SEEN["accepted"] += 1
+    SEEN["merges"] += sum(s.kind is StepKind.MERGE for s in plan.steps)
+    SEEN["waits"] += sum(s.kind is StepKind.WAIT for s in plan.steps)
+    SEEN["buffers"] += sum(s.kind is StepKind.ALLOC for s in plan.steps)
+    verify(program, plan)
+    assert Plan.from_text(plan.to_text()) == plan
+    assert Plan.from_text(plan.to_text()).to_text() == plan.to_text()
+    both = program.to_text() + "\n# a comment\n" + plan.to_text()
+    assert (Program.from_text(both), Plan.from_text(both)) == (program, plan)
+
+
+def test_the_random_programs_are_mostly_accepted(report: Callable[[str], None]) -> None:
+    report("random programs: " + ", ".join(f"{k} {v}" for k, v in sorted(SEEN.items())))
+    if SEEN:
+        assert SEEN["accepted"] > SEEN["refused"]
+
+
+def test_names_that_look_like_headers_round_trip() -> None:
+    values = {v: Value(v, Scope.BATCH, 0) for v in ("program", "plan")}
+    program = Program(
+        ("program",), ("plan",), values, (Operator("op", Resource.COMPUTE, ("program",), ("plan",)),), "a | b: c"
+    )
+    assert Program.from_text(program.to_text()) == program
+    s = Schedule(Program(program.inputs, program.outputs, values, program.operators), 2)
+    for task in s.get_ready_ops():
+        s.execute(task, "program")
+    plan = lower(s, "x")
+    assert Plan.from_text(plan.to_text()) == plan
+    assert Plan.from_text(program.to_text() + plan.to_text()) == plan
+
+
+@pytest.mark.parametrize(
+    ("cls", "text", "message"),
+    [
+        (Plan, "plan x", "line 1: 'plan x' is not 'plan NAME"),
+        (Plan, "plan x program=1 micro_batches=1 depends=-\ncompute | jump a@0", "line 2: .*a step is one of: run, "),
+        (Plan, "plan x program=1 micro_batches=1 depends=-\n\ncompute | free a", "line 3: .*is not an instance"),
+        (Plan, "program", "no plan found"),
+        (Program, "", "no program found"),
+        (Program, "program\nvalue x batch", "line 2: .*axis=None"),
+        (Program, "program\nvalue x sideways", "line 2: .*sideways"),
+        (Program, "program\nop a compute\n  colour red", "colour"),
+        (Program, "program\nnonsense", "line 2: .*unknown field"),
+    ],
+)
+def test_unreadable_text_says_where(cls: type[Plan] | type[Program], text: str, message: str) -> None:
+    with pytest.raises(TextError, match=message):
+        cls.from_text(text)

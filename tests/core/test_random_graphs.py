@@ -1,0 +1,223 @@
+"""Random graphs under random schedules and splits equal plain execution, bit by bit.
+
+`DYNAFLOW_EXAMPLES=5000` looks further. Values are small integers in float64, so all arithmetic is exact and the order of additions does not show.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from dynaflow_serving.annotations import KEY
+from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.errors import ScheduleError
+from dynaflow_serving.executor.cpu import CPUExecutor
+from dynaflow_serving.executor.sequential import SequentialExecutor
+from dynaflow_serving.ir import Plan, Program, StepKind
+from dynaflow_serving.lowering import lower
+from dynaflow_serving.partition import Capture, partition
+from dynaflow_serving.scheduler import Schedule, Task
+from dynaflow_serving.verify import verify
+
+EXAMPLES = int(os.environ.get("DYNAFLOW_EXAMPLES", 150))
+WIDTH = 4
+STREAMS = ("compute", "network", "memory")
+SEEN: Counter[str] = Counter()
+
+
+class RandomGraph:
+    """An FX graph over values of shape [tokens, 4], [tokens, 2] and their transposes, with fake values."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng, self.graph = rng, fx.Graph()
+        self.root = torch.nn.Module()
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.values: list[fx.Node] = []
+        for i in range(rng.randint(1, 3)):
+            self._input(f"x{i}")
+        for i in range(2):
+            weight = torch.tensor([[rng.choice((-1.0, 0.0, 1.0)) for _ in range(WIDTH)] for _ in range(WIDTH)])
+            self.root.register_buffer(f"w{i}", weight.double())
+        self.weights = [self._get_attr(f"w{i}") for i in range(2)]
+
+    def _input(self, name: str) -> None:
+        node = self.graph.placeholder(name)
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+        if self.values:  # all inputs have the same number of tokens
+            with self.mode:
+                node.meta["val"] = torch.empty_like(self.values[0].meta["val"])
+        else:
+            example = torch.empty(7, WIDTH, dtype=torch.float64)
+            node.meta["val"] = self.mode.from_tensor(example, symbolic_context=context)
+        self.values.append(node)
+
+    def _get_attr(self, name: str) -> fx.Node:
+        node = self.graph.get_attr(name)
+        node.meta["val"] = self.mode.from_tensor(getattr(self.root, name))
+        return node
+
+    def call(self, op: str, target: Any, *args: Any) -> fx.Node:
+        node = self.graph.create_node(op, target, args)
+        fakes = fx.node.map_arg(args, lambda n: n.meta["val"])
+        with self.mode:
+            fn = target if op == "call_function" else getattr(torch.Tensor, target)
+            node.meta["val"] = fn(*fakes)
+        self.values.append(node)
+        return node
+
+    def shape(self, node: fx.Node) -> tuple[str, ...]:
+        return tuple(str(s) for s in node.meta["val"].shape)
+
+    def like(self, node: fx.Node) -> fx.Node:
+        return self.rng.choice([v for v in self.values if self.shape(v) == self.shape(node)])
+
+    def grow(self) -> fx.Node:
+        rng, a = self.rng, self.rng.choice(self.values[-5:])
+        kind = rng.choice(("unary", "binary", "binary", "matmul", "in_place", "in_place", "view", "transpose", "cat"))
+        width = WIDTH if str(WIDTH) in self.shape(a) else 2
+        tall = self.shape(a)[1] == str(width)
+        if kind == "matmul" and tall and width == WIDTH:
+            return self.call("call_function", rng.choice((torch.matmul, operator.matmul)), a, rng.choice(self.weights))
+        if kind == "in_place":
+            if rng.random() < 0.5:
+                return self.call("call_method", "add_", a, self.like(a))
+            return self.call("call_method", rng.choice(("neg_", "relu_")), a)
+        if kind == "view" and tall and width == WIDTH:
+            return self.call("call_method", "narrow", a, 1, rng.choice((0, 2)), 2)
+        if kind == "transpose":
+            return self.call("call_method", "transpose", a, 0, 1)
+        if kind == "cat" and tall and width == 2:
+            return self.call("call_function", torch.cat, [a, self.like(a)], 1)
+        if kind == "unary":
+            return self.call("call_function", rng.choice((torch.relu, torch.neg, operator.neg)), a)
+        target = rng.choice((torch.add, operator.add, operator.sub, torch.maximum))
+        return self.call("call_function", target, a, self.like(a))
+
+    def build(self, size: int) -> tuple[fx.GraphModule, set[Any]]:
+        start = 0
+        for i in range(size):
+            node = self.grow()
+            if i >= start and self.rng.random() < 0.6:
+                start = i + self.rng.randint(1, 3)
+                label = {"name": f"op{i}", "resource": self.rng.choice(("compute", "memory", "network"))}
+            if i < start:
+                node.meta["custom"] = {KEY: {**label, "tags": [], "group": self.rng.choice(("", "", "world"))}}
+        outputs = self.rng.sample(self.values, min(len(self.values), self.rng.randint(1, 3)))
+        self.graph.output(tuple(outputs))
+        gm = fx.GraphModule(self.root, self.graph)
+        return gm, {self.values[0].meta["val"].shape[0].node.expr}
+
+
+def fused(capture: Capture, operators: tuple[str, ...]) -> Callable[..., Any]:
+    """A kernel that does what `operators` do one after the other."""
+    program = capture.program
+    inputs, outputs = external_ports(program, operators)
+
+    def kernel(*args: Any) -> Any:
+        values = dict(zip(inputs, args, strict=True))
+        for op in (program.by_name[n] for n in operators):
+            results = capture.functions[op.name](*(values[v] for v in op.inputs))
+            values.update(zip(op.outputs, results if len(op.outputs) > 1 else [results], strict=bool(op.outputs)))
+        results = tuple(values[v] for v in outputs)
+        return results if len(results) > 1 else results[0] if results else None
+
+    kernel.__name__ = "fused_" + "_".join(operators)
+    return kernel
+
+
+def random_schedule(rng: random.Random, capture: Capture, micro_batches: int, wild: bool) -> Schedule:
+    """Ready operators in random order on random streams; `wild`: also merged and replaced."""
+    s = Schedule(capture.program, micro_batches)
+    kernels: dict[tuple[str, ...], Callable[..., Any]] = {}
+    while ready := s.get_ready_ops():
+        task, stream = rng.choice(ready), rng.choice(STREAMS)
+        group = [task]
+        while wild and rng.random() < 0.6:  # the same operator of the next micro-batches
+            group += [t for t in ready if t.name == task.name and t.micro_batch == group[-1].micro_batch + 1]
+        replace = None
+        if wild and rng.random() < 0.3 and (after := s.successors(task)):
+            follower = rng.choice(after)
+            names = (task.name, follower.name)
+            replace = kernels.setdefault(names, fused(capture, names))
+            group += [Task(follower.operator, t.micro_batch) for t in group]
+        try:
+            s.execute(group, stream, replace=replace)
+            SEEN["merged"] += len({t.micro_batch for t in group}) > 1
+            SEEN["replaced"] += replace is not None
+        except ScheduleError:  # the follower needs more, or the operator cannot be merged
+            s.execute(task, stream)
+    return s
+
+
+def run(executor: Any, capture: Capture, schedule: Schedule, plan: Plan, inputs: Any, bounds: list[int]) -> Any:
+    program = capture.program
+    given = {k: v.clone() for k, v in inputs.items()}
+    taken = program.inputs[: len(program.inputs) - len(capture.constants)]
+    out = executor.bind(capture, plan, schedule.kernels)([given[n] for n in taken], bounds, lambda mb: None)
+    return capture.rebuild(out), given
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    executor = CPUExecutor()
+    yield executor
+    executor.close()
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 14), micro_batches=st.integers(2, 4))
+def test_any_schedule_of_any_graph_equals_plain_execution(
+    cpu: CPUExecutor, seed: int, size: int, micro_batches: int
+) -> None:
+    rng = random.Random(seed)
+    gm, tokens = RandomGraph(rng).build(size)
+    capture = partition(gm, tokens=tokens)
+    assert not capture.program.unsplittable
+    total = rng.randint(micro_batches, 11)
+    bounds = [0, *sorted(rng.sample(range(1, total), micro_batches - 1)), total]
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    inputs = {n: torch.tensor([[rng.randint(-3, 3)] * WIDTH for _ in range(total)]).double() for n in names}
+    for x in inputs.values():
+        x += torch.arange(WIDTH).double()
+    expected_inputs = {k: v.clone() for k, v in inputs.items()}
+    expected = gm(*(expected_inputs[n] for n in names))
+
+    schedule = random_schedule(rng, capture, micro_batches, wild=True)
+    try:
+        plan = lower(schedule, "random")
+    except ScheduleError as e:  # in-place writes and merges that do not go together
+        assert "out of date" in str(e) or "merged" in str(e)
+        SEEN["refused"] += 1
+        schedule = random_schedule(rng, capture, micro_batches, wild=False)
+        plan = lower(schedule, "random")
+    verify(capture.program, plan)
+    assert Plan.from_text(plan.to_text()) == plan
+    assert Program.from_text(capture.program.to_text()) == capture.program
+    SEEN["plans"] += 1
+    SEEN["zero-copy"] += any(s.into for s in plan.steps)
+    SEEN["in place"] += any(o.writes for o in capture.program.operators)
+    SEEN["waits"] += sum(s.kind is StepKind.WAIT for s in plan.steps)
+    for executor in (SequentialExecutor(), cpu):
+        out, given_inputs = run(executor, capture, schedule, plan, inputs, bounds)
+        for got, want in zip(out, expected, strict=True):
+            assert torch.equal(got, want), executor.name
+        for n in names:
+            assert torch.equal(given_inputs[n], expected_inputs[n]), f"argument {n} on {executor.name}"
+
+
+def test_the_random_cases_reach_every_feature(report: Callable[[str], None]) -> None:
+    report("random graphs: " + ", ".join(f"{k} {v}" for k, v in sorted(SEEN.items())))
+    if SEEN["plans"] > 50:
+        assert all(SEEN[k] > 5 for k in ("merged", "replaced", "zero-copy", "in place", "waits", "refused"))
