@@ -10,6 +10,7 @@ Contract
 
 from __future__ import annotations
 
+import difflib
 import operator
 import sys
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ import torch
 
 from dynaflow_serving.annotations import Rule, SplitModule
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import AnnotationError, InactiveError, unknown_name
+from dynaflow_serving.errors import AnnotationError, InactiveError
 
 
 def check(vllm_config: Any, config: Config) -> None:
@@ -36,12 +37,12 @@ def check_annotations(vllm_config: Any, rules: Iterable[Rule]) -> None:
         if rule.required and isinstance(rule.target, str):
             known = _module_classes(vllm_config) if isinstance(rule, SplitModule) else _functions()
             if rule.target not in known:
-                why = unknown_name("module class" if isinstance(rule, SplitModule) else "function", rule.target, known)
-                raise AnnotationError(f"{type(rule).__name__} of the strategy matches nothing: {_shortened(why)}")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) < 1200 else f"{text[:1200]} ..."
+                near = difflib.get_close_matches(rule.target, known, n=12, cutoff=0.3)
+                raise AnnotationError(
+                    f"{type(rule).__name__}({rule.target!r}) of the strategy matches nothing: no such "
+                    f"{'module class' if isinstance(rule, SplitModule) else 'function'}. Nearest of {len(known)} "
+                    f"known here: {', '.join(near)}."
+                )
 
 
 def _module_classes(vllm_config: Any) -> set[str]:

@@ -9,7 +9,6 @@ import os
 import random
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -147,5 +146,5 @@ def _run(model, mode, tp, dynaflow, prompts, max_tokens, options):
 
 
 @pytest.fixture
-def repository():
-    return Path(__file__).parents[2]
+def prompts():
+    return mixed_prompts()

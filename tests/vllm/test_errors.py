@@ -1,0 +1,139 @@
+"""Wrong requests end before weights load, in one paragraph that names cause and remedy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynaflow_serving.errors import AnnotationError, ConfigError, InactiveError
+
+VLLM = Path(sys.executable).with_name("vllm")
+
+
+@pytest.fixture
+def start(model_path):
+    """`start(dynaflow, ...)` builds the engine's config as LLM() does, which ends before weights load."""
+    from vllm import EngineArgs
+
+    def create(dynaflow, **options):
+        settings = {"model": model_path("llama"), "max_model_len": 512, **options}
+        return EngineArgs(additional_config={"dynaflow": dynaflow}, **settings).create_engine_config()
+
+    return create
+
+
+def test_misspelt_strategy(start):
+    with pytest.raises(ConfigError, match=r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: dual_batch,"):
+        start({"strategy": "nanoflw"})
+
+
+def test_misspelt_option(start):
+    with pytest.raises(ConfigError, match=r"unknown option 'micro_batch'. Did you mean 'micro_batches'\?"):
+        start({"strategy": "nanoflow", "options": {"micro_batch": 2}})
+
+
+def test_config_that_does_not_exist(start):
+    with pytest.raises(ConfigError, match="does not exist"):
+        start("nowhere/nanoflow.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rule", "near"),
+    [("SplitModule('LlamaMPL')", "LlamaMLP"), ("SplitFunc('vllm::all_reduc')", "vllm::all_reduce")],
+)
+def test_rule_that_names_nothing(start, tmp_path, rule, near):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dynaflow_serving import SplitFunc, SplitModule, register_strategy\n"
+        "from dynaflow_serving.strategies.sequential import Sequential\n"
+        f"@register_strategy('mine')\nclass Mine(Sequential):\n    annotations = ({rule},)\n"
+    )
+    with pytest.raises(AnnotationError, match=f"matches nothing.*Nearest.* {near}[,.]"):
+        start({"strategy": str(file)})
+
+
+def test_rule_that_matches_no_node_of_the_graph(generate, tmp_path):
+    """`GELU` exists, but not in a Llama: found when the graph is captured, before serving."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dynaflow_serving import SplitModule, register_strategy\n"
+        "from dynaflow_serving.strategies.sequential import Sequential\n"
+        "@register_strategy('mine2')\nclass Mine(Sequential):\n    annotations = (SplitModule('GELU'),)\n"
+    )
+    with pytest.raises(Exception, match="SplitModule matches nothing"):
+        generate("llama", dynaflow={"strategy": str(file)})
+
+
+def test_annotation_of_a_module_makes_operators_of_it(generate, tmp_path):
+    file = tmp_path / "mlp.py"
+    file.write_text(
+        "from dynaflow_serving import SplitModule, register_strategy\n"
+        "from dynaflow_serving.strategies.nanoflow import NanoFlow\n"
+        "@register_strategy('mlp')\nclass MLP(NanoFlow):\n    annotations = (SplitModule('LlamaMLP', 'mlp'),)\n"
+    )
+    ours = generate("llama", dynaflow={"strategy": str(file), "options": {"min_tokens": 1}})
+    assert "op layers.1.mlp compute" in ours.reports[0]["programs"][0]["program"]
+    assert ours.tokens == generate("llama").tokens
+
+
+def test_unsupported_release(start, monkeypatch):
+    from dynaflow_serving.integrations.vllm import VLLMIntegration
+
+    monkeypatch.setattr(VLLMIntegration, "installed_version", lambda self: "0.19.1+cpu")
+    with pytest.raises(InactiveError, match=r"supports vllm 0\.32\.0; installed is 0\.19\.1"):
+        start({"strategy": "nanoflow"})
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"enforce_eager": True}, "enforce_eager leaves no graph"),
+        ({"compilation_config": {"mode": 1}}, "compilation mode STOCK_TORCH_COMPILE"),
+        ({"compilation_config": {"mode": 2, "backend": "aot_eager"}}, "compilation backend 'aot_eager'"),
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline parallelism"),
+        ({"enable_prompt_embeds": True}, "prompt embeddings"),
+    ],
+)
+def test_declined_by_name(start, options, cause):
+    with pytest.raises(InactiveError, match=cause):
+        start({"strategy": "nanoflow"}, **options)
+
+
+def test_wrong_executor(start):
+    with pytest.raises(InactiveError, match="executor 'cuda' does not fit device 'cpu'"):
+        start({"strategy": "nanoflow", "executor": "cuda"})
+
+
+def test_runner_v2_asked_for(start, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(InactiveError, match="Model Runner V2"):
+        start({"strategy": "nanoflow"})
+
+
+def test_fallback_runs_stock_with_a_warning(start, caplog):
+    config = start({"strategy": "nanoflow", "fallback": True}, enforce_eager=True)
+    assert "dynaflow" not in config.additional_config
+    assert "dynaflow" not in config.parallel_config.worker_cls
+
+
+def test_path_name_and_mapping_are_the_same(start, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"strategy": "nanoflow"}))
+    seen = [start(source).additional_config["dynaflow"] for source in (str(file), "nanoflow", {"strategy": "nanoflow"})]
+    assert seen[0] == seen[1] == seen[2]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nowhere.yaml", "does not exist"), ("nanoflw", "Did you mean 'nanoflow'")],
+)
+def test_command_line(model_path, source, message):
+    command = [str(VLLM), "serve", model_path("llama"), "--dynaflow", source, "--max-model-len", "512"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("dynaflow: error: ") and message in last
+    assert "Traceback" not in done.stderr
