@@ -29,8 +29,11 @@ CALLS = ("call_function", "call_method", "call_module")
 def mark(name: str, resource: Resource | str = Resource.COMPUTE, tags: Sequence[str] = ()) -> Any:
     """Decorator and context manager: what runs under it becomes an operator called `name`.
 
-    Usable inside code that Dynamo traces. Raises `AnnotationError` for an unknown resource.
+    Usable inside code that Dynamo traces. Raises `AnnotationError` for an unknown resource and for
+    a name of several words, which the text form of a Program cannot hold.
     """
+    if name.split() != [name]:
+        raise AnnotationError(f"a mark's name must be one word, not {name!r}")
     region = {"name": name, "resource": _resource(resource).value, "tags": list(tags)}
     annotation: AbstractContextManager[None] = torch.fx.traceback.annotate({KEY: region})
     return annotation

@@ -4,7 +4,9 @@ Contract
 - A dimension whose size is the token symbol is the token axis; a size k * tokens is local to its
   micro-batch; any other dependence on the symbol, two token axes, or a result without a token axis
   that was computed from tokens, means the graph mixes tokens and must not be split.
-- Operators that keep the shape but mix along the axis (softmax, cumsum, sort, flip ...) are known by name.
+- Operators that keep the shape but mix along the axis (softmax, cumsum, attention, flip ...) are known by
+  name; so are reshapes across the axis, and arithmetic with the number of tokens. An operator that is
+  opaque (a custom kernel) is trusted to treat tokens independently.
 - The reason names the node: `reason` is what `Program.unsplittable` reports.
 """
 
@@ -15,16 +17,30 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from dynaflow_serving.annotations import CALLS, function_names, region_of
 from dynaflow_serving.ir import Scope, Value
 from dynaflow_serving.partition.effects import fake_value
 
-_MIXES_ALONG_DIM = {
-    "softmax": -1, "_softmax": -1, "log_softmax": -1, "_log_softmax": -1, "cumsum": 0, "cumprod": 0, "sort": -1,
-    "argsort": -1, "flip": 0, "roll": 0, "cummax": 0, "cummin": 0, "logcumsumexp": 0, "index_select": 0,
-    "gather": 0, "topk": -1,
+# Operators that keep the shape but mix along a dimension: name -> (position of that argument, default; None: all).
+_MIXES_ALONG_DIM: dict[str, tuple[int, int | None]] = {
+    "softmax": (1, -1), "_softmax": (1, -1), "log_softmax": (1, -1), "_log_softmax": (1, -1), "softmin": (1, -1),
+    "glu": (1, -1), "cumsum": (1, 0), "cumprod": (1, 0), "cummax": (1, 0), "cummin": (1, 0), "logcumsumexp": (1, 0),
+    "sort": (1, -1), "argsort": (1, -1), "msort": (9, 0), "topk": (2, -1), "flip": (1, None), "fliplr": (9, 1),
+    "flipud": (9, 0), "roll": (2, None), "index_select": (1, 0), "gather": (1, 0), "take_along_dim": (2, None),
+    "scatter": (1, 0), "scatter_add": (1, 0), "scatter_reduce": (1, 0), "index_add": (1, 0), "index_copy": (1, 0),
+    "index_fill": (1, 0), "renorm": (2, None), "fft_fft": (2, -1), "fft_ifft": (2, -1), "normalize": (2, 1),
+}  # fmt: skip
+_MIXES_LAST = {"triu": 2, "tril": 2, "scaled_dot_product_attention": 2}  # in the last so many dimensions
+_MIXES_FROM = {  # from this dimension on
+    "group_norm": 1, "instance_norm": 1, "conv1d": 2, "conv2d": 2, "conv3d": 2, "convolution": 2, "interpolate": 2,
+    "avg_pool1d": 2, "avg_pool2d": 2, "max_pool1d": 2, "max_pool2d": 2,
+}  # fmt: skip
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "_unsafe_view", "ravel", "view_copy"}
+_ARITHMETIC = {
+    "add", "sub", "mul", "div", "truediv", "floordiv", "pow", "rsub", "iadd", "isub", "imul", "itruediv", "__truediv__",
 }  # fmt: skip
 _POSITIONS = ("arange", "linspace")
 _BATCH_STATISTICS = ("batch_norm", "_native_batch_norm_legit", "native_batch_norm")
@@ -63,10 +79,12 @@ class Axes:
         for item in fake if isinstance(fake, tuple | list) else [fake]:
             if isinstance(item, torch.Tensor):
                 self._check_shape(node, item, derived)
-        names = function_names(node)
-        for name, default in _MIXES_ALONG_DIM.items():
-            if name in names:
-                self._check_dim(node, name, default)
+        names = {n if n.startswith("__") else n.rstrip("_") for n in function_names(node)}
+        self._check_dims(node, names)
+        if names & _RESHAPES:
+            self._check_reshape(node, fake)
+        if names & _ARITHMETIC and isinstance(fake, torch.Tensor) and any(map(self._counts, node.args)):
+            self.reason = f"{node.name} ({_target(node)}) computes with the number of tokens"
         if names & {*_BATCH_STATISTICS} and derived:
             self.reason = f"{node.name} computes statistics over the batch"
         if names & {*_POSITIONS} and self._has_axis(fake):
@@ -83,17 +101,45 @@ class Axes:
         elif sizes and not any((sizes[0] / t).is_Integer for t in self.tokens):
             self.reason = f"{node.name} ({_target(node)}) has {sizes[0]} rows, not a multiple of the tokens"
 
-    def _check_dim(self, node: fx.Node, name: str, default: int) -> None:
+    def _check_dims(self, node: fx.Node, names: Set[str]) -> None:
         source = fake_value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         if not isinstance(source, torch.Tensor) or not self._has_axis(source):
             return
-        position = 2 if name in ("roll", "topk") else 1
-        dim: Any = node.kwargs.get("dim", node.kwargs.get("dims", default))
-        if len(node.args) > position:
-            dim = node.args[position]
-        dims = dim if isinstance(dim, tuple | list) else (dim,)
-        if any(self._free(expression(source.shape[d])) for d in dims if isinstance(d, int)):
-            self.reason = f"{node.name} ({name}) mixes tokens along the token axis"
+        rank = source.dim()
+        dims: list[int] = []
+        for name in names & _MIXES_ALONG_DIM.keys():
+            position, default = _MIXES_ALONG_DIM[name]
+            given: Any = node.kwargs.get("dim", node.kwargs.get("dims", node.args[position : position + 1] or default))
+            if name == "flip" and len(node.args) > 1:
+                given = node.args[1:]
+            flat = pytree.tree_leaves(given)
+            dims += range(rank) if flat in ([], [None]) else [d for d in flat if isinstance(d, int)]
+        for name in names & _MIXES_LAST.keys():
+            dims += range(max(0, rank - _MIXES_LAST[name]), rank)
+        for name in names & _MIXES_FROM.keys():
+            dims += range(_MIXES_FROM[name], rank)
+        if names & {"layer_norm", "rms_norm"} and len(node.args) > 1:
+            dims += range(rank - len(pytree.tree_leaves(node.args[1])), rank)
+        if any(self._free(expression(source.shape[d])) for d in dims if -rank <= d < rank):
+            self.reason = f"{node.name} ({_target(node)}) mixes tokens along the token axis"
+
+    def _check_reshape(self, node: fx.Node, fake: Any) -> None:
+        """A reshape keeps tokens apart if as many elements lie outside the token axis before as after."""
+        source = fake_value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if isinstance(source, torch.Tensor) and isinstance(fake, torch.Tensor):
+            outside = {self._outside(t) for t in (source, fake) if self._has_axis(t)}
+            if len(outside) > 1:
+                self.reason = f"{node.name} ({_target(node)}) reshapes across the token axis"
+
+    def _outside(self, fake: torch.Tensor) -> Any:
+        """The product of the sizes before the token axis."""
+        sizes = [expression(s) for s in fake.shape]
+        axis = next(d for d, size in enumerate(sizes) if self._free(size))
+        return sympy.Mul(*sizes[:axis])
+
+    def _counts(self, argument: Any) -> bool:
+        fake = fake_value(argument) if isinstance(argument, fx.Node) else None
+        return isinstance(fake, torch.SymInt | torch.SymFloat) and self._free(fake.node.expr)
 
     def _indexes_axis(self, node: fx.Node) -> bool:
         source = fake_value(node.args[0]) if isinstance(node.args[0], fx.Node) else None

@@ -160,6 +160,7 @@ def capture_pieces(
     wanted = [value_of[leaf] for leaf in leaves if isinstance(leaf, fx.Node)]
     capture.rebuild = _rebuilder(leaves, spec)
     reason = axes.reason or _not_mergeable(wanted, values, operators) or _shared_write(operators, values)
+    reason = reason or _not_cuttable([n.name for n in inputs], values, operators)
     used = {v for o in operators for v in (*o.inputs, *o.outputs)} | {n.name for n in inputs} | set(wanted)
     program = Program(
         tuple(n.name for n in (*inputs, *constants)),
@@ -265,6 +266,12 @@ def _not_mergeable(outputs: list[str], values: dict[str, Value], operators: list
     return ""
 
 
+def _not_cuttable(inputs: list[str], values: dict[str, Value], operators: list[Operator]) -> str:
+    used = {v for o in operators for v in o.inputs}
+    local = [v for v in inputs if v in used and values[v].scope is Scope.LOCAL]
+    return f"input {local[0]} depends on the number of tokens, but has no token axis" if local else ""
+
+
 def _shared_write(operators: list[Operator], values: dict[str, Value]) -> str:
     for o in operators:
         for storage in o.writes:
@@ -320,10 +327,13 @@ def _rebuilder(leaves: list[Any], spec: Any) -> Callable[[list[Any]], Any]:
 
 def _unique(names: Iterable[str]) -> list[str]:
     listed = list(names)
-    total, seen, unique = Counter(listed), Counter[str](), []
+    total, seen, unique = Counter(listed), Counter[str](), list[str]()
     for name in listed:
-        unique.append(f"{name}.{seen[name]}" if total[name] > 1 else name)
-        seen[name] += 1
+        candidate = name
+        while total[name] > 1 and (candidate == name or candidate in total or candidate in unique):
+            candidate = f"{name}.{seen[name]}"
+            seen[name] += 1
+        unique.append(candidate)
     return unique
 
 
