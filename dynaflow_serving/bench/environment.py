@@ -43,6 +43,7 @@ def vllm_environment(
         wanted["HF_HUB_OFFLINE"] = "1"
     if not gpu:
         wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; two engines are alive at once
+        wanted["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads take ten times as long when the machine is busy
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(_cores(), tensor_parallel)
         if tensor_parallel == 1:
             wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: starts in seconds instead of a minute

@@ -2,7 +2,7 @@
 
 Contract
 - A method returns what the engine answered, or raises `EngineProcessError` that names the log file and shows its
-  last lines; a child that dies is noticed at once, also while workers of its engine hold the pipe open.
+  first errors and last lines; a child that dies is noticed at once, also while workers of its engine hold the pipe.
 - `close` leaves no process behind: the child has a process group of its own, which is killed if it lingers.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from dynaflow_serving.bench.drivers import EngineInfo
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.errors import DynaflowError
 
-LOG_LINES = 25
+LOG_LINES, LOG_ERRORS = 15, 3
+ERROR = re.compile(r"\w(Error|Exception): .")
 CLOSE_SECONDS = 20.0
 
 
@@ -90,13 +92,13 @@ class EngineProcess:
                     raise EOFError
             reply = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
-            raise EngineProcessError(f"{self._died(action)} {self._last_lines()}") from None
+            raise EngineProcessError(f"{self._died(action)}\n{self._from_log()}") from None
         if "error" in reply:
             error = reply["error"]
             if error["expected"]:
                 raise EngineProcessError(f"{self.name}: {error['message']} (engine log: {self.log})")
             what = f"{self.name} could not {action}: {error['type']}: {error['message']}"
-            raise EngineProcessError(f"{what} {self._last_lines()}")
+            raise EngineProcessError(f"{what}\n{self._from_log()}")
         return reply["result"]
 
     def _died(self, action: str) -> str:
@@ -106,6 +108,12 @@ class EngineProcess:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         return f"the process of {self.name} {how} during {action!r}."
 
-    def _last_lines(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:] or ["(empty)"]
-        return f"Engine log: {self.log}; its last lines:\n" + "\n".join(f"    {line}" for line in lines)
+    def _from_log(self) -> str:
+        """Where the log is, its first errors (the root cause is often far above the end), and its last lines."""
+        lines = [line.rstrip() for line in self.log.read_text(errors="replace").splitlines()] or ["(empty)"]
+        errors = list(dict.fromkeys(line.strip() for line in lines[:-LOG_LINES] if ERROR.search(line)))[:LOG_ERRORS]
+        parts = [f"Engine log: {self.log}"]
+        if errors:
+            parts += ["Its first errors:", *(f"    {line}" for line in errors)]
+        parts += ["Its last lines:", *(f"    {line}" for line in lines[-LOG_LINES:])]
+        return "\n".join(parts)

@@ -96,7 +96,7 @@ def bench(
         logs=logs,
         settle_seconds=1.5 if tensor_parallel > 1 and not gpu else 0.0,
     )
-    options = ", ".join(f"{name}={value}" for name, value in strategy_facts(config).items())
+    options = ", ".join(f"{name}={value}" for name, value in strategy_facts(config).items()) or "no options"
     chosen = " (default of this command; --strategy chooses another)" if strategy is None else ""
     _say(err, f"strategy {config.strategy}: {options}{chosen}")
     compilation = "compiled" if settings.compiled else "not compiled (Dynamo's graph as it is)"

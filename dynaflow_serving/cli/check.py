@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dynaflow_serving.errors import ConfigError, DynaflowError, PlanError, TextError
+from dynaflow_serving.errors import ConfigError, DynaflowError, PlanError, ScheduleError, TextError
 
 if TYPE_CHECKING:
     from dynaflow_serving.config import Config
@@ -72,6 +72,8 @@ def check_strategy(path: Path) -> bool:
         for variant, n in _variants(config):
             try:
                 strategy = variant.build()
+                if n > strategy.max_micro_batches:  # engines prepare for no more than that
+                    raise ScheduleError(f"split() made {n}, more than max_micro_batches={strategy.max_micro_batches}")
                 plan = lower(strategy.record(program, n), strategy.name)
                 verify(program, plan)
             except DynaflowError as e:

@@ -127,19 +127,25 @@ def test_check_shipped_configs(config: Path) -> None:
     assert result.stdout.count("OK") == (2 if config.stem == "dual_batch" else 6)
 
 
-def test_check_strategy_file(tmp_path: Path) -> None:
-    path = tmp_path / "lazy.py"
-    path.write_text(
-        "from dynaflow_serving import OpScheduler, register_strategy\n"
-        "from dynaflow_serving.splitting import cut_evenly\n"
-        "@register_strategy('lazy')\n"
-        "class Lazy(OpScheduler):\n"
-        "    def split(self, batch):\n"
-        "        return cut_evenly(batch, 2)\n"
-        "    def schedule(self, s):\n"
-        "        s.execute(s.get_ready_ops()[0])\n"
-    )
+STRATEGY = """
+from dynaflow_serving import OpScheduler, register_strategy
+from dynaflow_serving.splitting import cut_evenly
+
+@register_strategy("test_cli_{n}")
+class Strategy{n}(OpScheduler):
+    def split(self, batch):
+        return cut_evenly(batch, {n})
+
+    def schedule(self, s):
+        s.execute(s.get_ready_ops()[0])
+"""
+
+
+@pytest.mark.parametrize(("n", "message"), [(2, "operators unexecuted"), (3, "split() made 3, more than")])
+def test_check_wrong_strategy_file(n: int, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "strategy.py"
+    path.write_text(STRATEGY.replace("{n}", str(n)))
     result = dynaflow("check", str(path))
     assert result.exit_code == 1, result.output
-    assert "left" in result.stderr and "unexecuted" in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
     assert "ScheduleError" in result.stdout
