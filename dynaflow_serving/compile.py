@@ -22,8 +22,8 @@ from torch import fx
 
 from dynaflow_serving.annotations import apply_rules
 from dynaflow_serving.config import Config, load
-from dynaflow_serving.errors import ConfigError, PartitionError
-from dynaflow_serving.executor import get_executor
+from dynaflow_serving.errors import ConfigError, DynaflowError, PartitionError, unknown_name
+from dynaflow_serving.executor import EXECUTORS, get_executor
 from dynaflow_serving.ir import Batch
 from dynaflow_serving.partition import Capture, partition
 from dynaflow_serving.partition.axes import expression
@@ -55,7 +55,12 @@ class Compiled(torch.nn.Module):
             for t in tensors:
                 if t.shape[self._batch_dim] == size:
                     torch._dynamo.maybe_mark_dynamic(t, self._batch_dim)
-        return self._compiled(*args, **kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as e:
+            if isinstance(e.inner_exception, DynaflowError):
+                raise e.inner_exception from None
+            raise
 
 
 class Backend:
@@ -68,18 +73,19 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         apply_rules(gm, self.strategy.annotations)
         if self.level == "dynamo":
-            return self._runner(gm, boxed=False)
+            return self._runner(gm)
         from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch._aot_autograd.utils import make_boxed_func
 
         compiler = aot_autograd(
-            fw_compiler=lambda graph, _: self._runner(graph, boxed=True),
-            bw_compiler=lambda graph, _: graph,
+            fw_compiler=lambda graph, _: make_boxed_func(self._runner(graph)),
+            bw_compiler=lambda graph, _: make_boxed_func(graph),
             keep_inference_input_mutations=True,
         )
         compiled: Callable[..., Any] = compiler(gm, example_inputs)
         return compiled
 
-    def _runner(self, gm: fx.GraphModule, boxed: bool) -> Callable[..., Any]:
+    def _runner(self, gm: fx.GraphModule) -> Callable[..., Any]:
         tokens = batch_symbols(gm, self.batch_dim)
         if not tokens:
             return gm  # a graph without a batch (set-up between graph breaks) has nothing to split
@@ -88,13 +94,11 @@ class Backend:
             raise PartitionError(f"this model cannot be split: {capture.program.unsplittable}")
         runtime = Runtime(capture, self.strategy, get_executor(self.executor, _device(gm)))
         self.runtimes.append(runtime)
+        outputs = [capture.program.values[v] for v in capture.program.outputs]
+        axes = [(i, v.axis) for i, v in enumerate(outputs) if v.axis is not None]
+        capture.rebuild = _marked_dynamic(capture.rebuild, axes)
         run = functools.partial(_run, runtime, _row_source(capture))
-        if not boxed:
-            return lambda *args: run(args)
-        from torch._functorch._aot_autograd.utils import make_boxed_func
-
-        boxed_run: Callable[..., Any] = make_boxed_func(lambda *args: run(args))
-        return boxed_run
+        return lambda *args: run(args)
 
 
 def compile(
@@ -114,6 +118,8 @@ def compile(
     """
     if level not in ("dynamo", "aot"):
         raise ConfigError(f"level must be 'dynamo' or 'aot', not {level!r}")
+    if executor not in (*EXECUTORS, "auto"):
+        raise ConfigError(unknown_name("executor", executor, [*EXECUTORS, "auto"]))
     if not isinstance(strategy, OpScheduler):
         if config is not None:
             strategy = {"strategy": strategy, "options": dict(config)}
@@ -143,6 +149,19 @@ def _row_source(capture: Capture) -> tuple[int, int]:
         if axis is not None:
             return i, axis
     raise PartitionError("no input of this graph has the batch dimension")
+
+
+def _marked_dynamic(
+    rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, int]]
+) -> Callable[[list[Any]], Any]:
+    """`rebuild` of outputs whose token axis is marked: the graph after a graph break is to be split too."""
+
+    def mark_and_rebuild(values: list[Any]) -> Any:
+        for i, axis in axes:
+            torch._dynamo.maybe_mark_dynamic(values[i], axis)
+        return rebuild(values)
+
+    return mark_and_rebuild
 
 
 def _run(runtime: Runtime, source: tuple[int, int], args: Sequence[Any]) -> Any:

@@ -63,7 +63,14 @@ def _from_file(path: Path) -> type[OpScheduler]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"strategy file {str(path)!r} cannot be imported")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as e:
+        STRATEGIES.clear()
+        STRATEGIES.update(before)
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(f"strategy file {str(path)!r} cannot be imported: {type(e).__name__}: {e}") from e
     new = [cls for name, cls in STRATEGIES.items() if before.get(name) is not cls]
     if len(new) != 1:
         raise ConfigError(f"strategy file {str(path)!r} must register one strategy, it registers {len(new)}")

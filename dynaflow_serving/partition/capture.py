@@ -126,6 +126,7 @@ def capture_pieces(
         graph = graphs[str(n.target)]
         taken = {m.args[1]: m for m in n.users if m.op == "call_function" and m.target is operator.getitem}
         results = _outputs(graph)
+        derived = _derived(graph, [values[value_of[a]].scope is not Scope.SHARED for a in n.args])
         bare = not isinstance(_result(graph), tuple | list)
         ports = [n] if bare else [taken.get(i) for i in range(len(results))]
         outputs = []
@@ -136,7 +137,7 @@ def capture_pieces(
                 value_of[port] = value_name
             storage = _storage(result, storages, value_name) if isinstance(result, fx.Node) else ""
             fake = fake_value(result) if isinstance(result, fx.Node) else result
-            values[value_name] = axes.value(value_name, fake, storage)
+            values[value_name] = axes.value(value_name, fake, storage, result in derived)
             outputs.append(value_name)
         writes, reads = _effects(graph, [values[value_of[a]].storage for a in n.args], effects or {})
         mark = region.mark or {}
@@ -155,6 +156,7 @@ def capture_pieces(
         )
         capture.functions[name] = _callable(getattr(split, str(n.target)), single=len(results) == 1 and not bare)
         capture.pieces[name] = graph
+    _own_if_written(values, operators, {values[n.name].storage for n in (*inputs, *constants)})
     results = next(n for n in split.graph.nodes if n.op == "output").args[0]
     leaves, spec = pytree.tree_flatten(results, is_leaf=lambda x: isinstance(x, fx.Node))
     wanted = [value_of[leaf] for leaf in leaves if isinstance(leaf, fx.Node)]
@@ -256,6 +258,24 @@ def _check_axes(graph: fx.GraphModule, axes: Axes) -> None:
                 derived.add(n)
         else:
             axes.check(n, derived=False)
+
+
+def _derived(graph: fx.GraphModule, given: list[bool]) -> set[fx.Node]:
+    """The nodes of a piece that follow from its placeholders where `given`."""
+    holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    derived = {p for p, yes in zip(holders, given, strict=True) if yes}
+    for n in graph.graph.nodes:
+        if any(a in derived for a in n.all_input_nodes):
+            derived.add(n)
+    return derived
+
+
+def _own_if_written(values: dict[str, Value], operators: list[Operator], given: Set[str]) -> None:
+    """What an operator makes of weights only is the same for all, unless written in place later."""
+    written = {s for o in operators for s in o.writes} - given
+    for v in [v for o in operators for v in o.outputs]:
+        if values[v].scope is Scope.SHARED and values[v].storage in written:
+            values[v] = Value(v, Scope.LOCAL, None, values[v].storage)
 
 
 def _not_mergeable(outputs: list[str], values: dict[str, Value], operators: list[Operator]) -> str:

@@ -1,0 +1,126 @@
+"""`dynaflow_serving.compile`: equal results, gradients, refusals, several graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dynaflow_serving as dynaflow
+from dynaflow_serving.errors import AnnotationError, ConfigError, PartitionError
+
+SPLIT = {"strategy": "nanoflow", "options": {"min_tokens": 2}}
+
+
+@dynaflow.mark("reduce", "network")
+def reduce(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + reduce(self.b(torch.relu(self.a(x))))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("level", ["dynamo", "aot"])
+@pytest.mark.parametrize("executor", ["sequential", "cpu"])
+def test_inference_equals_the_model_at_every_size(level: Any, executor: str) -> None:
+    model = Net()
+    compiled = dynaflow.compile(model, SPLIT, level=level, executor=executor)
+    with torch.no_grad():
+        for size in (8, 9, 4, 3, 2, 1, 30):
+            x = torch.randn(size, 4)
+            torch.testing.assert_close(compiled(x), model(x))
+    (runtime,) = compiled.runtimes
+    assert runtime.split_steps == 4 and sum(runtime.unsplit_steps.values()) == 2  # size 1 never reaches it
+    assert any("under 2 tokens" in reason for reason in runtime.unsplit_steps)
+
+
+@pytest.mark.parametrize("level", ["dynamo", "aot"])
+def test_a_training_step_has_the_same_gradients(level: Any) -> None:
+    model, twin = Net(), Net()
+    twin.load_state_dict(model.state_dict())
+    compiled = dynaflow.compile(model, SPLIT, level=level, executor="cpu")
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin)]
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        for m, optimizer in zip((compiled, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            torch.testing.assert_close(p.grad, q.grad)
+            torch.testing.assert_close(p, q)
+    assert compiled.runtimes[0].split_steps == 3
+
+
+def test_a_model_that_mixes_the_batch_is_refused_by_name() -> None:
+    compiled = dynaflow.compile(lambda x: x.softmax(0), SPLIT)
+    with pytest.raises(Exception, match=r"cannot be split: softmax \(softmax\) mixes tokens") as caught:
+        compiled(torch.randn(8, 4))
+    assert isinstance(caught.value, PartitionError) or isinstance(caught.value.__cause__, PartitionError)
+
+
+def test_a_rule_without_a_match_is_an_error_on_the_first_call() -> None:
+    class Wrong(dynaflow.OpScheduler):
+        name = "wrong"
+        annotations = (dynaflow.SplitModule("Attention"),)
+
+        def split(self, batch: dynaflow.Batch) -> dynaflow.Split:
+            raise NotImplementedError
+
+        def schedule(self, s: dynaflow.Schedule) -> None:
+            raise NotImplementedError
+
+    compiled = dynaflow.compile(Net(), Wrong())
+    with pytest.raises(Exception, match="SplitModule matches nothing.*Linear") as caught:
+        compiled(torch.randn(8, 4))
+    assert isinstance(caught.value, AnnotationError) or isinstance(caught.value.__cause__, AnnotationError)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graph_breaks_give_several_graphs() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = reduce(x.sin())
+        torch._dynamo.graph_break()
+        return reduce(y.cos())
+
+    compiled = dynaflow.compile(model, SPLIT)
+    x = torch.randn(8, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert [r.split_steps for r in compiled.runtimes] == [1, 1]
+
+
+def test_another_batch_dimension_and_keyword_arguments() -> None:
+    def model(x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": reduce(x) * scale, "x": x}
+
+    compiled = dynaflow.compile(model, SPLIT, batch_dim=1)
+    x, scale = torch.randn(3, 8, 2), torch.randn(3, 8, 2)
+    with torch.no_grad():
+        out, want = compiled(x, scale=scale), model(x, scale)
+    assert out.keys() == want.keys() and all(torch.equal(out[k], want[k]) for k in out)
+    assert compiled.runtimes[0].split_steps == 1
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ConfigError, match="level must be 'dynamo' or 'aot', not 'inductor'"):
+        dynaflow.compile(Net(), SPLIT, level="inductor")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown option 'min_token'"):
+        dynaflow.compile(Net(), "nanoflow", config={"min_token": 3})
+    with pytest.raises(ConfigError, match="unknown executor 'gpu'"):
+        dynaflow.compile(Net(), SPLIT, executor="gpu")
