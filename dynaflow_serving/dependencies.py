@@ -3,8 +3,8 @@
 Contract
 - `order_edges`: per micro-batch. Dataflow, and program order between an operator that writes a storage
   in place and every operator that touches it (through any alias).
-- `state_edges`: between micro-batches. (writer, toucher) of engine state such as a KV cache; they apply
-  to the pairs in `Split.depends` only.
+- `state_edges`: between micro-batches. (last writer, toucher) of engine state such as a KV cache; they
+  apply to the pairs in `Split.depends` only.
 - `external_ports` defines what a group of operators reads and writes, for everybody; the edges are not
   used by the verifier, which derives what must hold by its own means.
 """
@@ -48,17 +48,13 @@ def order_edges(program: Program) -> dict[str, set[str]]:
 
 
 def state_edges(program: Program) -> list[tuple[str, str]]:
-    """(writer, toucher) of one engine state; the pair may be one operator that does both."""
-    writers: dict[str, list[str]] = defaultdict(list)
-    for op in program.operators:
-        for storage in op.writes:
-            if is_state(program, storage):
-                writers[storage].append(op.name)
+    """(last writer, toucher) of one engine state; the pair may be one operator that does both. Writers of
+    one micro-batch are in order among themselves, so who follows the last follows all."""
+    writer = {s: o.name for o in program.operators for s in o.writes if is_state(program, s)}
     return [
-        (w, op.name)
+        (writer[storage], op.name)
         for op in program.operators
-        for storage in sorted(touched(program, op) & writers.keys())
-        for w in writers[storage]
+        for storage in sorted(touched(program, op) & writer.keys())
     ]
 
 

@@ -71,8 +71,9 @@ class Schedule:
             for name, edges in order_edges(program).items()
             for mb in range(micro_batches)
         }
+        states = state_edges(program)
         for earlier, later in self.depends:
-            for writer, toucher in state_edges(program):
+            for writer, toucher in states:
                 self._before[toucher, later].add((writer, earlier))
         self._after: dict[tuple[str, int], list[tuple[str, int]]] = {key: [] for key in self._before}
         for key, edges in self._before.items():

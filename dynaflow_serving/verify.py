@@ -16,6 +16,7 @@ What is proved, with happens-before (HB) being the transitive order of streams a
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -326,8 +327,8 @@ class _Verifier:
         for instance in sharers:
             self._check_free(free, instance)
         stream = self.plan.steps[self.allocated.get(root, self.made[root])].stream
-        later = next((j for j in self.issued[stream] if j > free), None)
-        if later is not None and not self._hb(free, later):
+        k = bisect_right(self.issued[stream], free)
+        if k < len(self.issued[stream]) and not self._hb(free, self.issued[stream][k]):
             self._fail(free, f"{instance_text(root)} is freed, but stream {stream!r} may reuse its memory too early")
 
     # -- small predicates ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ collective groups and operators with context. Lowering may refuse a schedule, wi
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from dynaflow_serving.errors import ScheduleError, TextError
 from dynaflow_serving.ir import COMPUTE_STREAM, Operator, Plan, Program, Resource, Scope, StepKind, Value
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.scheduler import Schedule
+from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.verify import verify
 
 SEEN: Counter[str] = Counter()
@@ -109,6 +111,22 @@ def test_the_random_programs_are_mostly_accepted(report: Callable[[str], None]) 
     report("random programs: " + ", ".join(f"{k} {v}" for k, v in sorted(SEEN.items())))
     if SEEN:
         assert SEEN["accepted"] > SEEN["refused"]
+
+
+def test_a_program_of_a_thousand_operators_is_planned_in_seconds() -> None:
+    """All of them write one residual in place, and one engine state: nothing here is quadratic."""
+    values = {v: Value(v, Scope.BATCH, 0) for v in ("x", *(f"y{i}" for i in range(1000)))}
+    operators = tuple(
+        Operator(f"op{i}", Resource.NETWORK if i % 3 else Resource.COMPUTE, ("x", f"y{i - 1}") if i else ("x",),
+                 (f"y{i}",), writes=("x", "cache"), group="tp" * bool(i % 3))
+        for i in range(1000)
+    )  # fmt: skip
+    program = Program(("x",), ("y999",), values, operators)
+    started = time.perf_counter()
+    plan = lower(get_strategy("nanoflow")().record(program, 2, [(0, 1)]), "nanoflow")
+    verify(program, plan)
+    assert time.perf_counter() - started < 10  # about 1 s where nothing else runs
+    assert sum(s.kind is StepKind.RUN for s in plan.steps) == 2000
 
 
 def test_names_that_look_like_headers_round_trip() -> None:

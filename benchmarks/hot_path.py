@@ -1,0 +1,188 @@
+"""What our own dispatch costs per step: `python benchmarks/hot_path.py [--json FILE]`.
+
+The operators are Python functions that do nothing, so what is timed is the calls and what we add to them.
+Three things call the same functions in the same order, two micro-batches of each operator:
+- plan: a bound plan (sequential strategy, one stream; every step counts: runs, views, frees, the merge);
+- loop: `for fn in functions: x = fn(x)`, the least that any dispatcher with a list does;
+- straight: generated code with one line per call, the least there is.
+`ours` is (plan - straight) per step of the plan; `of it tensors` is the part for the two views of the input
+and the merge of the output, which are torch calls. Each figure is the median of `--repeat` timings, its spread
+the distance between the first and the third quartile.
+
+Also timed: one hand-off to a worker thread and back with the cpu executor, and lowering and verifying a
+program of 1000 operators for two micro-batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dynaflow_serving.executor.cpu import CPUExecutor
+from dynaflow_serving.ir import Operator, Program, Resource, Scope, StepKind, Value
+from dynaflow_serving.lowering import lower
+from dynaflow_serving.partition import Capture
+from dynaflow_serving.scheduler import Schedule
+from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.verify import verify
+
+SIZES = (10, 130, 1000)
+MICRO_BATCHES = 2
+
+
+def identity(x: Any) -> Any:
+    return x
+
+
+def chain(operators: int) -> Capture:
+    """x -> v1 -> v2 ..., every operator a function that returns its argument."""
+    names = ["x", *(f"v{i}" for i in range(operators))]
+    values = {n: Value(n, Scope.BATCH, 0) for n in names}
+    ops = tuple(Operator(f"op{i}", Resource.COMPUTE, (names[i],), (names[i + 1],)) for i in range(operators))
+    program = Program(("x",), (names[-1],), values, ops)
+    return Capture(program, {o.name: identity for o in ops})
+
+
+def no_context(micro_batch: int) -> None:
+    pass
+
+
+def microseconds(call: Callable[[], Any], repeat: int) -> tuple[float, float]:
+    """(median, interquartile range) of one call."""
+    call()
+    started = time.perf_counter()
+    call()
+    number = max(1, int(2e-3 / max(time.perf_counter() - started, 1e-7)))
+    timings = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        for _ in range(number):
+            call()
+        timings.append((time.perf_counter() - started) / number * 1e6)
+    first, median, third = statistics.quantiles(timings, n=4)
+    return median, third - first
+
+
+def straight_line(calls: int) -> Callable[[Any], None]:
+    """The calls of a plan without its steps: one line per operator and micro-batch."""
+    lines = ["def run(x):"]
+    for mb in range(MICRO_BATCHES):
+        lines.append(f"    y{mb} = x")
+        lines += [f"    y{mb} = f{i}(y{mb})" for i in range(calls)]
+    names: dict[str, Any] = {f"f{i}": identity for i in range(calls)}
+    exec("\n".join(lines), names)
+    run: Callable[[Any], None] = names["run"]
+    return run
+
+
+def hot_path(operators: int, repeat: int) -> dict[str, float]:
+    capture = chain(operators)
+    plan = lower(get_strategy("sequential")().record(capture.program, MICRO_BATCHES), "sequential")
+    verify(capture.program, plan)
+    x = torch.zeros(2, 1)
+    functions = [identity] * operators
+    bound = CPUExecutor().bind(capture, plan, {})
+    straight = straight_line(operators)
+    views = x[:1], x[1:]
+
+    def loop() -> None:
+        for view in views:
+            y = view
+            for fn in functions:
+                y = fn(y)
+
+    def tensor_work() -> None:  # what the plan's two views and one merge cost, by whoever they are done
+        torch.cat((x.narrow(0, 0, 1), x.narrow(0, 1, 1)), 0)
+
+    ours, ours_spread = microseconds(lambda: bound([x], (0, 1, 2), no_context), repeat)
+    looped, loop_spread = microseconds(loop, repeat)
+    direct, direct_spread = microseconds(lambda: straight(x), repeat)
+    tensors, _ = microseconds(tensor_work, repeat)
+    steps = len(plan.steps)
+    return {
+        "operators": operators,
+        "steps": steps,
+        "plan_us": ours,
+        "plan_spread_us": ours_spread,
+        "loop_us": looped,
+        "loop_spread_us": loop_spread,
+        "straight_us": direct,
+        "straight_spread_us": direct_spread,
+        "views_and_merge_us": tensors,
+        "ours_us_per_step": (ours - direct) / steps,
+        "ours_us_per_step_without_tensor_work": (ours - direct - tensors) / steps,
+        "plan_over_loop": ours / looped,
+        "plan_over_straight": ours / direct,
+    }
+
+
+def hand_off(repeat: int) -> dict[str, float]:
+    """A run with one extra stream, of `hops` alternations between it and the caller, against one without."""
+    results = {}
+    for hops in (1, 11):
+        capture = chain(2 * hops)
+        schedule = Schedule(capture.program, 1)
+        for i in range(2 * hops):
+            (task,) = schedule.get_ready_ops()
+            schedule.execute(task, ("network", "compute")[i % 2])
+        plan = lower(schedule, "hops")
+        verify(capture.program, plan)
+        executor = CPUExecutor()
+        run = executor.bind(capture, plan, {})
+        x = torch.zeros(2, 1)
+        results[hops] = microseconds(lambda run=run, x=x: run([x], (0, 2), no_context), repeat)[0]  # type: ignore[misc]
+        executor.close()
+    return {"run_with_one_hand_off_us": results[1], "event_there_and_back_us": (results[11] - results[1]) / 10}
+
+
+def planning() -> dict[str, float]:
+    capture = chain(1000)
+    results = {}
+    for strategy in ("sequential", "nanoflow"):
+        started = time.perf_counter()
+        recorded = get_strategy(strategy)().record(capture.program, MICRO_BATCHES)
+        done = time.perf_counter()
+        plan = lower(recorded, strategy)
+        lowered = time.perf_counter()
+        verify(capture.program, plan)
+        end = time.perf_counter()
+        assert sum(s.kind is StepKind.RUN for s in plan.steps) == 2000
+        results[f"{strategy}_record_s"] = done - started
+        results[f"{strategy}_lower_s"] = lowered - done
+        results[f"{strategy}_verify_s"] = end - lowered
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write the raw results to this file")
+    parser.add_argument("--repeat", type=int, default=51)
+    options = parser.parse_args()
+    rows = [hot_path(n, options.repeat) for n in SIZES]
+    print(f"{'operators':>9} {'steps':>6} {'plan us':>16} {'loop us':>16} {'straight us':>16} {'ours us/step':>13} {'of it tensors':>13} "
+          f"{'plan/loop':>10} {'plan/straight':>14}")  # fmt: skip
+    for r in rows:
+        timed = [f"{r[f'{k}_us']:9.1f} ±{r[f'{k}_spread_us']:5.1f}" for k in ("plan", "loop", "straight")]
+        print(f"{r['operators']:>9} {r['steps']:>6} {timed[0]:>16} {timed[1]:>16} {timed[2]:>16} "
+              f"{r['ours_us_per_step']:>13.3f} {r['views_and_merge_us'] / r['steps']:>13.3f} {r['plan_over_loop']:>10.2f} {r['plan_over_straight']:>14.2f}")  # fmt: skip
+    threads = hand_off(options.repeat)
+    print(f"cpu executor: a run with one hand-off {threads['run_with_one_hand_off_us']:.1f} us, "
+          f"an event there and back {threads['event_there_and_back_us']:.1f} us")  # fmt: skip
+    plans = planning()
+    print("1000 operators x 2: " + ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in plans.items()))
+    if options.json:
+        machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+        with open(options.json, "w") as f:
+            json.dump({**machine, "hot_path": rows, "threads": threads, "planning": plans}, f, indent=1)
+            f.write("\n")
+
+
+if __name__ == "__main__":
+    main()
