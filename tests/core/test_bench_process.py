@@ -64,6 +64,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setitem(DRIVERS, "fake", "fake_driver:Fake")
+    monkeypatch.setattr("dynaflow_serving.bench.environment.has_gpu", lambda: False)
     return tmp_path
 
 
