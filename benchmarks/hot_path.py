@@ -166,12 +166,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=51)
     options = parser.parse_args()
     rows = [hot_path(n, options.repeat) for n in SIZES]
-    print(f"{'operators':>9} {'steps':>6} {'plan us':>16} {'loop us':>16} {'straight us':>16} {'ours us/step':>13} {'of it tensors':>13} "
-          f"{'plan/loop':>10} {'plan/straight':>14}")  # fmt: skip
+    head = ("operators", "steps", "plan us", "loop us", "straight us", "ours us/step", "of it tensors", "plan/loop")
+    print(" ".join(f"{h:>16}" for h in (*head, "plan/straight")))
     for r in rows:
-        timed = [f"{r[f'{k}_us']:9.1f} ±{r[f'{k}_spread_us']:5.1f}" for k in ("plan", "loop", "straight")]
-        print(f"{r['operators']:>9} {r['steps']:>6} {timed[0]:>16} {timed[1]:>16} {timed[2]:>16} "
-              f"{r['ours_us_per_step']:>13.3f} {r['views_and_merge_us'] / r['steps']:>13.3f} {r['plan_over_loop']:>10.2f} {r['plan_over_straight']:>14.2f}")  # fmt: skip
+        timed = [f"{r[f'{k}_us']:.1f} ±{r[f'{k}_spread_us']:.1f}" for k in ("plan", "loop", "straight")]
+        ours = [f"{r['ours_us_per_step']:.3f}", f"{r['views_and_merge_us'] / r['steps']:.3f}"]
+        ratios = [f"{r[f'plan_over_{k}']:.2f}" for k in ("loop", "straight")]
+        print(" ".join(f"{c:>16}" for c in (r["operators"], r["steps"], *timed, *ours, *ratios)))
     threads = hand_off(options.repeat)
     print(f"cpu executor: a run with one hand-off {threads['run_with_one_hand_off_us']:.1f} us, "
           f"an event there and back {threads['event_there_and_back_us']:.1f} us")  # fmt: skip

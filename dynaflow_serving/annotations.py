@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import _GeneratorContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ KEY = "dynaflow"
 CALLS = ("call_function", "call_method", "call_module")
 
 
-def mark(name: str, resource: Resource | str = Resource.COMPUTE, tags: Sequence[str] = ()) -> Any:
+def mark(
+    name: str, resource: Resource | str = Resource.COMPUTE, tags: Sequence[str] = ()
+) -> _GeneratorContextManager[None]:
     """Decorator and context manager: what runs under it becomes an operator called `name`.
 
     Usable inside code that Dynamo traces. Raises `AnnotationError` for an unknown resource and for
@@ -35,7 +37,7 @@ def mark(name: str, resource: Resource | str = Resource.COMPUTE, tags: Sequence[
     if name.split() != [name]:
         raise AnnotationError(f"a mark's name must be one word, not {name!r}")
     region = {"name": name, "resource": _resource(resource).value, "tags": list(tags)}
-    annotation: AbstractContextManager[None] = torch.fx.traceback.annotate({KEY: region})
+    annotation: _GeneratorContextManager[None] = torch.fx.traceback.annotate({KEY: region})
     return annotation
 
 

@@ -151,9 +151,7 @@ def _row_source(capture: Capture) -> tuple[int, int]:
     raise PartitionError("no input of this graph has the batch dimension")
 
 
-def _marked_dynamic(
-    rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, int]]
-) -> Callable[[list[Any]], Any]:
+def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, int]]) -> Callable[[list[Any]], Any]:
     """`rebuild` of outputs whose token axis is marked: the graph after a graph break is to be split too."""
 
     def mark_and_rebuild(values: list[Any]) -> Any:

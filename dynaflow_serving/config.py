@@ -29,10 +29,11 @@ class Config(BaseModel):
     strategy: str = Field(description="name of a registered strategy, or the path of a .py file that registers one")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the strategy")
     executor: Literal["auto", "sequential", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda on CUDA devices, else cpu"
+        default="auto", description="auto: cuda on CUDA devices, else cpu"
     )
     fallback: bool = Field(
-        False, description="run the stock engine with a warning, instead of an error, where DynaFlow cannot be active"
+        default=False,
+        description="run the stock engine with a warning, instead of an error, where DynaFlow cannot be active",
     )
 
     def build(self) -> OpScheduler:

@@ -46,7 +46,8 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(HIDDEN))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x * scale * self.weight
 
 
 class Attention(nn.Module):
@@ -85,7 +86,8 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + all_reduce(self.attention(self.norm1(x)))
-        return x + all_reduce(self.mlp(self.norm2(x)))
+        x = x + all_reduce(self.mlp(self.norm2(x)))
+        return x
 
 
 class MoELayer(nn.Module):
@@ -100,7 +102,8 @@ class MoELayer(nn.Module):
         h = self.norm2(x)
         weight = torch.sigmoid(self.gate(h))
         routed = combine(self.experts(dispatch(h, weight)), weight)
-        return x + routed + self.shared_expert(h)
+        x = x + routed + self.shared_expert(h)
+        return x
 
 
 class Model(nn.Module):

@@ -275,9 +275,9 @@ def _synchronise(nodes: list[_Node]) -> list[Step]:
             node.after.add(entry)
         latest: dict[str, _Node] = {}
         for dep in node.after:
-            if dep.stream != node.stream and dep.position > clock.get(dep.stream, -1):
-                if dep.stream not in latest or dep.position > latest[dep.stream].position:
-                    latest[dep.stream] = dep
+            known = max(clock.get(dep.stream, -1), latest[dep.stream].position if dep.stream in latest else -1)
+            if dep.stream != node.stream and dep.position > known:
+                latest[dep.stream] = dep
         need = [
             d
             for d in latest.values()

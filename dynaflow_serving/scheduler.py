@@ -193,7 +193,7 @@ class OpScheduler(abc.ABC):
     Options: ClassVar[type[Options]] = Options
     annotations: ClassVar[tuple[Rule, ...]] = ()
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
 
     @property

@@ -10,7 +10,7 @@ Contract
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from dynaflow_serving.ir import Batch, MicroBatch, Split
 
@@ -49,11 +49,10 @@ def cut_at_tokens(batch: Batch, cuts: list[int], min_tokens: int = 1) -> Split:
     """Cut at the token offsets `cuts` (ascending, inside the batch)."""
     offsets = [0, *accumulate(batch.tokens)]
     edges = [0, *cuts, offsets[-1]]
-    if any(b - a < min_tokens for a, b in zip(edges, edges[1:], strict=False)):
+    if any(b - a < min_tokens for a, b in pairwise(edges)):
         return whole(batch, f"a micro-batch would have under {min_tokens} tokens")
     parts = tuple(
-        MicroBatch((bisect_right(offsets, a) - 1, bisect_left(offsets, b)), (a, b))
-        for a, b in zip(edges, edges[1:], strict=False)
+        MicroBatch((bisect_right(offsets, a) - 1, bisect_left(offsets, b)), (a, b)) for a, b in pairwise(edges)
     )
     pairs = {
         (i, j)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import NoReturn
 
 from dynaflow_serving.dependencies import external_ports
 from dynaflow_serving.errors import PlanError
@@ -178,7 +179,9 @@ class _Verifier:
             self._fail(i, f"{whole.value} has aliases or is written in place: it cannot have a merge buffer")
         for mb in range(whole.start, whole.stop):
             if (other := self.buffer.setdefault((whole.value, mb), whole)) != whole:
-                self._fail(i, f"{instance_text(whole)} and {instance_text(other)} are two buffers for {whole.value}@{mb}")
+                self._fail(
+                    i, f"{instance_text(whole)} and {instance_text(other)} are two buffers for {whole.value}@{mb}"
+                )
 
     def _write_into(self, i: int, part: Instance) -> None:
         whole = self.buffer.get((part.value, part.start))
@@ -263,9 +266,10 @@ class _Verifier:
         """Outputs, and arguments that the caller sees changed, hold all that was written."""
         for v in dict.fromkeys((*self.program.inputs, *self.program.outputs)):
             instance = Instance(v, 0, self.plan.micro_batches)
-            if self._storage(v) == storage and instance in self.root:
-                if unseen := written & ~self._visible(self.root[instance], mb, wrote):
-                    self._fail(unseen.bit_length() - 1, f"this write to {storage} is not in {instance_text(instance)}")
+            if self._storage(v) != storage or instance not in self.root:
+                continue
+            if unseen := written & ~self._visible(self.root[instance], mb, wrote):
+                self._fail(unseen.bit_length() - 1, f"this write to {storage} is not in {instance_text(instance)}")
 
     def _states_in_order(self) -> None:
         """Between micro-batches in `depends`: the later one's accesses come after the earlier one's writes."""
@@ -355,5 +359,5 @@ class _Verifier:
             self._fail(i, f"{instance_text(instance)} is {verb} twice (first in step {book[instance]})")
         book[instance] = i
 
-    def _fail(self, step: int, why: str) -> None:
+    def _fail(self, step: int, why: str) -> NoReturn:
         raise PlanError(f"step {step}: {why}" if step >= 0 else why, step)

@@ -27,5 +27,5 @@ class Executor(abc.ABC):
     def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
         """Compile `plan`; `kernels` are the replacements that it names."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most executors have nothing to stop
         """Stop what the executor has started (threads)."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import _thread
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
@@ -73,12 +74,13 @@ class Run:
 
 
 class Worker:
-    """The thread of one stream."""
+    """The thread of one stream. It ends when nothing refers to the Worker any more."""
 
     def __init__(self, stream: str) -> None:
         self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self.thread = threading.Thread(target=self._loop, name=f"dynaflow-{stream}", daemon=True)
+        self.thread = threading.Thread(target=_work, args=(self.queue,), name=f"dynaflow-{stream}", daemon=True)
         self.thread.start()
+        weakref.finalize(self, self.queue.put, None)
 
     def submit(self, run: Run, steps: Callable[[], None]) -> None:
         done = event()
@@ -86,11 +88,11 @@ class Worker:
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         # Of torch._C, for a number of threads is per thread, and vLLM's CPU worker makes the public one a no-op.
-        threads = torch._C.get_num_threads()
+        threads = torch.get_num_threads()
 
         def job() -> None:
             try:
-                if torch._C.get_num_threads() != threads:
+                if torch.get_num_threads() != threads:
                     torch._C.set_num_threads(threads)
                 with torch.inference_mode(inference), torch.set_grad_enabled(grad):
                     if autocast:
@@ -105,14 +107,15 @@ class Worker:
 
         self.queue.put(job)
 
-    def _loop(self) -> None:
-        while (job := self.queue.get()) is not None:
-            job()
-            del job  # its closure holds the tensors of the run
-
     def stop(self) -> None:
         self.queue.put(None)
         self.thread.join()
+
+
+def _work(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := queue.get()) is not None:
+        job()
+        del job  # its closure holds the tensors of the run
 
 
 class _ThreadEmitter(Emitter):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.utils._pytree as pytree
 from torch import fx

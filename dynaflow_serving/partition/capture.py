@@ -74,12 +74,10 @@ def partition(
     apply_rules(gm, (*rules, *COLLECTIVES))
     regions = find_regions(gm, hidden_edges(gm, effects or {}))
     region_of_node = {n: i for i, r in enumerate(regions) for n in r.nodes}
-    split = split_module(gm, None, region_of_node.__getitem__, keep_original_node_name=True) if regions else gm
+    split = split_module(gm, gm, region_of_node.__getitem__, keep_original_node_name=True) if regions else gm
     names = _unique(map(region_name, regions))
     order = {f"submod_{i}": (i, names[i], r) for i, r in enumerate(regions)}
-    return capture_pieces(
-        split, tokens=tokens, effects=effects, pieces=order, flow=gm, shared_inputs=shared_inputs
-    )
+    return capture_pieces(split, tokens=tokens, effects=effects, pieces=order, flow=gm, shared_inputs=shared_inputs)
 
 
 def capture_pieces(
@@ -98,10 +96,14 @@ def capture_pieces(
     flow: the graph before it was cut, for the axis checks (default: the pieces' own graphs).
     graphs: submodule -> its FX graph, where the submodule itself is compiled already.
     """
-    graphs = graphs or {str(n.target): getattr(split, str(n.target)) for n in split.graph.nodes if n.op == "call_module"}
+    graphs = graphs or {
+        str(n.target): getattr(split, str(n.target)) for n in split.graph.nodes if n.op == "call_module"
+    }
     calls = [n for n in split.graph.nodes if n.op == "call_module"]
     if pieces is None:
-        regions = [Region(_calls(graphs[str(n.target)]), _mark(graphs[str(n.target)]), i, i) for i, n in enumerate(calls)]
+        regions = [
+            Region(_calls(graphs[str(n.target)]), _mark(graphs[str(n.target)]), i, i) for i, n in enumerate(calls)
+        ]
         names = _unique(map(region_name, regions))
         pieces = {str(n.target): (i, names[i], regions[i]) for i, n in enumerate(calls)}
     calls.sort(key=lambda n: pieces[str(n.target)][0])

@@ -50,8 +50,8 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             args = [node.args[0]]
     elif node.op == "call_function":
-        if isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in target.name():
-            raise PartitionError(f"{node.name}: {target.name()} mutates its arguments in ways that cannot be seen")
+        if isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in str(target):
+            raise PartitionError(f"{node.name}: {target} mutates its arguments in ways that cannot be seen")
         if (schema := _schema(target)) is not None:
             for i, argument in enumerate(schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -76,6 +76,7 @@ def declared_effects(node: fx.Node, table: EffectTable) -> tuple[tuple[str, ...]
 
 
 def _schema(target: Any) -> Any:
-    if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
-        target = getattr(target, target.overloads()[0])
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads: list[str] = target.overloads()  # type: ignore[no-untyped-call]
+        target = getattr(target, overloads[0]) if len(overloads) == 1 else target
     return target._schema if isinstance(target, torch._ops.OpOverload) else None

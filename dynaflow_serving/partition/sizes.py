@@ -8,6 +8,7 @@ Contract
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -32,8 +33,9 @@ def decompose_sizes(gm: fx.GraphModule) -> None:
                 if user.target is operator.getitem and isinstance(user.args[1], int):
                     _replace(user, sizes[user.args[1]])
                 else:
-                    user.args = fx.node.map_arg(user.args, lambda n, s=sizes, old=node: s if n is old else n)
-                    user.kwargs = fx.node.map_arg(user.kwargs, lambda n, s=sizes, old=node: s if n is old else n)
+                    put = functools.partial(_put, node, sizes)
+                    user.args = fx.node.map_arg(user.args, put)
+                    user.kwargs = fx.node.map_arg(user.kwargs, put)
             gm.graph.erase_node(node)
     gm.recompile()
 
@@ -50,9 +52,13 @@ def _dimension(gm: fx.GraphModule, node: fx.Node, tensor: fx.Node, d: int, known
     return look_up
 
 
+def _put(old: fx.Node, new: Any, argument: fx.Node) -> Any:
+    return new if argument is old else argument
+
+
 def _replace(user: fx.Node, size: Any) -> None:
     """Put `size`, a node or a constant, wherever `user` was read."""
     for reader in list(user.users):
-        reader.args = fx.node.map_arg(reader.args, lambda n: size if n is user else n)
-        reader.kwargs = fx.node.map_arg(reader.kwargs, lambda n: size if n is user else n)
+        reader.args = fx.node.map_arg(reader.args, functools.partial(_put, user, size))
+        reader.kwargs = fx.node.map_arg(reader.kwargs, functools.partial(_put, user, size))
     user.graph.erase_node(user)

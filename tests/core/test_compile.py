@@ -86,7 +86,7 @@ def test_a_rule_without_a_match_is_an_error_on_the_first_call() -> None:
             raise NotImplementedError
 
     compiled = dynaflow.compile(Net(), Wrong())
-    with pytest.raises(Exception, match="SplitModule matches nothing.*Linear") as caught:
+    with pytest.raises(Exception, match=r"SplitModule matches nothing.*Linear") as caught:
         compiled(torch.randn(8, 4))
     assert isinstance(caught.value, AnnotationError) or isinstance(caught.value.__cause__, AnnotationError)
 

@@ -45,11 +45,17 @@ def test_load_takes_a_path_a_name_a_mapping_and_a_config(tmp_path: Path) -> None
     ("text", "message"),
     [
         ("strategy: nanoflw", r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: dual_batch, nanoflow"),
-        ("strategy: nanoflow\noptions: {min_token: 1}", r"'nanoflow': unknown option 'min_token'. Did you mean 'min_tokens'\?"),
+        (
+            "strategy: nanoflow\noptions: {min_token: 1}",
+            r"'nanoflow': unknown option 'min_token'. Did you mean 'min_tokens'\?",
+        ),
         ("strategy: nanoflow\noptions: {min_tokens: many}", r"min_tokens: .*integer.*got 'many'"),
         ("strategy: nanoflow\noptions: {cut: tokn}", r"cut: .*'request' or 'token'.*got 'tokn'"),
         ("strategy: nanoflow\noptions: {min_tokens: 0}", r"min_tokens: .*greater than or equal to 1.*got 0"),
-        ("strategy: nanoflow\noption: {}", r"unknown option 'option'. Did you mean 'options'\? Valid: executor, fallback"),
+        (
+            "strategy: nanoflow\noption: {}",
+            r"unknown option 'option'. Did you mean 'options'\? Valid: executor, fallback",
+        ),
         ("strategy: nanoflow\nexecutor: gpu", r"executor: .*'auto', 'sequential', 'cpu' or 'cuda'.*got 'gpu'"),
         ("strategy: 3", r"strategy: .*string.*got 3"),
         ("options: {}", r"'strategy' is missing. Valid: executor, fallback, options, strategy"),
@@ -116,6 +122,8 @@ def test_names_are_unique() -> None:
 def test_the_schema_describes_the_options_of_every_strategy() -> None:
     schema = json_schema()
     assert set(schema["properties"]) == {"strategy", "options", "executor", "fallback"}
-    described = {c["if"]["properties"]["strategy"]["const"]: c["then"]["properties"]["options"] for c in schema["allOf"]}
+    described = {
+        c["if"]["properties"]["strategy"]["const"]: c["then"]["properties"]["options"] for c in schema["allOf"]
+    }
     assert "min_tokens" in described["nanoflow"]["properties"]
     assert described["nanoflow"]["properties"]["min_tokens"]["description"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -102,9 +104,6 @@ def test_the_original_exception_reaches_the_caller_and_the_executor_lives_on(cpu
 
 
 def test_a_failed_run_frees_its_tensors_at_once(cpu: CPUExecutor) -> None:
-    import gc
-    import weakref
-
     program = program_of(IN_PLACE)
     alive: list[weakref.ref[torch.Tensor]] = []
 
@@ -131,10 +130,27 @@ def test_close_stops_the_threads() -> None:
     executor = CPUExecutor()
     program = program_of(IN_PLACE)
     capture = manual(program, make=torch.clone, bump=slow_bump, read=torch.clone)
-    executor.bind(capture, lowered(program, 1, *TWO_STREAMS), {})
-    assert any(t.name == "dynaflow-network" for t in threading.enumerate())
+    before = set(threading.enumerate())
+    plan = lowered(program, 1, *TWO_STREAMS)
+    executor.bind(capture, plan, {})
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.name == "dynaflow-network"
     executor.close()
-    assert not any(t.name == "dynaflow-network" for t in threading.enumerate())
+    assert not thread.is_alive()
+
+
+def test_threads_end_with_the_last_plan_that_uses_them() -> None:
+    program = program_of(IN_PLACE)
+    capture = manual(program, make=torch.clone, bump=lambda y: None, read=torch.clone)
+    before = set(threading.enumerate())
+    run = CPUExecutor().bind(capture, lowered(program, 1, *TWO_STREAMS), {})
+    (thread,) = set(threading.enumerate()) - before
+    run([torch.ones(3)], [0, 3], no_context)  # the executor is gone, its plan works
+    assert thread.is_alive()
+    del run
+    gc.collect()
+    thread.join(1)
+    assert not thread.is_alive()
 
 
 def test_workers_run_in_the_mode_of_the_caller(cpu: CPUExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +166,9 @@ def test_workers_run_in_the_mode_of_the_caller(cpu: CPUExecutor, monkeypatch: py
             autocast=torch.is_autocast_enabled("cpu"),
         )
 
-    run = cpu.bind(manual(program, make=torch.clone, bump=bump, read=torch.clone), lowered(program, 1, *TWO_STREAMS), {})
+    run = cpu.bind(
+        manual(program, make=torch.clone, bump=bump, read=torch.clone), lowered(program, 1, *TWO_STREAMS), {}
+    )
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # what vLLM's CPU worker does
     before = torch._C.get_num_threads()
     try:
@@ -312,7 +330,7 @@ def test_cuda_restores_the_stream_after_an_exception() -> None:
 
 def test_executors_by_name() -> None:
     assert get_executor("auto", "cpu").name == "cpu"
-    with pytest.raises(ConfigError, match="unknown executor 'cpux'.*'cpu'.*auto, cpu, cuda, sequential"):
+    with pytest.raises(ConfigError, match=r"unknown executor 'cpux'.*'cpu'.*auto, cpu, cuda, sequential"):
         get_executor("cpux")
     with pytest.raises(InactiveError, match="executor: cpu"):
         CUDAExecutor(RecordingCuda(available=False))

@@ -109,7 +109,9 @@ def test_marks_and_rules_at_aot_level() -> None:
 
 
 def test_a_rule_that_matches_nothing_lists_what_could_have() -> None:
-    with pytest.raises(AnnotationError, match=r"SplitFunc matches nothing: unknown target 'sine'.*'?sin'?.*Valid:.*sin"):
+    with pytest.raises(
+        AnnotationError, match=r"SplitFunc matches nothing: unknown target 'sine'.*'?sin'?.*Valid:.*sin"
+    ):
         capture(Net(), torch.randn(6, 4), rules=[SplitFunc("sine")])
     with pytest.raises(AnnotationError, match=r"SplitModule matches nothing.*Did you mean 'Linear'"):
         capture(Net(), torch.randn(6, 4), rules=[SplitModule("Linea")])
@@ -117,7 +119,7 @@ def test_a_rule_that_matches_nothing_lists_what_could_have() -> None:
 
 
 def test_wrong_marks() -> None:
-    with pytest.raises(AnnotationError, match="unknown resource 'netwrk'. Did you mean 'network'"):
+    with pytest.raises(AnnotationError, match=r"unknown resource 'netwrk'. Did you mean 'network'"):
         mark("a", "netwrk")
     with pytest.raises(AnnotationError, match="one word"):
         mark("a b")

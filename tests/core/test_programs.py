@@ -65,7 +65,9 @@ def random_program(rng: random.Random, size: int) -> Program:
     return Program(inputs, tuple(v.name for v in outputs_of), values, tuple(operators))
 
 
-def random_schedule(rng: random.Random, program: Program, micro_batches: int, depends: list[tuple[int, int]]) -> Schedule:
+def random_schedule(
+    rng: random.Random, program: Program, micro_batches: int, depends: list[tuple[int, int]]
+) -> Schedule:
     s = Schedule(program, micro_batches, depends)
     while ready := s.get_ready_ops():
         task = rng.choice(ready)

@@ -1,6 +1,8 @@
 """Random graphs under random schedules and splits equal plain execution, bit by bit.
 
-`DYNAFLOW_EXAMPLES=5000` looks further. Values are small integers in float64, so all arithmetic is exact and the order of additions does not show.
+`DYNAFLOW_EXAMPLES=5000` looks further.
+
+Values are small integers in float64, so all arithmetic is exact and the order of additions does not show.
 """
 
 from __future__ import annotations
