@@ -53,18 +53,29 @@ def no_context(micro_batch: int) -> None:
     pass
 
 
-def slow_bump(y: torch.Tensor) -> None:
-    time.sleep(0.1)
-    y.add_(1)
-
-
 def test_a_missing_wait_corrupts_the_result_and_the_wait_repairs_it(cpu: CPUExecutor) -> None:
+    """Deterministic: `bump` holds its write back until `read` has read, or, with the wait, cannot yet."""
+    started, has_read = threading.Event(), threading.Event()
+
+    def bump(y: torch.Tensor) -> None:
+        started.set()
+        has_read.wait(0.1)
+        y.add_(1)
+
+    def read(y: torch.Tensor) -> torch.Tensor:
+        assert started.wait(5)
+        z = y * 2
+        has_read.set()
+        return z
+
     program = program_of(IN_PLACE)
-    capture = manual(program, make=torch.clone, bump=slow_bump, read=lambda y: y * 2)
+    capture = manual(program, make=torch.clone, bump=bump, read=read)
     plan = lowered(program, 1, *TWO_STREAMS)
     x = torch.arange(3.0)
     (right,) = cpu.bind(capture, plan, {})([x], [0, 3], no_context)
     assert torch.equal(right, (x + 1) * 2)
+    started.clear()
+    has_read.clear()
     racy = without(plan, StepKind.WAIT, "compute")
     (wrong,) = cpu.bind(capture, racy, {})([x], [0, 3], no_context)
     assert torch.equal(wrong, x * 2)
@@ -129,7 +140,7 @@ def test_a_failed_run_frees_its_tensors_at_once(cpu: CPUExecutor) -> None:
 def test_close_stops_the_threads() -> None:
     executor = CPUExecutor()
     program = program_of(IN_PLACE)
-    capture = manual(program, make=torch.clone, bump=slow_bump, read=torch.clone)
+    capture = manual(program, make=torch.clone, bump=lambda y: None, read=torch.clone)
     before = set(threading.enumerate())
     plan = lowered(program, 1, *TWO_STREAMS)
     executor.bind(capture, plan, {})
