@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dynaflow_serving.errors import ScheduleError
@@ -24,6 +24,20 @@ from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.verify import verify
 
 Signature = tuple[int, tuple[tuple[int, int], ...]]
+
+
+@dataclass
+class StepCounts:
+    """Whether steps were split, and why the others were not."""
+
+    split: int = 0
+    unsplit: Counter[str] = field(default_factory=Counter)
+
+    def add(self, split: Split) -> None:
+        if len(split.micro_batches) > 1:
+            self.split += 1
+        else:
+            self.unsplit[split.reason] += 1
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,7 @@ class Runtime:
     def __init__(self, capture: Capture, strategy: OpScheduler, executor: Executor, zero_copy: bool = True) -> None:
         self.capture, self.strategy, self.executor = capture, strategy, executor
         self.zero_copy = zero_copy
-        self.split_steps = 0
-        self.unsplit_steps: Counter[str] = Counter()
+        self.counts = StepCounts()
         self._prepared: dict[tuple[Signature, bool], Prepared] = {}
         self._vetoed: dict[Signature, str] = {}
 
@@ -92,9 +105,6 @@ class Runtime:
         zero_copy: bool | None = None,
     ) -> Any:
         """One step. `args` are the program's inputs without constants; returns the model's own structure."""
-        if len(split.micro_batches) > 1:
-            self.split_steps += 1
-        else:
-            self.unsplit_steps[split.reason] += 1
+        self.counts.add(split)
         prepared = self.prepare(split.signature, zero_copy)
         return self.capture.rebuild(prepared.run(args, split.bounds, enter))

@@ -1,8 +1,8 @@
 """Engine integrations, one package each, against the protocol in `base`."""
 
-from dynaflow_serving.integrations.base import Integration, Step
+from dynaflow_serving.integrations.base import Integration
 from dynaflow_serving.integrations.vllm import VLLMIntegration
 
 INTEGRATIONS: dict[str, Integration] = {i.name: i for i in (VLLMIntegration(),)}
 
-__all__ = ["INTEGRATIONS", "Integration", "Step"]
+__all__ = ["INTEGRATIONS", "Integration"]

@@ -4,27 +4,17 @@ Contract
 - `attach` hooks the engine in this process; it is idempotent, imports the engine itself, and is called by
   the engine's own plugin mechanism. Nothing is changed for engines that do not ask for DynaFlow.
 - A release outside `supported` is an `InactiveError` naming the supported ones; it is raised before weights load.
-- A `Step` is one forward pass of the engine: what there is to split, and how to enter a micro-batch.
+- What an integration does in a worker (capture, describe a step's batch, enter a micro-batch's context) it
+  does with a `session.Session`, which decides, counts, reports and compares ranks for every engine alike.
 """
 
 from __future__ import annotations
 
 import abc
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.ir import Batch, Split
-
-
-class Step(Protocol):
-    """One forward pass, between the engine's own preparation and its model call."""
-
-    batch: Batch
-    split: Split
-
-    def enter(self, micro_batch: int) -> None:
-        """Make the engine's context (attention metadata, slot mapping) that of `micro_batch`."""
 
 
 class Integration(abc.ABC):

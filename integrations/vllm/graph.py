@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from dynaflow_serving.integrations.vllm.session import Session
+from dynaflow_serving.integrations.vllm.session import VLLMSession
 from dynaflow_serving.ir import Scope, Split
 from dynaflow_serving.partition.axes import expression
 from dynaflow_serving.partition.effects import fake_value
@@ -34,7 +34,7 @@ def token_symbols(gm: fx.GraphModule) -> set[sympy.Symbol]:
 
 
 class MicroBatchedGraph:
-    def __init__(self, session: Session, runtime: Runtime, whole: Callable[..., Any] | None = None) -> None:
+    def __init__(self, session: VLLMSession, runtime: Runtime, whole: Callable[..., Any] | None = None) -> None:
         self.session, self.runtime = session, runtime
         self._whole = whole or self._run_whole
         program = runtime.capture.program

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dynaflow_serving.integrations.vllm.hazards import dependences
-from dynaflow_serving.integrations.vllm.session import Session
+from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.ir import Batch, Split
 
 

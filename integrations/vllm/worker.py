@@ -9,7 +9,6 @@ Contract
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -18,17 +17,15 @@ from vllm.v1.worker.gpu_worker import Worker
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.vllm import mode3
 from dynaflow_serving.integrations.vllm.runner import V1RunnerMixin
-from dynaflow_serving.integrations.vllm.session import Session
-
-logger = logging.getLogger("vllm.dynaflow")
+from dynaflow_serving.integrations.vllm.session import VLLMSession
 
 
 class DynaflowWorkerMixin:
-    dynaflow: Session
+    dynaflow: VLLMSession
 
     def init_device(self) -> None:
         super().init_device()  # type: ignore[misc]
-        self.dynaflow = Session(self.vllm_config, current_platform.device_type)  # type: ignore[attr-defined]
+        self.dynaflow = VLLMSession(self.vllm_config, current_platform.device_type)  # type: ignore[attr-defined]
         mode3.attach()
         runner = self.model_runner  # type: ignore[attr-defined]
         if getattr(self, "use_v2_model_runner", False):
@@ -37,24 +34,11 @@ class DynaflowWorkerMixin:
         runner.__class__ = type(f"Dynaflow{type(runner).__name__}", (V1RunnerMixin, type(runner)), {})
 
     def compile_or_warm_up_model(self) -> Any:
-        result = super().compile_or_warm_up_model()  # type: ignore[misc]
-        self._check_active()
-        return result
-
-    def _check_active(self) -> None:
         from vllm.distributed.parallel_state import get_tp_group
 
-        if not self.dynaflow.runtimes:
-            raise InactiveError(
-                "DynaFlow was requested, but vLLM compiled no graph of this model (it has no torch.compile support "
-                "in vLLM, or warm-up was skipped by VLLM_CPU_CI_ENV): remove the dynaflow option for this model"
-            )
-        self.dynaflow.agree(get_tp_group().cpu_group)
-        for runtime in self.dynaflow.runtimes:
-            program = runtime.capture.program
-            if program.unsplittable:
-                raise InactiveError(f"this model's graph cannot be split: {program.unsplittable}")
-            logger.info("DynaFlow program %s: %d operators", program.digest, len(program.operators))
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self.dynaflow.check(get_tp_group().cpu_group)
+        return result
 
     def dynaflow_report(self) -> dict[str, Any]:
         return self.dynaflow.report()

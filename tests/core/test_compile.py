@@ -44,8 +44,8 @@ def test_inference_equals_the_model_at_every_size(level: Any, executor: str) -> 
             x = torch.randn(size, 4)
             torch.testing.assert_close(compiled(x), model(x))
     (runtime,) = compiled.runtimes
-    assert runtime.split_steps == 4 and sum(runtime.unsplit_steps.values()) == 2  # size 1 never reaches it
-    assert any("under 2 tokens" in reason for reason in runtime.unsplit_steps)
+    assert runtime.counts.split == 4 and sum(runtime.counts.unsplit.values()) == 2  # size 1 never reaches it
+    assert any("under 2 tokens" in reason for reason in runtime.counts.unsplit)
 
 
 @pytest.mark.parametrize("level", ["dynamo", "aot"])
@@ -64,7 +64,7 @@ def test_a_training_step_has_the_same_gradients(level: Any) -> None:
             assert p.grad is not None and q.grad is not None
             torch.testing.assert_close(p.grad, q.grad)
             torch.testing.assert_close(p, q)
-    assert compiled.runtimes[0].split_steps == 3
+    assert compiled.runtimes[0].counts.split == 3
 
 
 def test_a_model_that_mixes_the_batch_is_refused_by_name() -> None:
@@ -102,7 +102,7 @@ def test_graph_breaks_give_several_graphs() -> None:
     x = torch.randn(8, 4)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
-    assert [r.split_steps for r in compiled.runtimes] == [1, 1]
+    assert [r.counts.split for r in compiled.runtimes] == [1, 1]
 
 
 def test_another_batch_dimension_and_keyword_arguments() -> None:
@@ -114,7 +114,7 @@ def test_another_batch_dimension_and_keyword_arguments() -> None:
     with torch.no_grad():
         out, want = compiled(x, scale=scale), model(x, scale)
     assert out.keys() == want.keys() and all(torch.equal(out[k], want[k]) for k in out)
-    assert compiled.runtimes[0].split_steps == 1
+    assert compiled.runtimes[0].counts.split == 1
 
 
 def test_wrong_arguments() -> None:

@@ -1,0 +1,119 @@
+"""One worker process under DynaFlow: the strategy, the runtimes of its graphs, and the step in flight.
+
+Contract
+- Engine-independent: an integration makes one per worker, adds a Runtime per captured graph, and brackets
+  each real step with `begin` (or `refuse`) and `end`. Calls outside a step (dummy, profiling and capture
+  runs) find `split` None, run whole and are not counted.
+- `begin` depends on the batch and the programs only, so all ranks decide alike; `agree` compares the plans
+  themselves over a process group and raises on a difference.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from typing import Any
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.errors import InactiveError, ScheduleError
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.ir import Batch, Split
+from dynaflow_serving.partition import Capture
+from dynaflow_serving.runtime import Runtime, StepCounts
+
+
+class Session:
+    def __init__(self, config: Config, device_type: str, mode: str, logger: logging.Logger) -> None:
+        """`mode`: how the engine compiles, for reports; `logger`: the engine's."""
+        self.mode, self.logger = mode, logger
+        self.strategy = config.build()
+        self.executor = get_executor(config.executor, device_type)
+        self.runtimes: list[Runtime] = []
+        self.split: Split | None = None  # of the step in flight
+        self.counts = StepCounts()
+
+    @property
+    def max_micro_batches(self) -> int:
+        return self.strategy.max_micro_batches
+
+    def add(self, capture: Capture) -> Runtime:
+        runtime = Runtime(capture, self.strategy, self.executor)
+        self.runtimes.append(runtime)
+        return runtime
+
+    def begin(self, batch: Batch) -> Split:
+        """Decide the split of the step that begins. Raises `ScheduleError` for too many micro-batches."""
+        if not self.runtimes:
+            raise InactiveError("the engine has served a step without compiling a graph through DynaFlow")
+        split = self.strategy.split(batch)
+        if len(split.micro_batches) > self.max_micro_batches:
+            raise ScheduleError(
+                f"strategy {self.strategy.name!r} made {len(split.micro_batches)} micro-batches, more than its "
+                f"max_micro_batches ({self.max_micro_batches})"
+            )
+        for runtime in self.runtimes:
+            if len(split.micro_batches) > 1:
+                split = runtime.admit(batch, split)
+        if len(split.micro_batches) > 1 and not self.counts.split:
+            sizes = [p.tokens[1] - p.tokens[0] for p in split.micro_batches]
+            self.logger.info("DynaFlow: first split step, %d micro-batches of %s tokens", len(sizes), sizes)
+        self.counts.add(split)
+        self.split = split
+        return split
+
+    def end(self) -> None:
+        self.split = None
+
+    def check(self, group: Any) -> None:
+        """Raise `InactiveError` unless there is a graph, it can be split, and all ranks of `group` (a process
+        group for CPU objects) have the same plans for it."""
+        if not self.runtimes:
+            raise InactiveError(
+                "DynaFlow was requested, but the engine compiled no graph of this model: it has no torch.compile "
+                "support in the engine, or warm-up was skipped; remove the dynaflow option for this model"
+            )
+        self._agree(group)
+        for runtime in self.runtimes:
+            program = runtime.capture.program
+            if program.unsplittable:
+                raise InactiveError(f"this model's graph cannot be split: {program.unsplittable}")
+            self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
+
+    def _agree(self, group: Any) -> None:
+        import torch.distributed as dist
+
+        texts = [self._plans(runtime) for runtime in self.runtimes]
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, texts, group=group)
+        for rank, other in enumerate(everyone):
+            if other != texts:
+                mine, theirs = "\n".join(texts).splitlines(), "\n".join(other).splitlines()
+                shown = "\n".join(list(difflib.unified_diff(mine, theirs, "this rank", f"rank {rank}", n=2))[:40])
+                raise InactiveError(f"the ranks would run different plans:\n{shown}")
+
+    def _plans(self, runtime: Runtime) -> str:
+        program = runtime.capture.program
+        if program.unsplittable or self.max_micro_batches < 2:
+            return program.to_text()
+        return "\n".join(runtime.prepare((n, ())).plan.to_text() for n in range(2, self.max_micro_batches + 1))
+
+    def report(self) -> dict[str, Any]:
+        """What `dynaflow bench` and `dynaflow explain` show; plain data, for a remote call."""
+        plans = [p for r in self.runtimes for p in r.plans if p.micro_batches > 1]
+        return {
+            "strategy": self.strategy.name,
+            "mode": self.mode,
+            "steps": {"split": self.counts.split, "unsplit": dict(self.counts.unsplit)},
+            "plan_hash": plans[-1].digest if plans else "",
+            "programs": [
+                {"program": r.capture.program.to_text(), "plans": [p.to_text() for p in r.plans]} for r in self.runtimes
+            ],
+        }
+
+    def reset(self) -> None:
+        self.counts = StepCounts()
+
+    def close(self) -> None:
+        unsplit = dict(self.counts.unsplit) or "none"
+        self.logger.info("DynaFlow: %d steps split, un-split: %s", self.counts.split, unsplit)
+        self.executor.close()
