@@ -33,7 +33,7 @@ from dynaflow_serving.partition.effects import (
     storage_id,
     written_arguments,
 )
-from dynaflow_serving.partition.regions import Region, find_regions, region_name
+from dynaflow_serving.partition.regions import Region, find_regions, heavy, region_name
 from dynaflow_serving.partition.sizes import decompose_sizes
 
 # torch's functional collectives, wherever tensor parallelism or DTensor puts them.
@@ -312,8 +312,16 @@ def _calls(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def _mark(graph: fx.GraphModule) -> dict[str, Any] | None:
-    """The annotation of an engine's piece: that of its first annotated node."""
-    return next((m for n in _calls(graph) if (m := region_of(n))), None)
+    """The annotations of a piece that an engine cut, taken together. Beside other heavy work they give the
+    piece its obligations (context, group), but neither name nor tags."""
+    calls = _calls(graph)
+    marks = [m for n in calls if (m := region_of(n))]
+    if not marks:
+        return None
+    mark = {**marks[-1], "context": any(m.get("context") for m in marks)}
+    if heavy([n for n in calls if not region_of(n)]):
+        return {**mark, "name": "", "tags": [], "resource": Resource.COMPUTE}
+    return {**mark, "tags": sorted({t for m in marks for t in m["tags"]})}
 
 
 def _result(graph: fx.GraphModule) -> Any:

@@ -63,11 +63,12 @@ def region_name(region: Region) -> str:
         if len(set(parts)) > 1:
             break
         common.append(parts[0])
+    if paths and not any(p.isdigit() for p in common):  # nodes of two layers (a residual add, the next norm)
+        common = paths[-1][: next((i + 1 for i, p in enumerate(paths[-1]) if p.isdigit()), 2)]
     common = [p for p in common if p not in ("model", "self")]
-    if not common and paths:  # nodes of two layers (a residual add and the next norm): named by the last
-        common = [p for p in paths[-1] if p not in ("model", "self")][:2]
     depth = next((i + 1 for i, p in enumerate(common) if p.isdigit()), len(common))
-    kind = region.mark["name"] if region.mark else ".".join(common[depth : depth + 1]) or "compute"
+    marked = region.mark["name"] if region.mark else ""
+    kind = marked or ".".join(common[depth : depth + 1]) or "compute"
     return ".".join([*common[:depth], *([kind] if common[:depth] != [kind] else [])])
 
 
@@ -143,7 +144,7 @@ def _branches(
 def _absorb(regions: list[Region]) -> list[Region]:
     """Merge light unmarked regions into a consumer, or else another neighbour, of their segment."""
     alive = set(regions)
-    for light in sorted((r for r in regions if r.mark is None and not _heavy(r)), key=lambda r: -r.first):
+    for light in sorted((r for r in regions if r.mark is None and not heavy(r.nodes)), key=lambda r: -r.first):
         peers = [r for r in alive if r is not light and r.mark is None and r.segment == light.segment]
         peers = [r for r in peers if not any(mine & ~theirs for mine, theirs in zip(light.network, r.network))]
         peers.sort(key=lambda r: (light not in r.preds, abs(r.first - light.first)))
@@ -154,8 +155,9 @@ def _absorb(regions: list[Region]) -> list[Region]:
     return list(alive)
 
 
-def _heavy(region: Region) -> bool:
-    for n in region.nodes:
+def heavy(nodes: list[fx.Node]) -> bool:
+    """Whether there is work worth an operator of its own: matrix products, custom operators."""
+    for n in nodes:
         if n.op == "call_module" or function_names(n) & _HEAVY:
             return True
         namespace = str(n.target).partition(".")[0]
