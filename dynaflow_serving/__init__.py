@@ -4,7 +4,7 @@ Importing this package needs torch and light libraries only; engines are importe
 """
 
 from dynaflow_serving.annotations import SplitFunc, SplitModule, mark
-from dynaflow_serving.compile import compile
+from dynaflow_serving.torch_backend import compile
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import DynaflowError, InactiveError, PlanError
 from dynaflow_serving.ir import Batch, MicroBatch, Operator, Plan, Program, Resource, Split

@@ -1,6 +1,8 @@
-"""`dynaflow_serving.compile`: any PyTorch model under a strategy, as a `torch.compile` backend.
+"""`dynaflow_serving.compile`, and the `torch.compile` backend "dynaflow": any PyTorch model under a strategy.
 
 Contract
+- `compile(model, "nanoflow")` marks the batch dimension and names our errors; it is `torch.compile(model,
+  backend="dynaflow", options={"strategy": "nanoflow"})`, where the caller sees to a dynamic batch.
 - The graph is captured by Dynamo and, with `level="aot"`, lowered to ATen, where DTensor's collectives
   are operators of their own.
 - `batch_dim` of every tensor argument that has the same size there is the token axis; it is made dynamic,
@@ -13,6 +15,7 @@ Contract
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +25,7 @@ from torch import fx
 
 from dynaflow_serving.annotations import apply_rules
 from dynaflow_serving.config import Config, load
-from dynaflow_serving.errors import ConfigError, DynaflowError, PartitionError, unknown_name
+from dynaflow_serving.errors import ConfigError, DynaflowError, InactiveError, PartitionError, unknown_name
 from dynaflow_serving.executor import EXECUTORS, get_executor
 from dynaflow_serving.ir import Batch
 from dynaflow_serving.partition import Capture, partition
@@ -56,11 +59,17 @@ class Compiled(torch.nn.Module):
                 if t.shape[self._batch_dim] == size:
                     torch._dynamo.maybe_mark_dynamic(t, self._batch_dim)
         try:
-            return self._compiled(*args, **kwargs)
+            result = self._compiled(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as e:
             if isinstance(e.inner_exception, DynaflowError):
                 raise e.inner_exception from None
             raise
+        if not self.runtimes:
+            raise InactiveError(
+                f"no graph of this model has a dynamic dimension {self._batch_dim}: DynaFlow was requested but would "
+                "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
+            )
+        return result
 
 
 class Backend:
@@ -116,6 +125,17 @@ def compile(
     level: "dynamo" keeps the model's own calls as operators; "aot" lowers to ATen first.
     Raises `ConfigError` here, and `AnnotationError`, `PartitionError` on the first call.
     """
+    return Compiled(model, make_backend(strategy, config, batch_dim, level, executor), batch_dim)
+
+
+def make_backend(
+    strategy: str | Mapping[str, Any] | Config | OpScheduler,
+    config: Mapping[str, Any] | None = None,
+    batch_dim: int = 0,
+    level: Level = "dynamo",
+    executor: str = "auto",
+) -> Backend:
+    """The backend that `compile` uses. Raises `ConfigError`."""
     if level not in ("dynamo", "aot"):
         raise ConfigError(f"level must be 'dynamo' or 'aot', not {level!r}")
     if executor not in (*EXECUTORS, "auto"):
@@ -126,7 +146,25 @@ def compile(
         loaded = load(strategy)
         executor = loaded.executor if executor == "auto" else executor
         strategy = loaded.build()
-    return Compiled(model, Backend(strategy, executor, batch_dim, level), batch_dim)
+    return Backend(strategy, executor, batch_dim, level)
+
+
+def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
+    """Entry point of `torch.compile(model, backend="dynaflow", options=...)`: the options are `make_backend`'s.
+
+    Raises `ConfigError` for unknown options, `PartitionError` for a graph without a dynamic batch dimension.
+    """
+    options = {"strategy": "nanoflow", **(options or {})}
+    valid = inspect.signature(make_backend).parameters
+    if unknown := options.keys() - valid.keys():
+        raise ConfigError(unknown_name("option", sorted(unknown)[0], valid))
+    backend = make_backend(**options)
+    if not batch_symbols(gm, backend.batch_dim):
+        raise PartitionError(
+            f"dimension {backend.batch_dim} of this graph's inputs is static, so nothing can be split: call "
+            "torch._dynamo.mark_dynamic on the inputs, pass dynamic=True, or use dynaflow_serving.compile"
+        )
+    return backend(gm, example_inputs)
 
 
 def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dynaflow_serving as dynaflow
-from dynaflow_serving.errors import AnnotationError, ConfigError, PartitionError
+from dynaflow_serving.errors import AnnotationError, ConfigError, InactiveError, PartitionError
 
 SPLIT = {"strategy": "nanoflow", "options": {"min_tokens": 2}}
 
@@ -124,3 +124,35 @@ def test_wrong_arguments() -> None:
         dynaflow.compile(Net(), "nanoflow", config={"min_token": 3})
     with pytest.raises(ConfigError, match="unknown executor 'gpu'"):
         dynaflow.compile(Net(), SPLIT, executor="gpu")
+
+
+def test_plain_backend_of_torch_compile() -> None:
+    from dynaflow_serving.torch_backend import dynaflow as backend
+
+    model = torch.nn.Linear(4, 4)
+    x = torch.randn(6, 4)
+    options = {"strategy": "nanoflow", "config": {"min_tokens": 1}}
+    compiled = torch.compile(model, backend=backend, options=options, dynamic=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_plain_backend_names_a_static_batch_and_unknown_options() -> None:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    from dynaflow_serving.torch_backend import dynaflow as backend
+
+    x = torch.randn(6, 4)
+    with pytest.raises(BackendCompilerFailed, match="is static, so nothing can be split"):
+        torch.compile(lambda x: x + 1, backend=backend, dynamic=False)(x)
+    with pytest.raises(BackendCompilerFailed, match="unknown option 'strateg'. Did you mean 'strategy'"):
+        torch.compile(lambda x: x + 2, backend=backend, options={"strateg": "nanoflow"}, dynamic=True)(x)
+
+
+def test_requested_but_inactive_is_an_error() -> None:
+    class Constant(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    with pytest.raises(InactiveError, match="no graph of this model has a dynamic dimension 3"):
+        dynaflow.compile(Constant(), "nanoflow", batch_dim=3)(torch.randn(4, 4))
