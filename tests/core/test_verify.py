@@ -181,11 +181,11 @@ def test_collectives_of_a_group_have_one_order() -> None:
 
 def test_memory_goes_back_to_the_stream_that_allocated_it() -> None:
     """y is made on the network stream: freed elsewhere, that stream could reuse it before its reader is done."""
-    program = program_of(CHAIN.replace(" context", ""))
     early = GOOD.replace("    network | run first @1\n    network | record e1\n", "    network | record e1\n").replace(
         "    compute | run second @0\n    compute | run second @1\n",
         "    compute | run second @0\n    compute | free y@0\n    compute | record e3\n"
-        "    network | {wait}run first @1\n    network | record e2\n    compute | wait e2\n    compute | run second @1\n",
+        "    network | {wait}run first @1\n    network | record e2\n"
+        "    compute | wait e2\n    compute | run second @1\n",
     )
     early = early.replace("y@0 y@1 z@0", "y@1 z@0").replace("group=tp", "")
     program = program_of(CHAIN.replace(" context", "").replace(" group=tp", ""))
