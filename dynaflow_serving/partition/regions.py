@@ -17,6 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from dynaflow_serving.annotations import CALLS, function_names, module_stack, region_of
@@ -160,8 +161,8 @@ def heavy(nodes: list[fx.Node]) -> bool:
     for n in nodes:
         if n.op == "call_module" or function_names(n) & _HEAVY:
             return True
-        namespace = str(n.target).partition(".")[0]
-        if hasattr(n.target, "_schema") and namespace not in ("aten", "prims"):
+        custom = isinstance(n.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+        if custom and str(n.target).partition(".")[0] not in ("aten", "prims"):
             return True
     return False
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynaflow_serving.compile import batch_symbols
+from dynaflow_serving.torch_backend import batch_symbols
 from dynaflow_serving.ir import Plan, Program, Step, StepKind
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition import Capture, partition

@@ -13,7 +13,7 @@ from support import arguments, capture, names, trace
 from torch import fx, nn
 
 from dynaflow_serving.annotations import SplitFunc, SplitModule, mark
-from dynaflow_serving.compile import batch_symbols
+from dynaflow_serving.torch_backend import batch_symbols
 from dynaflow_serving.errors import AnnotationError, PartitionError
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.ir import Resource, Scope
