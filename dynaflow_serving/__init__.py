@@ -4,12 +4,12 @@ Importing this package needs torch and light libraries only; engines are importe
 """
 
 from dynaflow_serving.annotations import SplitFunc, SplitModule, mark
-from dynaflow_serving.torch_backend import compile
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import DynaflowError, InactiveError, PlanError
 from dynaflow_serving.ir import Batch, MicroBatch, Operator, Plan, Program, Resource, Split
 from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
 from dynaflow_serving.strategies import register_strategy
+from dynaflow_serving.torch_backend import compile
 from dynaflow_serving.verify import verify
 
 __version__ = "0.1.0"

@@ -18,9 +18,9 @@ import torch
 from torch import fx, nn
 
 from dynaflow_serving.annotations import mark
-from dynaflow_serving.torch_backend import batch_symbols
 from dynaflow_serving.ir import Resource
 from dynaflow_serving.partition import Capture, partition
+from dynaflow_serving.torch_backend import batch_symbols
 
 HIDDEN, HEADS, LAYERS = 16, 2, 2
 

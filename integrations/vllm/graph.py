@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -22,9 +21,9 @@ from dynaflow_serving.partition.effects import fake_value
 from dynaflow_serving.runtime import Runtime, no_context
 
 
-def token_symbols(gm: fx.GraphModule) -> set[sympy.Symbol]:
-    """vLLM makes only the number of tokens dynamic; several symbols may stand for it."""
-    symbols: set[sympy.Symbol] = set()
+def token_symbols(gm: fx.GraphModule) -> set[Any]:
+    """The sympy symbols of `gm`: vLLM makes only the number of tokens dynamic; several may stand for it."""
+    symbols: set[Any] = set()
     for n in gm.graph.nodes:
         if n.op == "placeholder":
             fake = fake_value(n)

@@ -10,7 +10,7 @@ Contract
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -39,8 +39,8 @@ def _compile_pieces(capture: Capture, options: dict[str, Any]) -> None:
     for name, piece in capture.pieces.items():
         if name not in marked:
             capture.functions[name] = _compile(piece, options)
-    for name, piece in list(capture.into.items()):
-        capture.into[name] = _compile(piece, options)
+    for name, variant in list(capture.into.items()):
+        capture.into[name] = _compile(variant, options)
 
 
 def _compile(piece: Any, options: dict[str, Any]) -> Callable[..., Any]:
@@ -48,5 +48,5 @@ def _compile(piece: Any, options: dict[str, Any]) -> Callable[..., Any]:
 
     copy = fx.GraphModule(piece, piece.graph)  # Inductor changes what it is given
     inputs = [fake_value(n) for n in copy.graph.nodes if n.op == "placeholder"]
-    compiled: Callable[..., Any] = compile_fx(copy, inputs, config_patches=dict(options))
-    return compiled
+    compiled: Any = compile_fx(copy, inputs, config_patches=dict(options))
+    return cast(Callable[..., Any], compiled)

@@ -29,7 +29,7 @@ def attach() -> None:
         return
     stock = CompilationConfig.init_backend
 
-    class DynaflowBackend(VllmBackend):  # type: ignore[misc]
+    class DynaflowBackend(VllmBackend):
         def __call__(self, graph: fx.GraphModule, example_inputs: Any) -> Any:
             result = super().__call__(graph, example_inputs)
             result.optimized_call = _stitch(self, result.optimized_call)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dynaflow_serving.integrations.vllm.hazards import dependences
 from dynaflow_serving.integrations.session import Session
+from dynaflow_serving.integrations.vllm.hazards import dependences
 from dynaflow_serving.ir import Batch, Split
 
 
@@ -71,7 +71,7 @@ class V1RunnerMixin:
     def _batch(self, scheduled: np.ndarray[Any, Any]) -> Batch:
         computed = self.input_batch.num_computed_tokens_cpu[: len(scheduled)]  # type: ignore[attr-defined]
         tables = self.input_batch.block_table.block_tables  # type: ignore[attr-defined]
-        depends = ()
+        depends: tuple[tuple[int, int], ...] = ()
         if self.cache_config.enable_prefix_caching:  # type: ignore[attr-defined]
             depends = dependences(scheduled, computed, ((t.block_size, t.get_numpy_array()) for t in tables))
         return Batch(tuple(scheduled.tolist()), tuple(computed.tolist()), depends)

@@ -52,12 +52,12 @@ class DynaflowWorkerMixin:
         super().shutdown()  # type: ignore[misc]
 
 
-class GPUDynaflowWorker(DynaflowWorkerMixin, Worker):  # type: ignore[misc]
+class GPUDynaflowWorker(DynaflowWorkerMixin, Worker):
     pass
 
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    class CPUDynaflowWorker(DynaflowWorkerMixin, CPUWorker):  # type: ignore[misc]
+    class CPUDynaflowWorker(DynaflowWorkerMixin, CPUWorker):
         pass

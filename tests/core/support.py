@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynaflow_serving.torch_backend import batch_symbols
 from dynaflow_serving.ir import Plan, Program, Step, StepKind
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition import Capture, partition
 from dynaflow_serving.scheduler import Schedule
+from dynaflow_serving.torch_backend import batch_symbols
 from dynaflow_serving.verify import verify
 
 

@@ -13,13 +13,13 @@ from support import arguments, capture, names, trace
 from torch import fx, nn
 
 from dynaflow_serving.annotations import SplitFunc, SplitModule, mark
-from dynaflow_serving.torch_backend import batch_symbols
 from dynaflow_serving.errors import AnnotationError, PartitionError
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.ir import Resource, Scope
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition import Capture, partition
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.torch_backend import batch_symbols
 from dynaflow_serving.verify import verify
 
 

@@ -145,7 +145,7 @@ def test_plain_backend_names_a_static_batch_and_unknown_options() -> None:
     x = torch.randn(6, 4)
     with pytest.raises(BackendCompilerFailed, match="is static, so nothing can be split"):
         torch.compile(lambda x: x + 1, backend=backend, dynamic=False)(x)
-    with pytest.raises(BackendCompilerFailed, match="unknown option 'strateg'. Did you mean 'strategy'"):
+    with pytest.raises(BackendCompilerFailed, match=r"unknown option 'strateg'\. Did you mean 'strategy'"):
         torch.compile(lambda x: x + 2, backend=backend, options={"strateg": "nanoflow"}, dynamic=True)(x)
 
 
