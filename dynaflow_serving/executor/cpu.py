@@ -78,6 +78,7 @@ class Worker:
 
     def __init__(self, stream: str) -> None:
         self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.threads = 0  # intra-op threads, as set in the worker; 0: not yet
         self.thread = threading.Thread(target=_work, args=(self.queue,), name=f"dynaflow-{stream}", daemon=True)
         self.thread.start()
         weakref.finalize(self, self.queue.put, None)
@@ -87,13 +88,15 @@ class Worker:
         run.busy.append(done)
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        # Of torch._C, for a number of threads is per thread, and vLLM's CPU worker makes the public one a no-op.
         threads = torch.get_num_threads()
 
         def job() -> None:
             try:
-                if torch.get_num_threads() != threads:
+                if self.threads != threads:
+                    # OpenMP keeps the size of a team per thread, so it is set here, in the worker, whatever
+                    # torch reports; of torch._C, for vLLM's CPU worker makes the public one a no-op.
                     torch._C.set_num_threads(threads)
+                    self.threads = threads
                 with torch.inference_mode(inference), torch.set_grad_enabled(grad):
                     if autocast:
                         with torch.autocast("cpu", dtype):

@@ -15,9 +15,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from dynaflow_serving.annotations import Rule
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import DynaflowError, InactiveError
 
@@ -98,11 +99,12 @@ def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
     # would bring stock stitching back on the second start.
     os.environ |= {RUNNER_ENV: "0", "VLLM_USE_AOT_COMPILE": "0"}
     vllm_config = create()
-    check(vllm_config, config)
-    check_annotations(vllm_config, config.build().annotations)
+    rules = config.build().annotations
+    check(vllm_config, config, rules)
+    check_annotations(vllm_config, rules)
     if asked is None and _default_is_v2(vllm_config):
         logger.warning("DynaFlow selects Model Runner V1 (vLLM's default here is V2, not supported yet)")
-    _redirect(vllm_config)
+    _redirect(vllm_config, rules)
     logger.info("DynaFlow is on: strategy %s, options %s", config.strategy, config.options or "default")
     return vllm_config
 
@@ -115,7 +117,7 @@ def _default_is_v2(vllm_config: Any) -> bool:
         os.environ[RUNNER_ENV] = "0"
 
 
-def _redirect(vllm_config: Any) -> None:
+def _redirect(vllm_config: Any, rules: Iterable[Rule]) -> None:
     """Point vLLM at our worker, and at our backend (mode 2) or split points (mode 3)."""
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
@@ -128,8 +130,10 @@ def _redirect(vllm_config: Any) -> None:
     if compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE:
         vllm_config.additional_config[PIECE_COMPILER] = compilation.backend
         compilation.backend = "dynaflow_serving.integrations.vllm.mode2.backend"
-    elif vllm_config.parallel_config.tensor_parallel_size > 1:
-        listed = compilation.splitting_ops or []
-        compilation.splitting_ops = [*listed, *(n for n in collective_names() if n not in listed)]
+        return
+    cuts = [str(rule.target) for rule in rules]
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        cuts += collective_names()
         # The fused kernel needs all-reduce and norm in one piece; here they are operators of their own.
         compilation.pass_config.fuse_allreduce_rms = False
+    compilation.splitting_ops = list(dict.fromkeys((*(compilation.splitting_ops or ()), *cuts)))

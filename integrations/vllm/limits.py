@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.annotations import Rule, SplitModule
+from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import AnnotationError, InactiveError
 
 
-def check(vllm_config: Any, config: Config) -> None:
-    if causes := [*_mode(vllm_config), *_features(vllm_config), *_executor(config)]:
+def check(vllm_config: Any, config: Config, rules: Iterable[Rule] = ()) -> None:
+    """`rules`: the strategy's annotations."""
+    if causes := [*_mode(vllm_config), *_cuts(vllm_config, rules), *_features(vllm_config), *_executor(config)]:
         raise InactiveError(
             f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {'; '.join(causes)}. "
             "Change these, or remove the dynaflow option; with 'fallback: true' vLLM runs without it."
@@ -83,6 +84,19 @@ def _mode(vllm_config: Any) -> list[str]:
     if compilation.cudagraph_copy_inputs:
         causes.append("cudagraph_copy_inputs wraps the compiled graph (set it to false)")
     return causes
+
+
+def _cuts(vllm_config: Any, rules: Iterable[Rule]) -> list[str]:
+    from vllm.config import CompilationMode
+
+    if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
+        return []
+    return [
+        f"{type(rule).__name__}({rule.target!r}): mode 3 cuts its graph at operators named 'namespace::name' only "
+        "(compilation mode 2 takes every annotation)"
+        for rule in rules
+        if not (isinstance(rule, SplitFunc) and isinstance(rule.target, str) and "::" in rule.target)
+    ]
 
 
 def _features(vllm_config: Any) -> list[str]:

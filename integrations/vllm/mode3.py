@@ -4,6 +4,8 @@ of split steps is ours.
 Contract
 - `attach` wraps `CompilationConfig.init_backend`; the VllmBackend it returns for the language model keeps
   everything it does and is asked afterwards for its pieces.
+- vLLM cuts the graph at operators (`splitting_ops`): the collectives, and what the strategy's `SplitFunc`
+  rules name. `limits` declines rules that it cannot cut at.
 - Un-split steps and capture runs call vLLM's own stitching, CUDA graphs included.
 """
 
@@ -15,6 +17,7 @@ from typing import Any
 from torch import fx
 
 from dynaflow_serving.annotations import apply_rules
+from dynaflow_serving.integrations.vllm.engine_args import KEY
 from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph, token_symbols
 from dynaflow_serving.integrations.vllm.operators import effects, rules
 from dynaflow_serving.integrations.vllm.session import current
@@ -31,6 +34,8 @@ def attach() -> None:
 
     class DynaflowBackend(VllmBackend):
         def __call__(self, graph: fx.GraphModule, example_inputs: Any) -> Any:
+            # Before the graph is cut: annotations go with the nodes into the pieces.
+            apply_rules(graph, (*current().strategy.annotations, *rules()))
             result = super().__call__(graph, example_inputs)
             result.optimized_call = _stitch(self, result.optimized_call)
             return result
@@ -38,7 +43,7 @@ def attach() -> None:
     @functools.wraps(stock)
     def init_backend(self: Any, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> Any:
         backend = stock(self, vllm_config, prefix=prefix, is_encoder=is_encoder)
-        if isinstance(backend, VllmBackend) and not is_encoder and "dynaflow" in (vllm_config.additional_config or {}):
+        if isinstance(backend, VllmBackend) and not is_encoder and KEY in (vllm_config.additional_config or {}):
             backend.__class__ = DynaflowBackend
         return backend
 
@@ -48,8 +53,6 @@ def attach() -> None:
 def _stitch(backend: Any, whole: Any) -> MicroBatchedGraph:
     session = current()
     graphs = {item.submod_name: item.graph for item in backend.piecewise_graphs}
-    for graph in graphs.values():
-        apply_rules(graph, rules())
     capture = capture_pieces(
         backend.split_gm, tokens=token_symbols(backend.split_gm), effects=effects(), graphs=graphs
     )

@@ -129,8 +129,9 @@ def _run(model, mode, tp, dynaflow, prompts, max_tokens, options):
     )  # fmt: skip
     if dynaflow is not None:
         settings["additional_config"] = {"dynaflow": dynaflow}
-    llm = LLM(model, **settings | options)
+    llm = None
     try:
+        llm = LLM(model, **settings | options)
         expected = 3 if mode == "mode3" else 2
         assert int(llm.llm_engine.vllm_config.compilation_config.mode) == expected
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
@@ -139,7 +140,9 @@ def _run(model, mode, tp, dynaflow, prompts, max_tokens, options):
         reports = llm.collective_rpc("dynaflow_report") if dynaflow is not None else []
         return Outcome(tokens, reports)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        os.environ["TEST_MODE3"] = ""
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

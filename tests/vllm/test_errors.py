@@ -40,43 +40,52 @@ def test_config_that_does_not_exist(start):
         start("nowhere/nanoflow.yaml")
 
 
+def strategy_with(folder, rule):
+    """A file that registers NanoFlow, splitting every step, with an annotation."""
+    file = folder / "annotated.py"
+    file.write_text(
+        "from dynaflow_serving import SplitFunc, SplitModule, register_strategy\n"
+        "from dynaflow_serving.strategies.nanoflow import NanoFlow, NanoFlowOptions\n"
+        "class Options(NanoFlowOptions):\n    min_tokens: int = 1\n"
+        "@register_strategy('annotated')\nclass Annotated(NanoFlow):\n"
+        f"    Options = Options\n    annotations = ({rule},)\n"
+    )
+    return str(file)
+
+
 @pytest.mark.parametrize(
     ("rule", "near"),
     [("SplitModule('LlamaMPL')", "LlamaMLP"), ("SplitFunc('vllm::all_reduc')", "vllm::all_reduce")],
 )
 def test_rule_that_names_nothing(start, tmp_path, rule, near):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from dynaflow_serving import SplitFunc, SplitModule, register_strategy\n"
-        "from dynaflow_serving.strategies.sequential import Sequential\n"
-        f"@register_strategy('mine')\nclass Mine(Sequential):\n    annotations = ({rule},)\n"
-    )
     with pytest.raises(AnnotationError, match=f"matches nothing.*Nearest.* {near}[,.]"):
-        start({"strategy": str(file)})
+        start({"strategy": strategy_with(tmp_path, rule)})
 
 
 def test_rule_that_matches_no_node_of_the_graph(generate, tmp_path):
     """`GELU` exists, but not in a Llama: found when the graph is captured, before serving."""
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from dynaflow_serving import SplitModule, register_strategy\n"
-        "from dynaflow_serving.strategies.sequential import Sequential\n"
-        "@register_strategy('mine2')\nclass Mine(Sequential):\n    annotations = (SplitModule('GELU'),)\n"
-    )
     with pytest.raises(Exception, match="SplitModule matches nothing"):
-        generate("llama", dynaflow={"strategy": str(file)})
+        generate("llama", dynaflow={"strategy": strategy_with(tmp_path, "SplitModule('GELU')")})
 
 
 def test_annotation_of_a_module_makes_operators_of_it(generate, tmp_path):
-    file = tmp_path / "mlp.py"
-    file.write_text(
-        "from dynaflow_serving import SplitModule, register_strategy\n"
-        "from dynaflow_serving.strategies.nanoflow import NanoFlow\n"
-        "@register_strategy('mlp')\nclass MLP(NanoFlow):\n    annotations = (SplitModule('LlamaMLP', 'mlp'),)\n"
-    )
-    ours = generate("llama", dynaflow={"strategy": str(file), "options": {"min_tokens": 1}})
+    ours = generate("llama", dynaflow={"strategy": strategy_with(tmp_path, "SplitModule('LlamaMLP', 'mlp')")})
     assert "op layers.1.mlp compute" in ours.reports[0]["programs"][0]["program"]
     assert ours.tokens == generate("llama").tokens
+
+
+@pytest.mark.parametrize("rule", ["SplitModule('LlamaMLP')", "SplitFunc('linear')"])
+def test_mode3_declines_annotations_that_it_cannot_cut_at(start, tmp_path, monkeypatch, rule):
+    monkeypatch.setenv("TEST_MODE3", "1")
+    with pytest.raises(InactiveError, match="mode 3 cuts its graph at operators"):
+        start({"strategy": strategy_with(tmp_path, rule)})
+
+
+def test_mode3_cuts_at_an_annotated_operator(generate, tmp_path):
+    rule = "SplitFunc('_C::cpu_fused_moe', 'my_experts')"
+    ours = generate("mixtral", "mode3", dynaflow={"strategy": strategy_with(tmp_path, rule)})
+    assert "op layers.1.my_experts compute" in ours.reports[0]["programs"][0]["program"]
+    assert ours.tokens == generate("mixtral", "mode3").tokens and ours.split > 0
 
 
 def test_unsupported_release(start, monkeypatch):
