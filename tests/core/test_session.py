@@ -1,0 +1,58 @@
+"""What an engine's worker does with a Session: decide, count, refuse, and agree with the other ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+import torch.multiprocessing as mp
+
+from dynaflow_serving.errors import InactiveError, ScheduleError
+from dynaflow_serving.examples import example_capture
+from dynaflow_serving.ir import Batch, MicroBatch, Split
+
+
+def test_steps_are_decided_counted_and_reported() -> None:
+    s = ranks.session()
+    s.add(example_capture("llama"))
+    assert len(s.begin(Batch((8, 8))).micro_batches) == 2
+    s.end()
+    assert s.split is None
+    s.begin(Batch((4, 2)))
+    s.begin(Batch((9,)))
+    report = s.report()
+    assert report["steps"] == {"split": 1, "unsplit": {"a micro-batch would have under 4 tokens": 1, "one request": 1}}
+    s.reset()
+    assert s.report()["steps"] == {"split": 0, "unsplit": {}}
+    s.close()
+
+
+def test_a_step_without_a_captured_graph_is_an_error() -> None:
+    with pytest.raises(InactiveError, match="without compiling a graph"):
+        ranks.session().begin(Batch((8, 8)))
+    with pytest.raises(InactiveError, match="compiled no graph of this model"):
+        ranks.session().check(None)
+
+
+def test_more_micro_batches_than_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = ranks.session()
+    s.add(example_capture("llama"))
+    three = Split(tuple(MicroBatch((i, i + 1), (4 * i, 4 * i + 4)) for i in range(3)))
+    monkeypatch.setattr(type(s.strategy), "split", lambda self, batch: three)
+    with pytest.raises(ScheduleError, match=r"made 3 micro-batches, more than its max_micro_batches \(2\)"):
+        s.begin(Batch((4, 4, 4)))
+
+
+@pytest.mark.parametrize(("micro_batches", "agree"), [([2, 2], True), ([2, 3], False)])
+def test_ranks_with_different_plans_are_found_before_the_first_step(
+    tmp_path: Path, micro_batches: list[int], agree: bool
+) -> None:
+    mp.spawn(ranks.agree, (str(tmp_path), micro_batches), nprocs=2)
+    for rank in range(2):
+        outcome = (tmp_path / f"rank{rank}").read_text()
+        if agree:
+            assert outcome == "agreed"
+        else:
+            assert "the ranks would run different plans" in outcome
+            assert "micro_batches=3" in outcome
