@@ -71,6 +71,22 @@ class Axes:
             return Value(name, Scope.BATCH, dims[0], storage)
         return Value(name, Scope.LOCAL if dims or derived else Scope.SHARED, None, storage)
 
+    def check_graph(self, graph: fx.GraphModule) -> None:
+        """`check` every node of `graph`."""
+        derived: set[fx.Node] = set()
+        for n in graph.graph.nodes:
+            if n.op == "placeholder":
+                fake = fake_value(n)
+                sizes = fake.shape if isinstance(fake, torch.Tensor) else ()
+                if any(expression(s).free_symbols & self.tokens for s in sizes):
+                    derived.add(n)
+            elif any(a in derived for a in n.all_input_nodes):
+                self.check(n, derived=True)
+                if not isinstance(fake_value(n), torch.SymInt | int):
+                    derived.add(n)
+            else:
+                self.check(n, derived=False)
+
     def check(self, node: fx.Node, derived: bool) -> None:
         """Note in `reason` if `node` mixes tokens. Opaque regions with a context answer for themselves."""
         fake = fake_value(node)
@@ -162,3 +178,13 @@ class Axes:
 
 def _target(node: fx.Node) -> str:
     return max(function_names(node), key=len, default=str(node.target))
+
+
+def derived_nodes(graph: fx.GraphModule, given: list[bool]) -> set[fx.Node]:
+    """The nodes of a piece that follow from its placeholders where `given`."""
+    holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    derived = {p for p, yes in zip(holders, given, strict=True) if yes}
+    for n in graph.graph.nodes:
+        if any(a in derived for a in n.all_input_nodes):
+            derived.add(n)
+    return derived

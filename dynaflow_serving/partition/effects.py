@@ -11,13 +11,14 @@ Contract
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from dynaflow_serving.annotations import function_names
+from dynaflow_serving.annotations import CALLS, function_names
 from dynaflow_serving.errors import PartitionError
 
 # Function name -> node -> (states read, states written).
@@ -80,3 +81,47 @@ def _schema(target: Any) -> Any:
         overloads: list[str] = target.overloads()  # type: ignore[no-untyped-call]
         target = getattr(target, overloads[0]) if len(overloads) == 1 else target
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def hidden_edges(gm: fx.GraphModule, effects: EffectTable) -> dict[fx.Node, set[fx.Node]]:
+    """Node -> earlier nodes it must follow because of in-place writes and declared engine state."""
+    edges: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+    writer: dict[Any, fx.Node] = {}
+    readers: dict[Any, list[fx.Node]] = defaultdict(list)
+    for n in calls(gm):
+        reads, writes = declared_effects(n, effects)
+        written = {storage_id(a) for a in written_arguments(n)} | set(writes)
+        for key in ({storage_id(a) for a in n.all_input_nodes} | set(reads) | written) - {None}:
+            if key in writer:
+                edges[n].add(writer[key])
+            if key in written:
+                edges[n].update(readers.pop(key, ()))
+                writer[key] = n
+            else:
+                readers[key].append(n)
+        edges[n].discard(n)
+    return edges
+
+
+def piece_effects(
+    graph: fx.GraphModule, storages: list[str], effects: EffectTable
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Storages of arguments that the piece writes in place, and the engine states it writes and reads."""
+    holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    argument = {storage_id(p): s for p, s in zip(holders, storages, strict=True)}
+    argument.pop(None, None)
+    writes: dict[str, None] = {}
+    reads: dict[str, None] = {}
+    for n in calls(graph):
+        for a in written_arguments(n):
+            if (storage := argument.get(storage_id(a))) is not None:
+                writes[storage] = None
+        read, wrote = declared_effects(n, effects)
+        reads.update(dict.fromkeys(read))
+        writes.update(dict.fromkeys(wrote))
+    return tuple(writes), tuple(r for r in reads if r not in writes)
+
+
+def calls(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that do something."""
+    return [n for n in graph.graph.nodes if n.op in CALLS]

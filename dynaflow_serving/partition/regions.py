@@ -13,7 +13,7 @@ Contract
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,7 @@ def find_regions(gm: fx.GraphModule, hidden: dict[fx.Node, set[fx.Node]]) -> lis
     return _order(_absorb(regions))
 
 
-def region_name(region: Region) -> str:
+def _name(region: Region) -> str:
     """`layers.3.attention`: the innermost layer path that the nodes share, and the kind of work."""
     paths = [[s for s in stack[-1][0].split(".") if s] for n in region.nodes if (stack := module_stack(n))]
     common: list[str] = []
@@ -71,6 +71,34 @@ def region_name(region: Region) -> str:
     marked = region.mark["name"] if region.mark else ""
     kind = marked or ".".join(common[depth : depth + 1]) or "compute"
     return ".".join([*common[:depth], *([kind] if common[:depth] != [kind] else [])])
+
+
+def piece_region(graph: fx.GraphModule, index: int) -> Region:
+    """The region of the `index`-th piece that an engine cut. Its annotations are taken together; beside other
+    heavy work they give the piece its obligations (context, group), but neither name nor tags."""
+    nodes = [n for n in graph.graph.nodes if n.op in CALLS]
+    marks = [m for n in nodes if (m := region_of(n))]
+    if not marks:
+        return Region(nodes, None, index, index)
+    mark = {**marks[-1], "context": any(m.get("context") for m in marks)}
+    if heavy([n for n in nodes if not region_of(n)]):
+        mark |= {"name": "", "tags": [], "resource": Resource.COMPUTE}
+    else:
+        mark |= {"tags": sorted({t for m in marks for t in m["tags"]})}
+    return Region(nodes, mark, index, index)
+
+
+def region_names(regions: list[Region]) -> list[str]:
+    """A name for each, numbered where several would share one."""
+    listed = [_name(r) for r in regions]
+    total, seen, unique = Counter(listed), Counter[str](), list[str]()
+    for name in listed:
+        candidate = name
+        while total[name] > 1 and (candidate == name or candidate in total or candidate in unique):
+            candidate = f"{name}.{seen[name]}"
+            seen[name] += 1
+        unique.append(candidate)
+    return unique
 
 
 def _marked_runs(nodes: list[fx.Node], index: dict[fx.Node, int]) -> tuple[list[Region], dict[fx.Node, int]]:

@@ -53,7 +53,5 @@ def attach() -> None:
 def _stitch(backend: Any, whole: Any) -> MicroBatchedGraph:
     session = current()
     graphs = {item.submod_name: item.graph for item in backend.piecewise_graphs}
-    capture = capture_pieces(
-        backend.split_gm, tokens=token_symbols(backend.split_gm), effects=effects(), graphs=graphs
-    )
+    capture = capture_pieces(backend.split_gm, graphs, tokens=token_symbols(backend.split_gm), effects=effects())
     return MicroBatchedGraph(session, session.add(capture), whole)
