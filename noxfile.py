@@ -116,15 +116,15 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """tests/core, with torch and no engine."""
+    """tests/core and tests/gpu (skipped without CUDA, with the reason), with torch and no engine."""
     install(session, CORE)
     install_project(session)
-    session.run("pytest", *(session.posargs or ["tests/core"]))
+    session.run("pytest", *(session.posargs or ["-rs", "tests/core", "tests/gpu"]))
 
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """tests/vllm, with vLLM's CPU build."""
+    """tests/vllm, with vLLM's CPU build, and the tests of the tiny models, which need transformers."""
     install(session, VLLM, VLLM_METADATA)
     install_project(session)
-    session.run("pytest", *(session.posargs or ["tests/vllm"]), env=VLLM_ENV)
+    session.run("pytest", *(session.posargs or ["tests/core/test_tiny_models.py", "tests/vllm"]), env=VLLM_ENV)
