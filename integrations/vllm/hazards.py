@@ -6,28 +6,35 @@ Contract
   must follow the writer's.
 - `dependences` finds those (writer, reader) pairs from block tables and token counts; as `Batch.depends`
   they become ordering edges of the plan, or a veto where no order exists.
-- Source: the condition of `GPUModelRunner._allow_microbatching` (vLLM 0.32), per pair instead of per step.
+- Only a request that joins the batch in this step can read such blocks: later ones were filled in earlier
+  steps. A step without one costs nothing here.
+- Source: the condition of `GPUModelRunner._allow_microbatching` (vLLM 0.32), per pair instead of per step, and
+  also for a hit that leaves a single token to compute, which looks like a decode.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 
 def dependences(
-    tokens: np.ndarray[Any, Any], computed: np.ndarray[Any, Any], tables: Iterable[tuple[int, np.ndarray[Any, Any]]]
+    tokens: np.ndarray[Any, Any],
+    computed: np.ndarray[Any, Any],
+    joined: Sequence[int],
+    tables: Iterable[tuple[int, np.ndarray[Any, Any]]],
 ) -> tuple[tuple[int, int], ...]:
-    """(writer, reader) pairs.
+    """(writer, reader) pairs of requests.
 
     tokens, computed: per request, new tokens of this step and tokens in the cache before it.
+    joined: the requests that are new (or resumed) in this step.
     tables: per KV-cache group, (block size in tokens, block ids [requests, blocks]).
     """
-    readers = np.flatnonzero(computed > 0)
-    if readers.size == 0 or tokens.size < 2:
+    readers = [r for r in joined if computed[r] > 0]
+    if not readers or tokens.size < 2:
         return ()
     pairs: set[tuple[int, int]] = set()
     for block_size, table in tables:
@@ -37,7 +44,7 @@ def dependences(
             stop = -(-(int(computed[request]) + int(tokens[request])) // block_size)
             for block in table[request, start:stop].tolist():
                 writers[block].append(request)
-        for reader in readers.tolist():
+        for reader in readers:
             # Whole blocks only: the partly filled last one is private to its request.
             for block in table[reader, : int(computed[reader]) // block_size].tolist():
                 pairs |= {(w, reader) for w in writers.get(block, ()) if w != reader}

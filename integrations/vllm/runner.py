@@ -70,11 +70,18 @@ class V1RunnerMixin:
 
     def _batch(self, scheduled: np.ndarray[Any, Any]) -> Batch:
         computed = self.input_batch.num_computed_tokens_cpu[: len(scheduled)]  # type: ignore[attr-defined]
-        tables = self.input_batch.block_table.block_tables  # type: ignore[attr-defined]
         depends: tuple[tuple[int, int], ...] = ()
         if self.cache_config.enable_prefix_caching:  # type: ignore[attr-defined]
-            depends = dependences(scheduled, computed, ((t.block_size, t.get_numpy_array()) for t in tables))
+            tables = self.input_batch.block_table.block_tables  # type: ignore[attr-defined]
+            views = ((t.block_size, t.get_numpy_array()) for t in tables)
+            depends = dependences(scheduled, computed, self._joined(), views)
         return Batch(tuple(scheduled.tolist()), tuple(computed.tolist()), depends)
+
+    def _joined(self) -> list[int]:
+        """Rows of the requests that are new in the live step, or resumed after a preemption."""
+        names = [r.req_id for r in self._live.scheduled_new_reqs]
+        names += self._live.scheduled_cached_reqs.resumed_req_ids
+        return [self.input_batch.req_id_to_index[n] for n in names]  # type: ignore[attr-defined]
 
     def _slices(self) -> list[Any]:
         from vllm.v1.worker.ubatch_utils import UBatchSlice

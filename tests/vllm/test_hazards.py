@@ -79,6 +79,9 @@ def test_dependences_of_block_tables():
     table = np.array([[1, 2, 3], [1, 2, 4], [5, 6, 0]])
     tokens, computed = np.array([40, 8, 16]), np.array([0, 32, 16])
     # request 0 writes blocks 1, 2, 3 in this step; request 1 was admitted on a hit for 1 and 2
-    assert dependences(tokens, computed, [(16, table)]) == ((0, 1),)
-    assert dependences(tokens, np.array([0, 0, 0]), [(16, table)]) == ()
-    assert dependences(np.array([1, 1, 1]), np.array([47, 40, 20]), [(16, table)]) == ()
+    assert dependences(tokens, computed, [0, 1, 2], [(16, table)]) == ((0, 1),)
+    assert dependences(tokens, np.array([0, 0, 0]), [0, 1, 2], [(16, table)]) == ()
+    # a hit that leaves one token looks like a decode, but joins in this step
+    assert dependences(np.array([32, 1, 1]), np.array([0, 32, 20]), [0, 1], [(16, table)]) == ((0, 1),)
+    # decodes read what earlier steps wrote
+    assert dependences(np.array([1, 1, 1]), np.array([47, 40, 20]), [], [(16, table)]) == ()
