@@ -122,10 +122,18 @@ def test_runner_v2_asked_for(start, monkeypatch):
         start({"strategy": "nanoflow"})
 
 
-def test_fallback_runs_stock_with_a_warning(start, caplog):
+def test_fallback_runs_stock_with_a_warning(start, monkeypatch):
+    from dynaflow_serving.integrations.vllm import engine_args
+
+    warnings = []
+    monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: warnings.append(text % args))
+    for name in engine_args.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     config = start({"strategy": "nanoflow", "fallback": True}, enforce_eager=True)
     assert "dynaflow" not in config.additional_config
     assert "dynaflow" not in config.parallel_config.worker_cls
+    assert not engine_args.ENVIRONMENT.keys() & os.environ.keys()
+    assert "DynaFlow is NOT active" in warnings[0] and "enforce_eager" in warnings[0]
 
 
 def test_path_name_and_mapping_are_the_same(start, tmp_path):
