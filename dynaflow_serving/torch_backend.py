@@ -28,7 +28,7 @@ from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import ConfigError, DynaflowError, InactiveError, PartitionError, unknown_name
 from dynaflow_serving.executor import EXECUTORS, get_executor
 from dynaflow_serving.ir import Batch
-from dynaflow_serving.partition import Capture, partition
+from dynaflow_serving.partition import partition
 from dynaflow_serving.partition.axes import expression
 from dynaflow_serving.partition.effects import fake_value
 from dynaflow_serving.runtime import Runtime
@@ -106,7 +106,7 @@ class Backend:
         outputs = [capture.program.values[v] for v in capture.program.outputs]
         axes = [(i, v.axis) for i, v in enumerate(outputs) if v.axis is not None]
         capture.rebuild = _marked_dynamic(capture.rebuild, axes)
-        run = functools.partial(_run, runtime, _row_source(capture))
+        run = functools.partial(_run, runtime, capture.token_counter())
         return lambda *args: run(args)
 
 
@@ -180,15 +180,6 @@ def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
     return {count.most_common(1)[0][0]} if count else set()
 
 
-def _row_source(capture: Capture) -> tuple[int, int]:
-    """(argument, axis) from which the size of the batch is read."""
-    for i, v in enumerate(capture.program.inputs):
-        axis = capture.program.values[v].axis
-        if axis is not None:
-            return i, axis
-    raise PartitionError("no input of this graph has the batch dimension")
-
-
 def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, int]]) -> Callable[[list[Any]], Any]:
     """`rebuild` of outputs whose token axis is marked: the graph after a graph break is to be split too."""
 
@@ -200,9 +191,8 @@ def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, i
     return mark_and_rebuild
 
 
-def _run(runtime: Runtime, source: tuple[int, int], args: Sequence[Any]) -> Any:
-    rows = args[source[0]].shape[source[1]]
-    split = runtime.decide(Batch((1,) * rows))
+def _run(runtime: Runtime, rows: Callable[[Sequence[Any]], int], args: Sequence[Any]) -> Any:
+    split = runtime.decide(Batch((1,) * rows(args)))
     return runtime.run(args, split, zero_copy=not torch.is_grad_enabled())
 
 

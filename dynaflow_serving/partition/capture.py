@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import fx
 from torch.fx.passes.split_module import split_module
 
 from dynaflow_serving.annotations import Rule, SplitFunc, apply_rules
+from dynaflow_serving.errors import PartitionError
 from dynaflow_serving.ir import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.partition.axes import Axes, derived_nodes
 from dynaflow_serving.partition.buffers import buffer_maker, into_variant
@@ -47,6 +48,14 @@ class Capture:
     constants: tuple[Any, ...] = ()  # values of the last program inputs: tensors held by the graph
     rebuild: Callable[[list[Any]], Any] = tuple
     pieces: dict[str, fx.GraphModule] = field(default_factory=dict)  # operator -> its graph, where known
+
+    def token_counter(self) -> Callable[[Sequence[Any]], int]:
+        """A function arguments -> number of tokens. Raises `PartitionError` if no input has a token axis."""
+        for i, v in enumerate(self.program.inputs):
+            axis = self.program.values[v].axis
+            if axis is not None:
+                return lambda args: int(args[i].shape[axis])
+        raise PartitionError("no input of this graph has the batch dimension")
 
 
 def partition(

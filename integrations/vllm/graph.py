@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from dynaflow_serving.integrations.vllm.session import VLLMSession
-from dynaflow_serving.ir import Scope, Split
+from dynaflow_serving.ir import Split
 from dynaflow_serving.partition.axes import expression
 from dynaflow_serving.partition.effects import fake_value
 from dynaflow_serving.runtime import Runtime, no_context
@@ -36,12 +36,7 @@ class MicroBatchedGraph:
     def __init__(self, session: VLLMSession, runtime: Runtime, whole: Callable[..., Any] | None = None) -> None:
         self.session, self.runtime = session, runtime
         self._whole = whole or self._run_whole
-        program = runtime.capture.program
-        self._rows = next(
-            (i, v.axis or 0)
-            for i, name in enumerate(program.inputs)
-            if (v := program.values[name]).scope is Scope.BATCH
-        )
+        self._count = runtime.capture.token_counter()
 
     def __call__(self, *args: Any) -> Any:
         split = self.session.split
@@ -50,9 +45,8 @@ class MicroBatchedGraph:
         return self._run_split(args, split)
 
     def _run_whole(self, *args: Any) -> Any:
-        index, axis = self._rows
         prepared = self.runtime.prepare((1, ()))
-        return self.runtime.capture.rebuild(prepared.run(args, (0, args[index].shape[axis]), no_context))
+        return self.runtime.capture.rebuild(prepared.run(args, (0, self._count(args)), no_context))
 
     def _run_split(self, args: Sequence[Any], split: Split) -> Any:
         from vllm import forward_context
