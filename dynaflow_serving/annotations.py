@@ -120,7 +120,7 @@ def apply_rules(gm: fx.GraphModule, rules: Iterable[Rule]) -> None:
 
     Raises `AnnotationError` for a required rule that matches nothing.
     """
-    nodes = [n for n in gm.graph.nodes if n.op in CALLS]
+    nodes = calls(gm)
     for rule in rules:
         matched = False
         for node in nodes:
@@ -134,6 +134,11 @@ def apply_rules(gm: fx.GraphModule, rules: Iterable[Rule]) -> None:
             valid = {c for n in nodes if (c := rule.candidates(n))}
             name = rule.target if isinstance(rule.target, str) else short_name(rule.target)
             raise AnnotationError(f"{type(rule).__name__} matches nothing: {unknown_name('target', name, valid)}")
+
+
+def calls(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that do something."""
+    return [n for n in graph.graph.nodes if n.op in CALLS]
 
 
 def region_of(node: fx.Node) -> dict[str, Any] | None:

@@ -5,8 +5,8 @@ Contract
   in place and every operator that touches it (through any alias).
 - `state_edges`: between micro-batches. (last writer, toucher) of engine state such as a KV cache; they
   apply to the pairs in `Split.depends` only.
-- `external_ports` defines what a group of operators reads and writes, for everybody; the edges are not
-  used by the verifier, which derives what must hold by its own means.
+- `external_ports` defines what a group of operators reads and writes, `tracked_values` which values have
+  instances, for everybody; the edges are not used by the verifier, which derives what must hold by its own means.
 """
 
 from __future__ import annotations
@@ -56,6 +56,16 @@ def state_edges(program: Program) -> list[tuple[str, str]]:
         for op in program.operators
         for storage in sorted(touched(program, op) & writer.keys())
     ]
+
+
+def tracked_values(program: Program) -> set[str]:
+    """The values that a Plan handles per micro-batch: all but sizes, and weights that are inputs."""
+    produced = {v for o in program.operators for v in o.outputs}
+    return {
+        v.name
+        for v in program.values.values()
+        if v.scope in (Scope.BATCH, Scope.LOCAL) or (v.scope is Scope.SHARED and v.name in produced)
+    }
 
 
 def external_ports(program: Program, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

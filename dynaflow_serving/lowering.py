@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from dynaflow_serving.dependencies import external_ports, is_state, order_edges, state_edges
+from dynaflow_serving.dependencies import external_ports, is_state, order_edges, state_edges, tracked_values
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.ir import COMPUTE_STREAM, Instance, Plan, Program, Scope, Step, StepKind
 from dynaflow_serving.scheduler import Launch, Schedule
@@ -84,12 +84,7 @@ class _Builder:
         self.state_writers: dict[str, list[str]] = defaultdict(list)
         for writer, toucher in state_edges(program):
             self.state_writers[toucher].append(writer)
-        produced = {v for o in program.operators for v in o.outputs}
-        self.tracked = {
-            v.name
-            for v in program.values.values()
-            if v.scope in (Scope.BATCH, Scope.LOCAL) or (v.scope is Scope.SHARED and v.name in produced)
-        }
+        self.tracked = tracked_values(program)
         for name in program.inputs:
             if name in self.tracked:
                 whole = Instance(name, 0, micro_batches)

@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.dependencies import external_ports, tracked_values
 from dynaflow_serving.errors import PlanError
 from dynaflow_serving.grid import grid
 from dynaflow_serving.ir import COMPUTE_STREAM, Instance, Operator, Plan, Program, Scope, Step, StepKind
@@ -92,12 +92,7 @@ class _Verifier:
         self.copied: dict[Instance, tuple[int, tuple[Instance, ...]]] = {}  # merged root -> (step, parts)
         self.accesses: dict[tuple[str, int], list[_Access]] = defaultdict(list)  # (storage, micro-batch) ->
         self.buffer: dict[tuple[str, int], Instance] = {}  # value @ micro-batch -> its merge buffer
-        produced = {v for o in program.operators for v in o.outputs}
-        self.tracked = {
-            v.name
-            for v in program.values.values()
-            if v.scope in (Scope.BATCH, Scope.LOCAL) or (v.scope is Scope.SHARED and v.name in produced)
-        }
+        self.tracked = tracked_values(program)
         for v in program.inputs:
             if v in self.tracked:
                 whole = Instance(v, 0, plan.micro_batches)

@@ -4,7 +4,7 @@ Contract
 - Engine-independent: an integration makes one per worker, adds a Runtime per captured graph, and brackets
   each real step with `begin` and `end`. Calls outside a step (dummy, profiling and capture
   runs) find `split` None, run whole and are not counted.
-- `begin` depends on the batch and the programs only, so all ranks decide alike; `agree` compares the plans
+- `begin` depends on the batch and the programs only, so all ranks decide alike; `check` compares the plans
   themselves over a process group and raises on a difference.
 """
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynaflow_serving.annotations import CALLS, function_names
+from dynaflow_serving.annotations import calls, function_names
 from dynaflow_serving.errors import PartitionError
 
 # Function name -> node -> (states read, states written).
@@ -120,8 +120,3 @@ def piece_effects(
         reads.update(dict.fromkeys(read))
         writes.update(dict.fromkeys(wrote))
     return tuple(writes), tuple(r for r in reads if r not in writes)
-
-
-def calls(graph: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that do something."""
-    return [n for n in graph.graph.nodes if n.op in CALLS]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynaflow_serving.annotations import CALLS, function_names, module_stack, region_of
+from dynaflow_serving.annotations import calls, function_names, module_stack, region_of
 from dynaflow_serving.ir import Resource
 
 _HEAVY = {
@@ -43,7 +43,7 @@ class Region:
 
 def find_regions(gm: fx.GraphModule, hidden: dict[fx.Node, set[fx.Node]]) -> list[Region]:
     """Regions in a valid order. `hidden`: node -> earlier nodes it must follow beyond its arguments."""
-    nodes = [n for n in gm.graph.nodes if n.op in CALLS]
+    nodes = calls(gm)
     index = {n: i for i, n in enumerate(nodes)}
     preds = {n: [p for p in (*n.all_input_nodes, *hidden.get(n, ())) if p in index] for n in nodes}
     regions, segment_of = _marked_runs(nodes, index)
@@ -76,7 +76,7 @@ def _name(region: Region) -> str:
 def piece_region(graph: fx.GraphModule, index: int) -> Region:
     """The region of the `index`-th piece that an engine cut. Its annotations are taken together; beside other
     heavy work they give the piece its obligations (context, group), but neither name nor tags."""
-    nodes = [n for n in graph.graph.nodes if n.op in CALLS]
+    nodes = calls(graph)
     marks = [m for n in nodes if (m := region_of(n))]
     if not marks:
         return Region(nodes, None, index, index)
