@@ -2,7 +2,8 @@
 
 Contract
 - A Plan is made once per Split signature, verified, bound and cached; a step is a dictionary look-up.
-- A step that is not split runs in the program's own order on the compute stream.
+- A step that is not split runs in the program's own order on the compute stream, unless the strategy
+  schedules these steps too (`OpScheduler.schedules_unsplit`).
 - Every step is counted: split, or un-split with the reason.
 """
 
@@ -85,7 +86,7 @@ class Runtime:
         zero_copy = self.zero_copy if zero_copy is None else zero_copy
         key = (signature, zero_copy)
         if key not in self._prepared:
-            strategy = self.strategy if signature[0] > 1 else Sequential()
+            strategy = self.strategy if signature[0] > 1 or self.strategy.schedules_unsplit else Sequential()
             recorded = strategy.record(self.capture.program, *signature)
             plan = lower(recorded, strategy.name, zero_copy)
             verify(self.capture.program, plan)

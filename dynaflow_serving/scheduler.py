@@ -192,6 +192,7 @@ class OpScheduler(abc.ABC):
     name: ClassVar[str] = ""
     Options: ClassVar[type[Options]] = Options
     annotations: ClassVar[tuple[Rule, ...]] = ()
+    schedules_unsplit: ClassVar[bool] = False  # whether `schedule` also orders steps of one micro-batch
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
