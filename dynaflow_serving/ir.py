@@ -34,6 +34,7 @@ class Value:
     name: str
     scope: Scope
     axis: int | None = None  # the token axis, for BATCH only
+    rows: int = 1  # how many adjacent rows of that axis one token has
     storage: str = ""  # values with one storage alias one another; "" means its own
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class Operator:
     writes: tuple[str, ...] = ()  # storages and engine states written in place
     reads: tuple[str, ...] = ()  # engine states read that are not among the inputs (a KV cache)
     group: str = ""  # collectives of one group keep one order on all ranks
-    context: bool = False  # reads the engine's per-micro-batch context: compute stream only
+    context: bool = False  # reads the engine's per-micro-batch context: one micro-batch at a time
     into: tuple[str, ...] = ()  # outputs that it can write straight into a given buffer
 
 

@@ -80,6 +80,7 @@ def _program_lines(p: Program) -> Iterator[str]:
     yield "program" + (f" unsplittable: {p.unsplittable}" if p.unsplittable else "")
     for v in p.values.values():
         where = f"batch:{v.axis}" if v.scope is Scope.BATCH else v.scope.value
+        where += f"x{v.rows}" if v.rows > 1 else ""
         alias = f" storage={v.storage}" if v.storage != v.name else ""
         yield f"value {v.name} {where}{alias}"
     yield f"inputs {' '.join(p.inputs)}"
@@ -156,9 +157,10 @@ def _read_program(lines: list[tuple[int, str]]) -> Program:
             if line.startswith(" "):
                 operators[-1][word] = tuple(rest)
             elif word == "value":
-                scope, _, axis = rest[1].partition(":")
+                scope, _, place = rest[1].partition(":")
+                axis, _, rows = place.partition("x")
                 storage = rest[2].removeprefix("storage=") if len(rest) > 2 else ""
-                values[rest[0]] = Value(rest[0], Scope(scope), int(axis) if axis else None, storage)
+                values[rest[0]] = Value(rest[0], Scope(scope), int(axis) if axis else None, int(rows or 1), storage)
             elif word == "op":
                 flags = {f.partition("=")[0]: f.partition("=")[2] or True for f in rest[2:]}
                 operators.append({"name": rest[0], "resource": Resource(rest[1]), "inputs": (), "outputs": (), **flags})

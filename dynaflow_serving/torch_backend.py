@@ -29,8 +29,8 @@ from dynaflow_serving.errors import ConfigError, DynaflowError, InactiveError, P
 from dynaflow_serving.executor import EXECUTORS, get_executor
 from dynaflow_serving.ir import Batch
 from dynaflow_serving.partition import partition
-from dynaflow_serving.partition.axes import expression
 from dynaflow_serving.partition.effects import fake_value
+from dynaflow_serving.partition.rows import expression
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.scheduler import OpScheduler
 

@@ -154,11 +154,17 @@ class Emitter:
         return [f"{self._narrow(whole, p)}.copy_({self.variable(p)})" for p in copied]
 
     def _narrow(self, whole: Instance, part: Instance) -> str:
-        axis = self.program.values[part.value].axis
+        value = self.program.values[part.value]
         if part == whole:
             return self.variable(whole)
-        offset = self._tokens(whole.start, part.start) if part.start > whole.start else "0"
-        return f"{self.variable(whole)}.narrow({axis}, {offset}, {self._tokens(part.start, part.stop)})"
+        offset = self._rows(value.rows, whole.start, part.start) if part.start > whole.start else "0"
+        length = self._rows(value.rows, part.start, part.stop)
+        return f"{self.variable(whole)}.narrow({value.axis}, {offset}, {length})"
+
+    @classmethod
+    def _rows(cls, per_token: int, start: int, stop: int) -> str:
+        tokens = cls._tokens(start, stop)
+        return tokens if per_token == 1 else f"{per_token} * ({tokens})"
 
     @staticmethod
     def _tokens(start: int, stop: int) -> str:

@@ -1,8 +1,10 @@
 """Where the tokens are in every value, and whether the graph treats them independently.
 
 Contract
-- A dimension whose size is the token symbol is the token axis; a size k * tokens is local to its
-  micro-batch; any other dependence on the symbol, two token axes, or a result without a token axis
+- A dimension whose size is the token symbol is the token axis, and so is one of size k * tokens where the k
+  rows of a token are adjacent (`rows`), as after a reshape; where they are not (two copies of the batch, one
+  after the other), and where tokens are numbered to address each one's own data, a value is local to its
+  micro-batch. Any other dependence on the symbol, two token axes, or a result without a token axis
   that was computed from tokens, means the graph mixes tokens and must not be split.
 - Operators that keep the shape but mix along the axis (softmax, cumsum, attention, flip ...) are known by
   name; so are reshapes across the axis, and arithmetic with the number of tokens. An operator that is
@@ -12,10 +14,9 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
@@ -23,6 +24,7 @@ from torch import fx
 from dynaflow_serving.annotations import CALLS, function_names, region_of
 from dynaflow_serving.ir import Scope, Value
 from dynaflow_serving.partition.effects import fake_value
+from dynaflow_serving.partition.rows import RESHAPES, Rows, expression
 
 # Operators that keep the shape but mix along a dimension: name -> (position of that argument, default; None: all).
 _MIXES_ALONG_DIM: dict[str, tuple[int, int | None]] = {
@@ -38,7 +40,6 @@ _MIXES_FROM = {  # from this dimension on
     "group_norm": 1, "instance_norm": 1, "conv1d": 2, "conv2d": 2, "conv3d": 2, "convolution": 2, "interpolate": 2,
     "avg_pool1d": 2, "avg_pool2d": 2, "max_pool1d": 2, "max_pool2d": 2,
 }  # fmt: skip
-_RESHAPES = {"view", "reshape", "flatten", "unflatten", "_unsafe_view", "ravel", "view_copy"}
 _ARITHMETIC = {
     "add", "sub", "mul", "div", "truediv", "floordiv", "pow", "rsub", "iadd", "isub", "imul", "itruediv", "__truediv__",
 }  # fmt: skip
@@ -46,19 +47,17 @@ _POSITIONS = ("arange", "linspace")
 _BATCH_STATISTICS = ("batch_norm", "_native_batch_norm_legit", "native_batch_norm")
 
 
-def expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
-
-
 class Axes:
     """Scope and axis of values, for the token symbols `tokens` (several may stand for one count)."""
 
-    def __init__(self, tokens: Set[Any]) -> None:
+    def __init__(self, tokens: Set[Any], rows: Mapping[str, int] | None = None) -> None:
+        """`rows`: see `Rows`."""
         self.tokens = tokens
         self.reason = ""
+        self.rows = Rows(tokens, rows)
 
-    def value(self, name: str, fake: Any, storage: str = "", derived: bool = True) -> Value:
-        """Describe one value; `derived` says whether it was computed from tokens."""
+    def value(self, name: str, fake: Any, storage: str = "", derived: bool = True, node: str = "") -> Value:
+        """Describe one value; `derived` says whether it was computed from tokens, `node` is its node's name."""
         if isinstance(fake, torch.SymInt):
             expr = expression(fake)
             if expr in self.tokens:
@@ -67,9 +66,11 @@ class Axes:
         if not isinstance(fake, torch.Tensor):
             return Value(name, Scope.LOCAL if derived else Scope.SHARED)
         dims = [d for d, size in enumerate(fake.shape) if self._free(expression(size))]
-        if len(dims) == 1 and expression(fake.shape[dims[0]]) in self.tokens:
-            return Value(name, Scope.BATCH, dims[0], storage)
-        return Value(name, Scope.LOCAL if dims or derived else Scope.SHARED, None, storage)
+        if len(dims) == 1 and node not in self.rows.numbers:
+            rows = self.rows.per_token(fake.shape[dims[0]])
+            if rows == 1 or (rows and rows == self.rows.adjacent.get(node)):
+                return Value(name, Scope.BATCH, dims[0], rows, storage)
+        return Value(name, Scope.LOCAL if dims or derived else Scope.SHARED, storage=storage)
 
     def check_graph(self, graph: fx.GraphModule) -> None:
         """`check` every node of `graph`."""
@@ -96,14 +97,15 @@ class Axes:
             if isinstance(item, torch.Tensor):
                 self._check_shape(node, item, derived)
         names = {n if n.startswith("__") else n.rstrip("_") for n in function_names(node)}
+        self.rows.follow(node, names)
         self._check_dims(node, names)
-        if names & _RESHAPES:
+        if names & RESHAPES:
             self._check_reshape(node, fake)
         if names & _ARITHMETIC and isinstance(fake, torch.Tensor) and any(map(self._counts, node.args)):
             self.reason = f"{node.name} ({_target(node)}) computes with the number of tokens"
         if names & {*_BATCH_STATISTICS} and derived:
             self.reason = f"{node.name} computes statistics over the batch"
-        if names & {*_POSITIONS} and self._has_axis(fake):
+        if names & {*_POSITIONS} and self.rows.has_axis(fake) and not self.rows.address_own(node):
             self.reason = f"{node.name} numbers the tokens of the batch"
         if {"getitem", "index"} & names and len(node.args) > 1 and self._indexes_axis(node):
             self.reason = f"{node.name} picks tokens by a tensor index"
@@ -119,7 +121,7 @@ class Axes:
 
     def _check_dims(self, node: fx.Node, names: Set[str]) -> None:
         source = fake_value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-        if not isinstance(source, torch.Tensor) or not self._has_axis(source):
+        if not isinstance(source, torch.Tensor) or not self.rows.has_axis(source):
             return
         rank = source.dim()
         dims: list[int] = []
@@ -143,15 +145,10 @@ class Axes:
         """A reshape keeps tokens apart if as many elements lie outside the token axis before as after."""
         source = fake_value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         if isinstance(source, torch.Tensor) and isinstance(fake, torch.Tensor):
-            outside = {self._outside(t) for t in (source, fake) if self._has_axis(t)}
-            if len(outside) > 1:
+            outside = {self.rows.outside(t) for t in (source, fake) if self.rows.has_axis(t)}
+            untiles = {n.name for n in node.all_input_nodes} & self.rows.tiled and node.name not in self.rows.tiled
+            if len(outside) > 1 or untiles:
                 self.reason = f"{node.name} ({_target(node)}) reshapes across the token axis"
-
-    def _outside(self, fake: torch.Tensor) -> Any:
-        """The product of the sizes before the token axis."""
-        sizes = [expression(s) for s in fake.shape]
-        axis = next(d for d, size in enumerate(sizes) if self._free(size))
-        return sympy.Mul(*sizes[:axis])
 
     def _counts(self, argument: Any) -> bool:
         fake = fake_value(argument) if isinstance(argument, fx.Node) else None
@@ -165,12 +162,9 @@ class Axes:
             return False
         for d, i in enumerate(indices[: source.dim()]):
             by_tensor = isinstance(i, fx.Node) and isinstance(fake_value(i), torch.Tensor)
-            if by_tensor and self._free(expression(source.shape[d])):
+            if by_tensor and i.name not in self.rows.numbers and self._free(expression(source.shape[d])):
                 return True
         return False
-
-    def _has_axis(self, fake: Any) -> bool:
-        return isinstance(fake, torch.Tensor) and any(self._free(expression(s)) for s in fake.shape)
 
     def _free(self, expr: Any) -> bool:
         return bool(expr.free_symbols & self.tokens)

@@ -25,7 +25,7 @@ _OUT_FORMS: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def buffer_maker(fake: Any, axis: int) -> Callable[[int], torch.Tensor] | None:
+def buffer_maker(fake: Any, axis: int, rows: int) -> Callable[[int], torch.Tensor] | None:
     """A function tokens -> empty tensor like `fake`, None if another dimension is symbolic."""
     if not isinstance(fake, torch.Tensor):
         return None
@@ -36,7 +36,7 @@ def buffer_maker(fake: Any, axis: int) -> Callable[[int], torch.Tensor] | None:
     dtype, device = fake.dtype, fake.device
 
     def make(tokens: int) -> torch.Tensor:
-        return torch.empty((*before, tokens, *after), dtype=dtype, device=device)
+        return torch.empty((*before, tokens * rows, *after), dtype=dtype, device=device)
 
     return make
 

@@ -52,9 +52,9 @@ class Capture:
     def token_counter(self) -> Callable[[Sequence[Any]], int]:
         """A function arguments -> number of tokens. Raises `PartitionError` if no input has a token axis."""
         for i, v in enumerate(self.program.inputs):
-            axis = self.program.values[v].axis
-            if axis is not None:
-                return lambda args: int(args[i].shape[axis])
+            value = self.program.values[v]
+            if value.axis is not None:
+                return lambda args: int(args[i].shape[value.axis]) // value.rows
         raise PartitionError("no input of this graph has the batch dimension")
 
 
@@ -122,7 +122,7 @@ class _Reader:
         by_op = {op: [n for n in self.split.graph.nodes if n.op == op] for op in ("placeholder", "get_attr")}
         inputs, constants = by_op.values()
         for n in (*inputs, *constants):
-            self.values[n.name] = self.axes.value(n.name, fake_value(n), self._storage(n, n.name), derived=False)
+            self.values[n.name] = self.axes.value(n.name, fake_value(n), self._storage(n, n.name), False, n.name)
             self.value_of[n] = n.name
         calls = {str(n.target): n for n in self.split.graph.nodes if n.op == "call_module"}
         for submodule in self.regions:
@@ -157,7 +157,7 @@ class _Reader:
                 self.value_of[port] = value
             if isinstance(result, fx.Node):
                 storage = self._storage(result, value)
-                self.values[value] = self.axes.value(value, fake_value(result), storage, result in derived)
+                self.values[value] = self.axes.value(value, fake_value(result), storage, result in derived, result.name)
             else:
                 self.values[value] = self.axes.value(value, result, derived=False)
         writes, reads = piece_effects(graph, [a.storage for a in arguments], self.effects)
@@ -213,7 +213,7 @@ def add_into_variants(capture: Capture, copy: bool = False, only: Set[str] | Non
             if not fit or (only is not None and op.name not in only):
                 continue
             result = _outputs(capture.pieces[op.name])[i]
-            maker = buffer_maker(fake_value(result), value.axis or 0)
+            maker = buffer_maker(fake_value(result), value.axis or 0, value.rows)
             if maker is not None:
                 capture.buffers[v] = maker
                 ports.append((i, v))
@@ -230,7 +230,7 @@ def _own_if_written(values: dict[str, Value], operators: list[Operator], given: 
     written = {s for o in operators for s in o.writes} - given
     for v in [v for o in operators for v in o.outputs]:
         if values[v].scope is Scope.SHARED and values[v].storage in written:
-            values[v] = Value(v, Scope.LOCAL, None, values[v].storage)
+            values[v] = Value(v, Scope.LOCAL, storage=values[v].storage)
 
 
 def _not_mergeable(outputs: list[str], values: dict[str, Value], operators: list[Operator]) -> str:

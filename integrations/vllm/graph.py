@@ -16,8 +16,8 @@ from torch import fx
 
 from dynaflow_serving.integrations.vllm.session import VLLMSession
 from dynaflow_serving.ir import Split
-from dynaflow_serving.partition.axes import expression
 from dynaflow_serving.partition.effects import fake_value
+from dynaflow_serving.partition.rows import expression
 from dynaflow_serving.runtime import Runtime, no_context
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynaflow_serving.errors import ScheduleError, TextError
-from dynaflow_serving.ir import COMPUTE_STREAM, Operator, Plan, Program, Resource, Scope, StepKind, Value
+from dynaflow_serving.ir import Operator, Plan, Program, Resource, Scope, StepKind, Value
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.scheduler import Schedule
 from dynaflow_serving.strategies import get_strategy
@@ -41,7 +41,7 @@ def random_program(rng: random.Random, size: int) -> Program:
             scope = rng.choices((Scope.BATCH, Scope.LOCAL, Scope.SHARED), (8, 1, 1))[0]
             axis = rng.choice((0, 1)) if scope is Scope.BATCH else None
             storage = source.storage if source is not None and scope is Scope.BATCH else ""
-            outputs.append(Value(f"v{i}_{j}", scope, axis, storage))
+            outputs.append(Value(f"v{i}_{j}", scope, axis, storage=storage))
         values.update({v.name: v for v in outputs})
         writes = [v.storage for v in batched if rng.random() < 0.25]
         states = [s for s in ("cache0", "cache1") if rng.random() < 0.15]
@@ -71,7 +71,7 @@ def random_schedule(
     s = Schedule(program, micro_batches, depends)
     while ready := s.get_ready_ops():
         task = rng.choice(ready)
-        stream = COMPUTE_STREAM if task.operator.context else rng.choice(("compute", "network", "memory"))
+        stream = rng.choice(("compute", "network", "memory"))
         group = [task]
         while rng.random() < 0.3:
             group += [t for t in ready if t.name == task.name and t.micro_batch == group[-1].micro_batch + 1]
