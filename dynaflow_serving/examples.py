@@ -1,11 +1,12 @@
-"""Two tiny models with marks, for golden plans, `dynaflow explain` and benchmarks.
+"""Three tiny models with marks, for golden plans, `dynaflow explain` and benchmarks.
 
 Contract
 - Pure torch, on the CPU, no process group: a collective is simulated by a marked elementwise function
   (`all_reduce` doubles its input, as if one other rank held the same), so that a plan has real network
   operators with checkable results.
 - `llama`: two tensor-parallel decoder layers, two all-reduces each. `moe`: two layers with dispatch,
-  experts, combine, and a shared expert that depends on neither.
+  experts, combine, and a shared expert that depends on neither. `dit`: two dual-stream blocks of a diffusion
+  transformer (MM-DiT, arXiv 2403.03206, without modulation): image and text tokens of a sample meet in attention only.
 - The batch dimension is symbolic: one capture serves every size from 2.
 """
 
@@ -23,6 +24,7 @@ from dynaflow_serving.partition import Capture, partition
 from dynaflow_serving.torch_backend import batch_symbols
 
 HIDDEN, HEADS, LAYERS = 16, 2, 2
+IMAGE, TEXT = 4, 2  # tokens of one sample of `dit`
 
 
 @mark("all_reduce", Resource.NETWORK, ["all_reduce"])
@@ -117,6 +119,60 @@ class Model(nn.Module):
         return x
 
 
+class DiTStream(nn.Module):
+    """What one modality has for itself in a dual-stream block: before and after the joint attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(), Norm()
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+        self.o_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.mlp = MLP()
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        qkv: torch.Tensor = self.qkv(self.norm1(x))
+        return qkv
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = x + self.o_proj(attended)
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class DualStreamBlock(nn.Module):
+    """image, text: [samples, IMAGE or TEXT, HIDDEN]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = DiTStream(), DiTStream()
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image_qkv, text_qkv = self.image.project(image), self.text.project(text)
+        with mark("attention", Resource.COMPUTE, ["attention"]):
+            q, k, v = torch.cat([image_qkv, text_qkv], 1).chunk(3, -1)
+            attended = torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
+            image_attended, text_attended = attended.narrow(1, 0, IMAGE), attended.narrow(1, IMAGE, TEXT)
+        return self.image.finish(image, image_attended), self.text.finish(text, text_attended)
+
+
+class DiT(nn.Module):
+    """[samples, HIDDEN] -> [samples, HIDDEN]; two projections stand for the patch and the text embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_in = nn.Linear(HIDDEN, IMAGE * HIDDEN, bias=False)
+        self.text_in = nn.Linear(HIDDEN, TEXT * HIDDEN, bias=False)
+        self.layers = nn.ModuleList(DualStreamBlock() for _ in range(LAYERS))
+        self.out = nn.Linear((IMAGE + TEXT) * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        image, text = self.image_in(x).view(-1, IMAGE, HIDDEN), self.text_in(x).view(-1, TEXT, HIDDEN)
+        for layer in self.layers:
+            image, text = layer(image, text)
+        out: torch.Tensor = self.out(torch.cat([image, text], 1).flatten(1))
+        return out
+
+
 def llama() -> nn.Module:
     return Model(DenseLayer)
 
@@ -125,7 +181,7 @@ def moe() -> nn.Module:
     return Model(MoELayer)
 
 
-EXAMPLES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "moe": moe}
+EXAMPLES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "moe": moe, "dit": DiT}
 
 
 def example_capture(name: str) -> Capture:

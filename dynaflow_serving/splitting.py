@@ -45,6 +45,24 @@ def cut_evenly(batch: Batch, micro_batches: int, min_tokens: int = 1) -> Split:
     return cut_at_tokens(batch, [total * k // n for k in range(1, n)], min_tokens)
 
 
+def cut_prefill_decode(batch: Batch, min_tokens: int = 1, decode_first: bool = True) -> Split:
+    """Cut at the border between decode requests and prefill requests (POD-Attention's and DuetServe's two halves).
+
+    A request decodes if it has one new token and some context (one new token, where the context is unknown); every
+    other one prefills. decode_first: which kind must come first, so that a plan knows its micro-batches by position.
+    """
+    context = batch.context or batch.tokens
+    decodes = [new == 1 and old > 0 for new, old in zip(batch.tokens, context, strict=True)]
+    n = sum(decodes)
+    if n in (0, len(decodes)):
+        return whole(batch, "decode requests only" if n else "prefill requests only")
+    first = n if decode_first else len(decodes) - n
+    if decodes != sorted(decodes, reverse=decode_first):
+        kinds = ("decode", "prefill") if decode_first else ("prefill", "decode")
+        return whole(batch, f"not all {kinds[0]} requests come before the {kinds[1]} requests")
+    return cut_at_tokens(batch, [sum(batch.tokens[:first])], min_tokens)
+
+
 def cut_at_tokens(batch: Batch, cuts: list[int], min_tokens: int = 1) -> Split:
     """Cut at the token offsets `cuts` (ascending, inside the batch)."""
     offsets = [0, *accumulate(batch.tokens)]

@@ -18,7 +18,7 @@ from dynaflow_serving.errors import ConfigError
 
 
 def explain(
-    target: Annotated[str, typer.Argument(help="Embedded example (llama, moe), or model directory.")],
+    target: Annotated[str, typer.Argument(help="Embedded example (llama, moe, dit), or model directory.")],
     batch: Annotated[
         str, typer.Option("--batch", "-b", metavar="N,N,...", help="Tokens of each request of the step.")
     ] = "64,64,8,1",
@@ -69,7 +69,7 @@ def _explain_example(name: str, tokens: tuple[int, ...], config: Any) -> None:
     split = runtime.decide(Batch(tokens))
     print(capture.program.to_text())
     _print_split(tokens, split)
-    if len(split.micro_batches) > 1:
+    if len(split.micro_batches) > 1 or runtime.strategy.schedules_unsplit:
         _print_plan(runtime.prepare(split.signature).plan)
 
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dynaflow_serving.cli import app
+from dynaflow_serving.examples import EXAMPLES
 from dynaflow_serving.ir import Plan, Program
 from dynaflow_serving.verify import verify
 
@@ -34,7 +35,7 @@ def dynaflow(*arguments: str) -> Result:
         (["bench", "vllm", "-o", "min_token=1"], "Did you mean 'min_tokens'"),
         (["bench", "vllm", "-o", "cut=[1"], "--option 'cut=[1' is not valid YAML"),
         (["bench", "vllm", "-n", "1"], "micro_batches"),
-        (["explain", "lama"], "neither an embedded example (llama, moe) nor a model directory"),
+        (["explain", "lama"], "neither an embedded example (llama, moe, dit) nor a model directory"),
         (["explain", "llama", "--batch", "8,x"], "--batch '8,x' is not a list of token counts"),
         (["explain", "llama", "--batch", "8,0"], "each at least 1"),
         (["explain", "llama", "--dtype", "float16"], "for model directories"),
@@ -120,11 +121,18 @@ def test_check_plan(tmp_path: Path) -> None:
     assert "no plan found" in dynaflow("check", str(bad)).stderr
 
 
+def test_explain_shows_the_plan_of_a_strategy_that_orders_unsplit_steps() -> None:
+    result = dynaflow("explain", "moe", "--strategy", "branches")
+    assert "not split: branches overlap without a split" in result.stdout
+    assert "side0   | run layers.0.shared_expert @0" in result.stdout
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_check_shipped_configs(config: Path) -> None:
     result = dynaflow("check", str(config))
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("OK") == (2 if config.stem == "dual_batch" else 6)
+    variants = 3 if "\n  micro_batches:" in config.read_text() else 1  # 2, 3 and 4 micro-batches, or the strategy's own
+    assert result.stdout.count("OK") == variants * len(EXAMPLES)
 
 
 STRATEGY = """

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from dynaflow_serving.errors import PlanError
-from dynaflow_serving.examples import EXAMPLES, example_capture
+from dynaflow_serving.examples import example_capture
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Program, StepKind
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.verify import happens_before, verify
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = [(m, s, 2) for m in EXAMPLES for s in ("sequential", "nanoflow", "dual_batch")]
-CASES += [(m, "nanoflow", 3) for m in EXAMPLES]
+CASES = [(m, s, 2) for m in ("llama", "moe") for s in ("sequential", "nanoflow", "dual_batch")]
+CASES += [(m, "nanoflow", 3) for m in ("llama", "moe")]
+CASES += [("llama", "prefill_decode", 2), ("moe", "branches", 1), ("dit", "branches", 1)]
 
 
 def golden_file(model: str, strategy: str, micro_batches: int) -> Path:
@@ -82,6 +83,30 @@ def test_the_shared_expert_is_an_operator_that_waits_for_no_network_of_its_layer
     assert order.stream[shared] == COMPUTE_STREAM
     assert not order.ordered((f"layers.{layer}.combine", 0), shared)
     assert order.overlap((f"layers.{layer}.combine", 0), shared)
+
+
+def test_prefill_decode_splits_attention_only() -> None:
+    order = Order(golden_plan("llama", "prefill_decode"))
+    attention = "layers.0.attention.0"
+    assert order.overlap((attention, 0), (attention, 1))
+    assert order.ordered((attention, 0), ("layers.0.attention.1", 0))  # the output projection of both
+    assert ("layers.0.attention.1", 1) not in order.at
+
+
+@pytest.mark.parametrize("layer", range(2))
+def test_branches_hide_the_shared_expert_without_a_split(layer: int) -> None:
+    order = Order(golden_plan("moe", "branches", 1))
+    shared = (f"layers.{layer}.shared_expert", 0)
+    for routed in ("dispatch", "experts", "combine"):
+        assert order.overlap((f"layers.{layer}.{routed}", 0), shared)
+
+
+def test_branches_run_the_two_streams_of_a_dit_block_side_by_side() -> None:
+    order = Order(golden_plan("dit", "branches", 1))
+    for layer in range(2):
+        assert order.overlap((f"layers.{layer}.compute.0", 0), (f"layers.{layer}.compute.1", 0))
+        for modality in ("compute.0", "compute.1"):
+            assert order.ordered((f"layers.{layer}.{modality}", 0), (f"layers.{layer}.attention", 0))
 
 
 def test_error_shows_the_grid() -> None:

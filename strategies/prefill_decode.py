@@ -1,0 +1,69 @@
+"""Prefill beside decode in one mixed batch, on one GPU (POD-Attention, arXiv 2410.18038; DuetServe, Bullet).
+
+Prefill attention is bound by compute, decode attention by the KV cache's bandwidth. The step is cut at the border
+between the two kinds. `overlap: attention` splits attention only, the rest runs once for both:
+
+    compute  c0@0:2  attention@1 (prefill)  c1@0:2
+    decode           attention@0 (decode)
+
+`overlap: all` runs the decode micro-batch whole beside the prefill one; weights are read twice.
+
+**Contract**
+- A micro-batch is known by its position: `first` says which kind the engine puts first (vLLM: decode; SGLang's
+  mixed chunk: prefill). A step in the other order, or in mixed order, is not split, with the reason.
+- Operators that read per-micro-batch context, or have a value without a token axis, are not merged either: each runs
+  on the stream of its micro-batch.
+- Streams other than compute run operators with context, which worker threads (executor `cpu`) cannot do.
+- Unmeasured: no figure of this strategy on a GPU exists yet.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Operator, Program, Scope, Split
+from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
+from dynaflow_serving.splitting import cut_prefill_decode
+from dynaflow_serving.strategies import register_strategy
+
+
+class PrefillDecodeOptions(Options):
+    overlap: Literal["attention", "all"] = Field(
+        "attention", description="what runs per micro-batch: attention only, the rest merged; or everything"
+    )
+    min_tokens: int = Field(
+        16, ge=1, description="a step is not split with fewer tokens of either kind (a decode request has one)"
+    )
+    first: Literal["decode", "prefill"] = Field(
+        "decode", description="which kind of request the engine puts first in a batch"
+    )
+
+
+@register_strategy("prefill_decode")
+class PrefillDecode(OpScheduler):
+    Options = PrefillDecodeOptions
+
+    def split(self, batch: Batch) -> Split:
+        return cut_prefill_decode(batch, self.options.min_tokens, self.options.first == "decode")
+
+    def schedule(self, s: Schedule) -> None:
+        decode = 0 if self.options.first == "decode" else 1
+        apart = {o.name for o in s.program.operators if self.options.overlap == "all" or _apart(s.program, o)}
+        stream_of = {decode: "decode"} if s.micro_batches > 1 else {}
+        while ready := s.get_ready_ops():
+            groups = [[t for t in ready if t.name == name] for name in dict.fromkeys(t.name for t in ready)]
+            together = [g for g in groups if g[0].name in apart or len(g) == s.micro_batches]
+            # none: one micro-batch waits for state that another writes, and has to be overtaken
+            for group in together or [ready[:1]]:
+                if group[0].name in apart or len(group) < s.micro_batches:
+                    for task in group:
+                        s.execute(task, stream=stream_of.get(task.micro_batch, COMPUTE_STREAM))
+                else:
+                    s.execute(group)
+
+
+def _apart(program: Program, op: Operator) -> bool:
+    local = any(program.values[v].scope is Scope.LOCAL for v in (*op.inputs, *op.outputs))
+    return "attention" in op.tags or op.context or local
