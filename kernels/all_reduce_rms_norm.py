@@ -1,0 +1,95 @@
+"""All-reduce + residual add + RMSNorm as reduce-scatter, add and norm on the rank's tokens, all-gather.
+
+TokenWeave's shape (arXiv 2505.11329, section 3) of functional collectives: the norm is computed once per token
+instead of once per token and rank, and its input is written once instead of `world size` times.
+
+Contract
+- Results equal all-reduce, add, norm, up to the order of the sum; all ranks hold the same bits.
+- `gather_total=False`: of the returned sum only the rows of `own_tokens` are defined, which is enough where only
+  the next such kernel reads it, for the same tokens; it saves a third of the traffic.
+- Ranks hold ceil(tokens / ranks) tokens, the last ones fewer: uneven counts are padded, by a copy.
+- Runs on gloo and NCCL. The collectives are launched by torch: `symmetric.py` has the one-kernel form.
+- Unmeasured on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as funcol
+
+from dynaflow_serving.kernels import register_kernel
+from dynaflow_serving.kernels.reduce_rms_norm import check_arguments
+from dynaflow_serving.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
+
+
+def process_group(name: Any) -> dist.ProcessGroup:
+    """The group that functional collectives call `name` (`ProcessGroup.group_name`)."""
+    from torch._C._distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
+def own_tokens(tokens: int, rank: int, ranks: int) -> range:
+    """The tokens that `rank` reduces: adjacent ranges of equal length, the last ones shorter or empty."""
+    share = -(-tokens // ranks)
+    return range(min(rank * share, tokens), min((rank + 1) * share, tokens))
+
+
+def all_reduce_add_rms_norm_reference(
+    partial: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    group: str,
+    gather_total: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    reduced = _ready(funcol.all_reduce(partial, "sum", process_group(group)))
+    return add_rms_norm_reference(reduced, residual, weight, eps=eps)
+
+
+@register_kernel("all_reduce_add_rms_norm", all_reduce_add_rms_norm_reference)
+def all_reduce_add_rms_norm(
+    partial: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    group: str,
+    gather_total: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """partial, residual: (tokens, hidden), weight: (hidden,); `group`: the process group's name.
+
+    Returns (all-reduced partial + residual, its RMSNorm). Raises `ScheduleError` for other shapes and dtypes.
+    """
+    check_arguments("all_reduce_add_rms_norm", partial, residual, weight)
+    tokens = len(partial)
+    if not tokens:
+        return torch.empty_like(partial), torch.empty_like(partial)
+    pg = process_group(group)
+    own = own_tokens(tokens, pg.rank(), pg.size())
+    padding = -tokens % pg.size()
+    if padding:
+        partial = torch.nn.functional.pad(partial, (0, 0, 0, padding))
+    shard = _ready(funcol.reduce_scatter_tensor(partial, "sum", 0, pg))
+    mine = slice(own.start, own.stop)
+    total, normed = add_rms_norm(shard[: len(own)], residual[mine], weight, eps=eps)
+    gathered = _gather(normed, len(shard), tokens, pg)
+    if gather_total:
+        return _gather(total, len(shard), tokens, pg), gathered
+    everywhere = torch.empty_like(residual)
+    everywhere[mine] = total
+    return everywhere, gathered
+
+
+def _gather(shard: torch.Tensor, share: int, tokens: int, group: dist.ProcessGroup) -> torch.Tensor:
+    if len(shard) < share:
+        shard = torch.nn.functional.pad(shard, (0, 0, 0, share - len(shard)))
+    return _ready(funcol.all_gather_tensor(shard, 0, group))[:tokens]
+
+
+def _ready(result: torch.Tensor) -> torch.Tensor:
+    return result.wait() if isinstance(result, funcol.AsyncCollectiveTensor) else result

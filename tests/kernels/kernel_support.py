@@ -1,0 +1,85 @@
+"""What the kernel tests share, and what runs in the processes they start."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hypothesis import strategies as st
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RANKS = 2
+
+# A few units in the last place. triton's interpreter truncates float32 to bfloat16 where a GPU rounds, which costs
+# one at each of the roundings (sum, norm, product).
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2}
+dtypes = st.sampled_from(list(TOLERANCE))
+seeds = st.integers(0, 2**16)
+
+
+def random_tensor(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def assert_like(actual: Any, expected: Any) -> None:
+    """Equal structure, shapes and dtypes, and values within the tolerance of the dtype."""
+    actual, expected = (x if isinstance(x, tuple) else (x,) for x in (actual, expected))
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected):
+        tolerance = TOLERANCE.get(b.dtype, 0)
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def on_two_ranks(function: Callable[..., dict[str, torch.Tensor]], *args: Any) -> list[dict[str, torch.Tensor]]:
+    """`function(rank, *args)` in two gloo processes; what each returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (folder, function, args), nprocs=RANKS)
+        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(RANKS)]
+
+
+def _rank(rank: int, folder: str, function: Callable[..., dict[str, torch.Tensor]], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    try:
+        torch.save(function(rank, *args), Path(folder, f"rank{rank}"))
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce_cases(rank: int, token_counts: list[int], hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Kernel and reference for each number of tokens, every rank with a partial sum of its own."""
+    from dynaflow_serving.kernels import KERNELS, get_kernel
+
+    constants = {"group": dist.group.WORLD.group_name, "eps": 1e-5}
+    kernel = get_kernel("all_reduce_add_rms_norm", **constants)
+    results: dict[str, torch.Tensor] = {}
+    for tokens in token_counts:
+        partial = random_tensor(tokens, hidden, dtype=dtype, seed=tokens + 1000 * rank)
+        residual = random_tensor(tokens, hidden, dtype=dtype, seed=tokens + 1)
+        weight = random_tensor(hidden, dtype=dtype, seed=tokens + 2)
+        given = partial.clone()
+        total, normed = kernel(partial, residual, weight)
+        own_total, own_normed = kernel(partial, residual, weight, gather_total=False)
+        assert torch.equal(partial, given)
+        expected = KERNELS["all_reduce_add_rms_norm"].reference(partial, residual, weight, **constants)
+        pairs = zip(("total", "normed", "own_total", "own_normed"), (total, normed, own_total, own_normed))
+        results |= {f"{tokens}.{name}": value for name, value in pairs}
+        results |= {f"{tokens}.expected_{name}": value for name, value in zip(("total", "normed"), expected)}
+    return results
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Standard output of `code` in a fresh interpreter without TRITON_INTERPRET."""
+    import os
+    import subprocess
+
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return done.stdout
