@@ -9,6 +9,5 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
-# kernel_support.py is imported by its bare name, in the processes that tests start too.
-sys.path.append(str(Path(__file__).parent))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(Path(__file__).parent))))
+# kernel_support.py is imported by its bare name, and benchmarks from the root of the checkout.
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2])]

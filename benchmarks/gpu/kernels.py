@@ -1,0 +1,215 @@
+"""Every replacement kernel against torch eager and torch.compile: `python -m benchmarks.gpu.kernels [--json FILE]`.
+
+Contract
+- A case is one kernel at one shape of a served model, its variants: the Triton kernel, plain PyTorch, and the same
+  compiled by Inductor. All compute the same; the outputs are compared before anything is timed.
+- Bytes are those that the operation cannot do without, each input read and each output written once, so the
+  bandwidth shown is what the operation achieves, not what the variant moves. Small cases stay in the L2 cache between
+  calls and may exceed the memory's bandwidth.
+- Every variant is replayed from a CUDA graph, as an engine does at small sizes: launches from Python are not timed.
+- `reduce_add_rms_norm` holds all ranks' partial sums on this one device: its figures by number of CTAs tell how many
+  saturate the memory here, and nothing about NVLink. The collectives need several GPUs and are not in here.
+- Unmeasured: tested on a CPU with triton's interpreter and a fake timer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.gpu.limits import Limits, Work, measure
+from benchmarks.gpu.report import Row, losses, rows_of, table
+from benchmarks.gpu.timing import CudaTimer, Measured, Timer, in_turn
+from dynaflow_serving.kernels import KERNELS, get_kernel
+
+EAGER, COMPILED = "torch eager", "torch.compile"
+TOKENS = (64, 1024, 8192)
+CTAS = (2, 4, 8, 16, 32, 132)  # 132: one per SM of an H100
+RANKS = 4
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kernels: dict[str, Callable[[], Any]]  # variant -> the kernel
+    plain: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    bytes: int  # read and written, at least
+
+
+def cases(
+    device: str, dtype: torch.dtype, tokens: Sequence[int] = TOKENS, hidden: int = 4096, intermediate: int = 14336
+) -> Iterator[Case]:
+    """At Llama-3-8B's sizes, and for MoE DeepSeek-V2-Lite's 64 experts of which a token has 6."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    for n in tokens:
+        x, residual, weight = random(n, hidden), random(n, hidden), random(hidden)
+        yield _case("add_rms_norm", n, (x, residual, weight), 4 * x.nbytes)
+        gate_up = random(n, 2 * intermediate)
+        yield _case("silu_mul", n, (gate_up,), gate_up.nbytes * 3 // 2)
+        yield from _moe(n, random(n, hidden // 2), experts=64, topk=6)
+        yield _reduce(n, [random(n, hidden) for _ in range(RANKS)], residual, weight)
+
+
+def _moe(tokens: int, hidden: torch.Tensor, experts: int, topk: int) -> Iterator[Case]:
+    scores, ids = torch.rand(tokens, experts, device=hidden.device).topk(topk)
+    permute = get_kernel("moe_permute", experts=experts)
+    rows, positions, _ = permute(hidden, ids)
+    yield Case(
+        f"moe_permute, {tokens} tokens",
+        {"triton": partial(permute, hidden, ids)},
+        partial(_permute, experts=experts),
+        (hidden, ids),
+        hidden.nbytes + rows.nbytes,
+    )
+    yield _case("moe_unpermute", tokens, (rows, positions, scores), hidden.nbytes + rows.nbytes)
+
+
+def _reduce(tokens: int, partials: list[torch.Tensor], residual: torch.Tensor, weight: torch.Tensor) -> Case:
+    """With tables made once, as between GPUs: making them copies from the host."""
+    from dynaflow_serving.kernels.reduce_rms_norm import addresses, launch, reduce_add_rms_norm_reference
+
+    total, normed = torch.empty_like(residual), torch.empty_like(residual)
+    tables = addresses(partials), addresses([total]), addresses([normed])
+
+    def call(ctas: int) -> tuple[torch.Tensor, torch.Tensor]:
+        launch(tables, residual, weight, 1e-6, range(tokens), ctas)
+        return total, normed
+
+    kernels = {f"triton, {c} CTAs": partial(call, c) for c in CTAS}
+    size = (RANKS + 3) * residual.nbytes
+    name = f"reduce_add_rms_norm, {RANKS} partial sums, {tokens} tokens"
+    return Case(name, kernels, reduce_add_rms_norm_reference, (partials, residual, weight), size)
+
+
+def _permute(hidden: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How one writes it in torch for speed; the kernel's reference is written for clarity, and waits for the GPU."""
+    ordered, order = ids.flatten().sort(stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(experts + 1, device=ids.device), out_int32=True)
+    positions = torch.empty_like(order, dtype=torch.int32)
+    positions[order] = torch.arange(len(order), dtype=torch.int32, device=ids.device)
+    return hidden[order // ids.shape[1]], positions.view_as(ids), offsets
+
+
+def _case(name: str, tokens: int, arguments: tuple[Any, ...], size: int) -> Case:
+    kernels = {"triton": partial(get_kernel(name), *arguments)}
+    return Case(f"{name}, {tokens} tokens", kernels, KERNELS[name].reference, arguments, size)
+
+
+def rows(
+    seconds: float,
+    timer: Timer | None = None,
+    limits: Limits | None = None,
+    compiler: Compiler = torch.compile,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    **sizes: Any,
+) -> list[Row]:
+    """The raw rows, within about `seconds` (Inductor's compilation beside). `sizes`: as `cases` takes them.
+
+    Raises `RuntimeError` without a CUDA device, and where a kernel's result is not the plain one's.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("the kernels are timed on a CUDA device, and none is visible")
+    timer = timer or CudaTimer()
+    limits = limits or measure(timer, seconds / 10, device, dtype)
+    result = []
+    with torch.no_grad():
+        todo = list(cases(device, dtype, **sizes))
+        for case in todo:
+            torch._dynamo.reset()
+            variants = {
+                **case.kernels,
+                EAGER: partial(case.plain, *case.arguments),
+                COMPILED: partial(compiler(case.plain), *case.arguments),
+            }
+            _compare(case, dtype)
+            if device == "cuda":
+                variants = {name: Graphed(call) for name, call in variants.items()}
+            result += _rows(case, in_turn(variants, timer, seconds / len(todo)), limits)
+    return result
+
+
+class Graphed:
+    """`call`, captured by the first and replayed by every other call of this object. Unmeasured."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self._graph is None:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._call()  # compiles and allocates, which a capture must not
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._call()
+            self._graph = graph
+        self._graph.replay()
+
+
+def _rows(case: Case, measured: Measured, limits: Limits) -> list[Row]:
+    limit = limits.milliseconds([Work(0, case.bytes)], overlapped=False)
+    against = {name: (EAGER, COMPILED) for name in case.kernels}
+    found = rows_of(case.name, measured, dict.fromkeys(measured.samples, limit), against)
+    for row in found:
+        row["bytes"] = case.bytes
+        if "ms" in row:
+            row["bytes_per_s"] = case.bytes / row["ms"]["median"] * 1e3
+    return found
+
+
+def _compare(case: Case, dtype: torch.dtype) -> None:
+    """Raise `RuntimeError` unless every kernel's result is the plain one's, to a few roundings."""
+    for name, kernel in case.kernels.items():
+        try:
+            torch.testing.assert_close(
+                kernel(), case.plain(*case.arguments), atol=8 * torch.finfo(dtype).eps, rtol=8 * torch.finfo(dtype).eps
+            )
+        except AssertionError as e:
+            raise RuntimeError(f"{case.name}: {name} is wrong: {e}") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the raw rows to this file")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("the kernels are timed on a CUDA device, and none is visible")
+    found = rows(options.seconds)
+    console = Console(width=160)
+    console.print(table(f"{torch.cuda.get_device_name()}, bfloat16", found))
+    for row in found:
+        if "ms" in row:
+            console.print(
+                f"{row['case']}, {row['variant']}: {row['bytes'] / 1e6:.1f} MB, {row['bytes_per_s'] / 1e9:.0f} GB/s"
+            )
+    console.print("\n".join(losses(found)) or "no losses")
+    if options.json:
+        machine = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        options.json.write_text(json.dumps({**machine, "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
