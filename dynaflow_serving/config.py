@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from dynaflow_serving.errors import ConfigError, unknown_name
+from dynaflow_serving.executor.base import ExecutorOptions, StreamOptions
 from dynaflow_serving.scheduler import OpScheduler
 from dynaflow_serving.strategies import get_strategy, strategy_names
 
 
-class Config(BaseModel):
+class Config(ExecutorOptions):
     """What a YAML file holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     strategy: str = Field(description="name of a registered strategy, or the path of a .py file that registers one")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the strategy")
@@ -103,7 +102,8 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     for item in error.errors():
         key = ".".join(map(str, item["loc"]))
         if item["type"] == "extra_forbidden":
-            lines.append(unknown_name("option", key, model.model_fields))
+            inside = model is Config and item["loc"][0] == "streams"
+            lines.append(unknown_name("option", key, StreamOptions.model_fields if inside else model.model_fields))
         elif item["type"] == "missing":
             lines.append(f"{key!r} is missing. Valid: {', '.join(sorted(model.model_fields))}.")
         else:

@@ -7,11 +7,11 @@ What is proved, with happens-before (HB) being the transitive order of streams a
 - in-place writes keep program order with every other access to the storage, and each access sees all the
   writes before it: a merge copies, and a write to one copy is not in the others;
 - micro-batches in `Plan.depends` see engine state written before they read it;
-- collectives of one group have one order; operators with context stay on the compute stream;
+- collectives of one group have one order; operators with context run for one micro-batch at a time;
 - operators write into buffers that are theirs: allocated before, of one merge, and of no other storage;
 - every instance but the outputs is freed once, after all its readers, and not used afterwards; memory goes
   back to the stream that allocated it, so what that stream issues after the last FREE comes after all users;
-- events are recorded once, before they are waited for; all streams are joined by the compute stream.
+- events are recorded once, before they are waited for; all streams are forked and joined by the compute stream.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class _Verifier:
             if name not in self.program.by_name:
                 self._fail(i, f"the program has no operator {name!r}")
             op = self.program.by_name[name]
-            if op.context and (step.stream != COMPUTE_STREAM or step.stop - step.start > 1):
-                self._fail(i, f"{name} reads per-micro-batch context: one micro-batch, compute stream only")
+            if op.context and step.stop - step.start > 1:
+                self._fail(i, f"{name} reads per-micro-batch context: one micro-batch at a time")
             for mb in range(step.start, step.stop):
                 if (name, mb) in self.ran:
                     self._fail(i, f"{name}@{mb} runs twice (first in step {self.ran[name, mb]})")
@@ -291,8 +291,12 @@ class _Verifier:
         end = max((i for i, s in enumerate(steps) if s.stream == COMPUTE_STREAM), default=-1)
         joined = self.before[end] | 1 << end if end >= 0 else 0
         for i, step in enumerate(steps):
-            if not joined >> i & 1 and step.kind not in (StepKind.RECORD, StepKind.WAIT):
+            if step.kind in (StepKind.RECORD, StepKind.WAIT):
+                continue
+            if not joined >> i & 1:
                 self._fail(i, f"stream {step.stream!r} is not joined: this step may run after the plan returns")
+            if not self._hb(-1, i):
+                self._fail(i, f"stream {step.stream!r} is not forked: this step may run before the plan starts")
         keep = set()
         for v in self.program.outputs:
             if v in self.tracked:

@@ -1,4 +1,4 @@
-"""The executor interface.
+"""The executor interface, and the options that executors take.
 
 Contract
 - `bind` turns a verified Plan into one callable; all the plan's structure is spent there, so that a run
@@ -6,26 +6,113 @@ Contract
 - A bound plan is called with the program's inputs in order (constants excluded), the token offsets of
   the micro-batches (first 0, last the total) and `enter`, which is called on the caller's thread before
   an operator with context when the micro-batch changes. It returns the program's outputs in order.
+- An option that an executor cannot honour is an `InactiveError` when it is made; a stream that the plan
+  does not have is a `ConfigError` when a plan with several streams is bound.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from dynaflow_serving.ir import Plan
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dynaflow_serving.errors import ConfigError, InactiveError, unknown_name
+from dynaflow_serving.ir import COMPUTE_STREAM, Plan
 from dynaflow_serving.partition.capture import Capture
 
-BoundPlan = Callable[[Sequence[Any], Sequence[int], Callable[[int], Any]], list[Any]]
+Enter = Callable[[int], Any]
+BoundPlan = Callable[[Sequence[Any], Sequence[int], Enter], list[Any]]
+
+
+class StreamOptions(BaseModel):
+    """One stream of a plan, by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    priority: int | None = Field(
+        default=None,
+        description="CUDA priority, lower goes first; default -1 for stream 'network', else 0; a hint that executors "
+        "without devices ignore",
+    )
+    sm_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the device's multiprocessors that the stream may use at most (green context, "
+        "experimental); streams with one share have the same multiprocessors, different shares may overlap",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> StreamOptions:
+        if self.sm_share is not None and self.priority is not None:
+            raise ValueError("the stream of a green context has no priority: give priority or sm_share, not both")
+        return self
+
+
+class ExecutorOptions(BaseModel):
+    """How plans are executed; part of the YAML config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    streams: dict[str, StreamOptions] = Field(
+        default_factory=dict,
+        description="options of the strategy's streams, by name; the compute stream is the caller's and has none",
+    )
+    graph: Literal["off", "whole"] = Field(
+        default="off",
+        description="whole: capture each plan, per token offsets of the micro-batches, into one CUDA graph when they "
+        "come up for the second time",
+    )
+    max_graphs: int = Field(default=32, ge=1, description="with graph: whole, how many graphs are captured at most")
+
+    @field_validator("graph", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as a boolean
+
+    @field_validator("streams")
+    @classmethod
+    def _not_the_callers(cls, streams: dict[str, StreamOptions]) -> dict[str, StreamOptions]:
+        if COMPUTE_STREAM in streams:
+            raise ValueError(f"stream {COMPUTE_STREAM!r} is the caller's own and has no options here")
+        return streams
 
 
 class Executor(abc.ABC):
     name: ClassVar[str]
+    offers: ClassVar[frozenset[str]] = frozenset()  # of "sm_share", "graph"
+
+    def __init__(self, options: ExecutorOptions | None = None) -> None:
+        """Raises `InactiveError` for options that this executor cannot honour."""
+        self.options = options or ExecutorOptions()
+        wanted = {"sm_share": [s for s, o in self.options.streams.items() if o.sm_share is not None]}
+        wanted["graph"] = [self.options.graph] if self.options.graph != "off" else []
+        for option, values in wanted.items():
+            if values and option not in self.offers:
+                raise InactiveError(
+                    f"executor {self.name!r} has no {option} (asked for: {', '.join(values)}); remove it from the "
+                    "config, or use executor: cuda on a CUDA device"
+                )
+
+    def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+        """Compile `plan`; `kernels` are the replacements that it names.
+
+        Raises `ConfigError` for options of a stream that the plan does not have, `ScheduleError` for what this
+        executor cannot run.
+        """
+        extra = [s for s in plan.streams if s != COMPUTE_STREAM]
+        if extra and (missing := self.options.streams.keys() - extra):  # without extra: an un-split step, or no network
+            raise ConfigError(f"streams: {unknown_name('stream', min(missing), extra)} (a plan of {plan.strategy})")
+        return self._bind(capture, plan, kernels)
 
     @abc.abstractmethod
-    def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
-        """Compile `plan`; `kernels` are the replacements that it names."""
+    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan: ...
+
+    def report(self) -> dict[str, Any]:
+        """What `Session.report` adds about the executor; plain data."""
+        return {"executor": self.name}
 
     def close(self) -> None:  # noqa: B027  most executors have nothing to stop
         """Stop what the executor has started (threads)."""

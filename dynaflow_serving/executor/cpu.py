@@ -7,6 +7,8 @@ Contract
 - An exception anywhere opens all events, so that every stream ends, and reaches the caller; the
   executor is usable afterwards.
 - Not re-entrant: one run of an executor's plans at a time.
+- Operators with context run on the compute stream only: engines keep the context in a global or per thread, and
+  `enter` runs on the caller's. Anything else is a `ScheduleError` when the plan is bound.
 - A plan with the compute stream only pays nothing for all this.
 """
 
@@ -21,7 +23,8 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.executor.base import BoundPlan, Executor
+from dynaflow_serving.errors import ScheduleError
+from dynaflow_serving.executor.base import BoundPlan, Executor, ExecutorOptions
 from dynaflow_serving.executor.codegen import Emitter
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step
 from dynaflow_serving.partition.capture import Capture
@@ -161,10 +164,19 @@ def _assigns(line: str, variable: str) -> bool:
 class CPUExecutor(Executor):
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, options: ExecutorOptions | None = None) -> None:
+        super().__init__(options)
         self._workers: dict[str, Worker] = {}
 
-    def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+        for step in plan.steps:
+            for name in step.operators:
+                if step.stream != COMPUTE_STREAM and capture.program.by_name[name].context:
+                    raise ScheduleError(
+                        f"{name} reads the engine's per-micro-batch context, which the threads of executor 'cpu' do "
+                        f"not share: schedule it on stream {COMPUTE_STREAM!r} (not {step.stream!r}), or use executor: "
+                        "cuda or sequential"
+                    )
         emitter = _ThreadEmitter(capture, plan, kernels)
         for i, stream in enumerate(s for s in plan.streams if s != COMPUTE_STREAM):
             if stream not in self._workers:

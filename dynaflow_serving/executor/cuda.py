@@ -1,24 +1,35 @@
 """CUDA streams and events, issued by the caller's thread in plan order.
 
 Contract
-- The compute stream is the caller's current stream; every other stream is made once per executor, the
-  network stream with high priority.
-- Tensors that cross streams are referenced until the join (lowering places their FREE there), so no
-  `record_stream` is needed, which would delay reuse and is not allowed in graph capture.
+- The compute stream is the caller's current stream; the others, and the events, are the executor's (`cuda_streams`),
+  with priorities and SM shares from the config. One run of an executor's plans at a time.
+- No `record_stream`, which would delay reuse and is not allowed in graph capture. A tensor is allocated by the
+  caching allocator on the stream of the step that makes it, and goes back to that stream's free list when its
+  FREE drops the reference. That is safe because (a) FREE is issued after all readers, and (b) whatever the
+  allocating stream launches after it also runs after all readers: lowering frees what crosses streams at the
+  join, and `verify` proves (a) and (b) for every plan. What a plan returns may live on a side stream's list: the
+  caller drops it after its last use on the current stream, and every stream of the next run starts by
+  waiting for that stream (`verify`: "forked").
+- Operators with context run on any stream: one thread issues everything, so `enter` precedes the launch.
+- After an exception the current stream waits for all streams of the plan, so that freed memory may be reused.
+- With `graph: whole`, plans are captured (`cuda_graph`).
 - Unmeasured: this code's logic is tested with a recording stand-in for `torch.cuda`; it has not run on a
-  device yet.
+  device yet. `tests/gpu` is what to run there.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.executor.base import BoundPlan, Executor
+from dynaflow_serving.executor.base import BoundPlan, Executor, ExecutorOptions
 from dynaflow_serving.executor.codegen import Emitter
+from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
+from dynaflow_serving.executor.cuda_streams import StreamPool
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step, StepKind
 from dynaflow_serving.partition.capture import Capture
 
@@ -46,27 +57,44 @@ class _StreamEmitter(Emitter):
         if len(self.stream_names) == 1:
             return steps
         lines = ["s0 = current_stream()", "try:", *(f"    {line}" for line in steps)]
-        return [*lines, "finally:", "    set_stream(s0)"]
+        return [*lines, "except BaseException:", "    set_stream(s0)", "    rejoin(s0)", "    raise", "set_stream(s0)"]
 
 
 class CUDAExecutor(Executor):
     name = "cuda"
+    offers = frozenset({"sm_share", "graph"})
 
-    def __init__(self, cuda: Any = torch.cuda) -> None:
-        """`cuda`: the module that makes streams and events; tests pass a stand-in."""
+    def __init__(self, options: ExecutorOptions | None = None, cuda: Any = torch.cuda) -> None:
+        """`cuda`: the module that makes streams, events and graphs; tests pass a stand-in."""
+        super().__init__(options)
         if not cuda.is_available():
             raise InactiveError("executor 'cuda' needs a CUDA device and none is visible; use executor: cpu")
         self._cuda = cuda
-        self._streams: dict[str, Any] = {}
+        self._streams = StreamPool(cuda, self.options.streams)
+        self._graphs = WholePlanGraphs(cuda, self.options.max_graphs) if self.options.graph == "whole" else None
 
-    def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+        bind = functools.partial(self._emit, capture, kernels)
+        return bind(plan) if self._graphs is None else self._graphs.bind(capture, plan, bind)
+
+    def _emit(self, capture: Capture, kernels: Mapping[str, Callable[..., Any]], plan: Plan) -> BoundPlan:
         emitter = _StreamEmitter(capture, plan, kernels)
+        extra = {v: self._streams.stream(s) for s, v in emitter.stream_names.items() if s != COMPUTE_STREAM}
+
+        def rejoin(current: Any) -> None:
+            if not self._cuda.is_current_stream_capturing():  # a failed capture has launched nothing
+                for stream in extra.values():
+                    current.wait_stream(stream)
+
         emitter.names |= {"set_stream": self._cuda.set_stream, "current_stream": self._cuda.current_stream}
-        for stream, name in emitter.stream_names.items():
-            if stream != COMPUTE_STREAM:
-                if stream not in self._streams:
-                    self._streams[stream] = self._cuda.Stream(priority=-1 if stream == "network" else 0)
-                emitter.names[name] = self._streams[stream]
-        for e in {s.event for s in plan.steps if s.event >= 0}:
-            emitter.names[f"e{e}"] = self._cuda.Event()
+        emitter.names |= {"rejoin": rejoin, **extra}
+        for i, e in enumerate(sorted({s.event for s in plan.steps if s.event >= 0})):
+            emitter.names[f"e{e}"] = self._streams.event(i)
         return emitter.build()
+
+    def report(self) -> dict[str, Any]:
+        return super().report() | ({"graphs": self._graphs.report()} if self._graphs else {})
+
+    def close(self) -> None:
+        if self._graphs:
+            self._graphs.close()

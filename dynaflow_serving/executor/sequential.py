@@ -49,5 +49,5 @@ class _PoisonEmitter(Emitter):
 class SequentialExecutor(Executor):
     name = "sequential"
 
-    def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
         return _PoisonEmitter(capture, plan, kernels).build()

@@ -44,7 +44,7 @@ def test_load_takes_a_path_a_name_a_mapping_and_a_config(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("strategy: nanoflw", r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: branches, dual_batch"),
+        ("strategy: nanoflw", r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: .*dual_batch, nanoflow"),
         (
             "strategy: nanoflow\noptions: {min_token: 1}",
             r"'nanoflow': unknown option 'min_token'. Did you mean 'min_tokens'\?",
@@ -58,7 +58,19 @@ def test_load_takes_a_path_a_name_a_mapping_and_a_config(tmp_path: Path) -> None
         ),
         ("strategy: nanoflow\nexecutor: gpu", r"executor: .*'auto', 'sequential', 'cpu' or 'cuda'.*got 'gpu'"),
         ("strategy: 3", r"strategy: .*string.*got 3"),
-        ("options: {}", r"'strategy' is missing. Valid: executor, fallback, options, strategy"),
+        ("options: {}", r"'strategy' is missing. Valid: executor, fallback, graph, max_graphs, options"),
+        ("strategy: nanoflow\ngraph: on", r"graph: .*'off' or 'whole'.*got True"),
+        ("strategy: nanoflow\nmax_graphs: 0", r"max_graphs: .*greater than or equal to 1.*got 0"),
+        ("strategy: nanoflow\nstreams: {compute: {priority: -1}}", r"'compute' is the caller's own"),
+        ("strategy: nanoflow\nstreams: {network: {sm_share: 1}}", r"streams.network.sm_share: .*less than 1.*got 1"),
+        (
+            "strategy: nanoflow\nstreams: {network: {prio: -1}}",
+            r"unknown option 'streams.network.prio'.*Valid: priority, sm_share",
+        ),
+        (
+            "strategy: nanoflow\nstreams: {network: {sm_share: 0.2, priority: -1}}",
+            r"streams.network: .*give priority or sm_share, not both",
+        ),
         ("- a\n- b", r"must hold a mapping with at least 'strategy: NAME'"),
         ("", r"must hold a mapping"),
         ("strategy: [", r"is not valid YAML: .*line 1"),
@@ -85,6 +97,16 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
 def test_mistakes_elsewhere(source: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(source)
+
+
+def test_options_of_the_executor(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(GOOD + "graph: off\nstreams:\n  network: {sm_share: 0.2}\n  side: {priority: 1}\n")
+    config = load(file)
+    assert config.graph == "off"  # YAML reads it as a boolean
+    assert (config.streams["network"].sm_share, config.streams["side"].priority) == (0.2, 1)
+    assert load({"strategy": "nanoflow", "graph": "whole", "max_graphs": 3}).max_graphs == 3
+    assert load(config.model_dump()) == config  # as integrations hand it to worker processes
 
 
 def test_a_strategy_from_a_file(tmp_path: Path) -> None:
@@ -121,7 +143,8 @@ def test_names_are_unique() -> None:
 
 def test_the_schema_describes_the_options_of_every_strategy() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == {"strategy", "options", "executor", "fallback"}
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert "sm_share" in schema["$defs"]["StreamOptions"]["properties"]
     described = {
         c["if"]["properties"]["strategy"]["const"]: c["then"]["properties"]["options"] for c in schema["allOf"]
     }

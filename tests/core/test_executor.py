@@ -1,4 +1,4 @@
-"""The executors: real threads, poisoned buffers, and the CUDA issue order with a stand-in for torch.cuda."""
+"""The executors without a device: real threads, poisoned buffers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import arguments, lowered, manual, program_of, replaced, without
+from support import lowered, manual, program_of, replaced, without
 
-from dynaflow_serving.errors import ConfigError, InactiveError
-from dynaflow_serving.examples import HIDDEN, example_capture
+from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.executor.cpu import CPUExecutor
-from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import Plan, StepKind
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.ir import StepKind
 
 # make -> bump (in place, on the network stream, slowly) -> read
 IN_PLACE = """
@@ -247,101 +243,7 @@ def test_a_plan_that_frees_early_gives_nan_or_fails() -> None:
     assert z.isnan().all()
 
 
-# -- CUDA, without a device --------------------------------------------------------------------------------
-class RecordingCuda:
-    """Stands in for torch.cuda: notes what is issued, in order."""
-
-    def __init__(self, available: bool = True) -> None:
-        self.log: list[tuple[Any, ...]] = []
-        self.available = available
-        self.priorities: dict[str, int] = {}
-        cuda, self.streams, self.events = self, 0, 0
-
-        class Stream:
-            def __init__(self, priority: int = 0, name: str = "") -> None:
-                self.name = name or f"stream{cuda.streams}"
-                cuda.streams += not name
-                cuda.priorities[self.name] = priority
-
-            def wait_event(self, event: Any) -> None:
-                cuda.log.append(("wait", self.name, event.number))
-
-        class Event:
-            def __init__(self) -> None:
-                self.number = cuda.events
-                cuda.events += 1
-
-            def record(self, stream: Any) -> None:
-                cuda.log.append(("record", stream.name, self.number))
-
-        self.Stream, self.Event = Stream, Event
-        self.default = Stream(name="default")
-        self.active = self.default
-
-    def is_available(self) -> bool:
-        return self.available
-
-    def current_stream(self) -> Any:
-        return self.active
-
-    def set_stream(self, stream: Any) -> None:
-        self.active = stream
-
-
-def issued(plan: Plan, streams: dict[str, str]) -> list[tuple[Any, ...]]:
-    """What the CUDA executor must issue for `plan`."""
-    log: list[tuple[Any, ...]] = []
-    for s in plan.steps:
-        if s.kind in (StepKind.RECORD, StepKind.WAIT):
-            log.append((s.kind.value, streams[s.stream], s.event))
-        elif s.kind is StepKind.RUN:
-            log.append(("run", streams[s.stream], s.operators[0]))
-    return log
-
-
-@pytest.mark.parametrize("strategy", ["sequential", "nanoflow", "dual_batch"])
-def test_cuda_issues_the_plan_in_order(strategy: str) -> None:
-    cuda = RecordingCuda()
-    capture = example_capture("moe")
-    plan = lower(get_strategy(strategy)().record(capture.program, 2), strategy)
-
-    def noting(name: str, fn: Any) -> Any:
-        def call(*args: Any) -> Any:
-            cuda.log.append(("run", cuda.active.name, name))
-            return fn(*args)
-
-        return call
-
-    capture.functions = {n: noting(n, f) for n, f in capture.functions.items()}
-    capture.into = {n: noting(n, f) for n, f in capture.into.items()}
-    taken = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
-    with torch.no_grad():
-        run = CUDAExecutor(cuda).bind(capture, plan, {})
-        for _ in range(2):
-            cuda.log.clear()
-            run(arguments(taken, {"l_x_": torch.randn(8, HIDDEN)}, 8), [0, 4, 8], no_context)
-            assert cuda.log == issued(plan, {"compute": "default", "network": "stream0"})
-    assert cuda.active is cuda.default
-    assert cuda.priorities.get("stream0", -1) == -1  # the network stream goes first
-
-
-def test_cuda_restores_the_stream_after_an_exception() -> None:
-    cuda = RecordingCuda()
-    program = program_of(IN_PLACE)
-
-    def bump(y: torch.Tensor) -> None:
-        assert cuda.active is not cuda.default
-        raise Boom
-
-    capture = manual(program, make=torch.clone, bump=bump, read=torch.clone)
-    with pytest.raises(Boom):
-        CUDAExecutor(cuda).bind(capture, lowered(program, 1, *TWO_STREAMS), {})([torch.ones(3)], [0, 3], no_context)
-    assert cuda.active is cuda.default
-
-
 def test_executors_by_name() -> None:
     assert get_executor("auto", "cpu").name == "cpu"
     with pytest.raises(ConfigError, match=r"unknown executor 'cpux'.*'cpu'.*auto, cpu, cuda, sequential"):
         get_executor("cpux")
-    with pytest.raises(InactiveError, match="executor: cpu"):
-        CUDAExecutor(RecordingCuda(available=False))

@@ -120,7 +120,7 @@ def test_the_hand_written_plan_is_right() -> None:
     ("old", "new", "message"),
     [
         ("compute | wait e1\n", "", "read without waiting"),
-        ("compute | run second @1", "network | run second @1", "compute stream only"),
+        ("run second @0\n    compute | run second @1", "run second @0:2", "one micro-batch at a time"),
         ("compute | run second @1\n", "", "read before it is produced"),
         ("run second @1", "run second @0", "runs twice"),
         ("run second @1", "run third @1", "no operator 'third'"),
@@ -149,6 +149,47 @@ def test_one_wrong_step(old: str, new: str, message: str | None) -> None:
         return
     with pytest.raises(PlanError, match=message):
         verify(program, broken)
+
+
+def test_operators_with_context_may_run_on_any_stream() -> None:
+    program = program_of(CHAIN)
+    moved = GOOD.replace("    network | record e1\n", "").replace("    compute | wait e1\n", "")
+    moved = moved.replace("compute | run second @0", "network | run second @0").replace(
+        "compute | run second @1", "network | run second @1\n    network | record e1\n    compute | wait e1"
+    )
+    verify(program, plan_of(program, moved))
+
+
+def test_a_stream_starts_after_the_caller() -> None:
+    """Without a fork it could reuse memory that the caller's stream still reads, whatever its operators read."""
+    program = program_of(
+        """
+        value w shared
+        value y shared
+        value x batch:0
+        value z batch:0
+        inputs x w
+        op prepare network
+          inputs w
+          outputs y
+        op use compute
+          inputs x y
+          outputs z
+        outputs z
+        """
+    )
+    plan = """
+        compute | record e0
+        network | wait e0
+        network | run prepare @0
+        network | record e1
+        compute | wait e1
+        compute | run use @0
+        compute | free y@0
+    """
+    verify(program, plan_of(program, plan, micro_batches=1))
+    with pytest.raises(PlanError, match="stream 'network' is not forked"):
+        verify(program, plan_of(program, plan.replace("network | wait e0\n", "\n"), micro_batches=1))
 
 
 def test_states_of_dependent_micro_batches() -> None:
