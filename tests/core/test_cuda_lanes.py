@@ -1,0 +1,150 @@
+"""The issue order for graph capture: the same happens-before, and lanes that do not grow with the layers."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import program_of, replaced
+from test_mutations import closure
+from test_programs import random_program, random_schedule
+
+from dynaflow_serving import examples
+from dynaflow_serving.errors import PlanError, ScheduleError
+from dynaflow_serving.executor.lanes import lanes, reorder
+from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step, StepKind
+from dynaflow_serving.lowering import lower
+from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.verify import verify
+
+SEEN: Counter[str] = Counter()
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 16), micro_batches=st.integers(1, 4))
+def test_reordering_keeps_happens_before_and_issues_side_streams_last(
+    seed: int, size: int, micro_batches: int
+) -> None:
+    rng = random.Random(seed)
+    program = random_program(rng, size)
+    try:
+        plan = lower(random_schedule(rng, program, micro_batches, []), "random")
+    except ScheduleError:
+        return
+    ordered = reorder(plan)
+    for stream in plan.streams:
+        assert [s for s in ordered.steps if s.stream == stream] == [s for s in plan.steps if s.stream == stream]
+    assert len(ordered.steps) == len(plan.steps)
+    assert closure(ordered) == closure(plan)
+    verify(program, ordered)
+    assert reorder(ordered) == ordered
+    check_no_side_step_is_early(ordered)
+    SEEN["plans"] += 1
+    SEEN["changed"] += ordered != plan
+
+
+def check_no_side_step_is_early(plan: Plan) -> None:
+    """When a side step is issued, the compute stream can go no further, or has ended."""
+    recorded: set[int] = set()
+    compute = [s for s in plan.steps if s.stream == COMPUTE_STREAM]
+    at = 0
+    for step in plan.steps:
+        if step.stream == COMPUTE_STREAM:
+            at += 1
+        elif at < len(compute):
+            assert compute[at].kind is StepKind.WAIT and compute[at].event not in recorded
+        if step.kind is StepKind.RECORD:
+            recorded.add(step.event)
+
+
+def test_the_random_plans_are_mostly_reordered(report: pytest.FixtureRequest) -> None:
+    report("plans reordered for capture: " + ", ".join(f"{k} {v}" for k, v in sorted(SEEN.items())))
+    if SEEN["plans"] > 20:
+        assert SEEN["changed"] * 2 > SEEN["plans"]
+
+
+@pytest.mark.parametrize("strategy", ["nanoflow", "dual_batch", "prefill_decode", "branches"])
+@pytest.mark.parametrize("model", ["llama", "moe", "dit"])
+def test_lanes_do_not_grow_with_layers(model: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for layers in (2, 5):
+        monkeypatch.setattr(examples, "LAYERS", layers)
+        program = examples.example_capture(model).program
+        plan = lower(get_strategy(strategy)().record(program, 2), strategy)
+        ordered = reorder(plan)
+        verify(program, ordered)
+        counts.append((lanes(ordered), lanes(plan), len(plan.streams)))
+    (few, _, streams), (many, before, _) = counts
+    assert few == many <= streams + 1
+    assert many <= before
+
+
+def side_block(layers: int, order: str) -> Plan:
+    """Per layer a fork f, a side block s, the main chain m n, a join j; `order` says how they are recorded."""
+    run: list[Step] = []
+    for i in range(layers):
+        fork, join = 2 * i, 2 * i + 1
+        steps = {op: Step(StepKind.RUN, COMPUTE_STREAM, (f"{op}{i}",), 0, 1) for op in "fmnj"}
+        block = [Step(StepKind.WAIT, "side", event=fork), Step(StepKind.RUN, "side", (f"s{i}",), 0, 1)]
+        for op in order:
+            if op == "j":
+                run.append(Step(StepKind.WAIT, COMPUTE_STREAM, event=join))
+            run += [*block, Step(StepKind.RECORD, "side", event=join)] if op == "s" else [steps[op]]
+            if op == "f":
+                run.append(Step(StepKind.RECORD, COMPUTE_STREAM, event=fork))
+    return Plan("hand", "-", 1, (), tuple(run))
+
+
+@pytest.mark.parametrize(("order", "expected"), [("fsmnj", 1 + 20), ("fmsnj", 1 + 20), ("fmnsj", 2)])
+def test_the_model_of_lanes_explains_what_was_observed(order: str, expected: int) -> None:
+    """sglang#39420: a side block recorded first costs lanes per layer; moving it at the fork does not help
+    (144 -> 144); recorded right before its join it does."""
+    plan = side_block(20, order)
+    assert lanes(plan) == expected
+    assert lanes(reorder(plan)) == 2
+    assert reorder(plan) == side_block(20, "fmnsj")
+
+
+def test_verify_guards_against_a_free_that_relied_on_the_issue_order() -> None:
+    """Not what lowering writes: y, of the network stream, is freed before the join, so later work must not be late."""
+    program = program_of(
+        """
+        value x batch:0
+        value y batch:0
+        value z batch:0
+        value a batch:0
+        inputs x
+        op make network
+          inputs x
+          outputs y
+        op read compute
+          inputs y
+          outputs z
+        op other network
+          inputs x
+          outputs a
+        outputs z a
+        """
+    )
+    text = """
+        compute | record e0
+        network | wait e0
+        network | run make @0
+        network | record e1
+        network | run other @0
+        network | record e2
+        compute | wait e1
+        compute | run read @0
+        compute | free y@0
+        compute | wait e2
+    """
+    plan = Plan.from_text(f"plan hand program={program.digest} micro_batches=1 depends=-\n{text}")
+    verify(program, plan)
+    ordered = reorder(plan)
+    assert [s.operators for s in ordered.steps if s.operators] == [("make",), ("read",), ("other",)]
+    with pytest.raises(PlanError, match="may reuse its memory too early"):
+        verify(program, ordered)
+    assert closure(replaced(ordered, list(ordered.steps))) == closure(plan)
