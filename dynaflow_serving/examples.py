@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -192,8 +193,11 @@ def example_capture(name: str) -> Capture:
         return capture_model(model, torch.randn(8, HIDDEN))
 
 
-def capture_model(model: nn.Module, *examples: torch.Tensor) -> Capture:
-    """`model` traced by Dynamo with a symbolic batch (dimension 0 of `examples`), parameters as constants."""
+def capture_model(model: nn.Module, *examples: torch.Tensor, **options: Any) -> Capture:
+    """`model` traced by Dynamo with a symbolic batch (dimension 0 of `examples`), parameters as constants.
+
+    options: `rules` and `effects` of `partition`.
+    """
     graphs: list[tuple[fx.GraphModule, list[torch.Tensor]]] = []
 
     def backend(gm: fx.GraphModule, inputs: list[torch.Tensor]) -> fx.GraphModule:
@@ -205,7 +209,7 @@ def capture_model(model: nn.Module, *examples: torch.Tensor) -> Capture:
     torch._dynamo.reset()
     torch.compile(model, backend=backend, fullgraph=True)(*examples)
     gm, inputs = graphs[0]
-    capture = partition(gm, tokens=batch_symbols(gm, 0))
+    capture = partition(gm, tokens=batch_symbols(gm, 0), **options)
     values = dict(zip(capture.program.inputs, inputs, strict=True))
     weights = {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
     ordered = (*(name for name in values if name not in weights), *weights)

@@ -1,0 +1,126 @@
+"""Timing of variants against each other, and the time that a whole suite may take. Pure logic: no device in here.
+
+Contract
+- Variants are timed in turn (a b c, c b a, a b c ...), so that a drift of the machine cancels; no round mixes
+  warm-up with measurement. A ratio is taken within a round, never between medians of different rounds.
+- A variant that fails is left out with its error as its result; the others go on.
+- A section gets its share of what is left, so a slow one takes from those after it, never from the total.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+Clock = Callable[[], float]
+SAMPLE_MS = 20.0  # a sample is as many calls in a row as take about this long
+MOST_CALLS = 100
+WARM_UP = 4  # with `graph: whole`, the first run of a plan is eager and the second captures
+ROUNDS = (5, 60)  # at least, even if the time is over; at most
+
+
+class Timer(Protocol):
+    def milliseconds(self, call: Callable[[], Any], calls: int) -> float:
+        """Of one call: the mean of `calls` in a row, on the device."""
+
+
+class CudaTimer:
+    """CUDA events around the calls on the current stream; the calls must join their streams to it. Unmeasured."""
+
+    def milliseconds(self, call: Callable[[], Any], calls: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / calls
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    min: float
+    max: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Spread:
+        return Spread(statistics.median(samples), min(samples), max(samples))
+
+
+@dataclass
+class Measured:
+    """Milliseconds per round and variant; sample i of every variant is of round i."""
+
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def speedup(self, variant: str, baseline: str) -> Spread:
+        """Time of `baseline` over time of `variant`, round by round: above 1 `variant` is faster."""
+        pairs = zip(self.samples[baseline], self.samples[variant], strict=True)
+        return Spread.of([b / v for b, v in pairs])
+
+
+def in_turn(
+    variants: Mapping[str, Callable[[], Any]], timer: Timer, seconds: float, clock: Clock = time.perf_counter
+) -> Measured:
+    """Time `variants` against each other for about `seconds`, warm-up included."""
+    began = clock()
+    measured, calls = Measured(), dict[str, int]()
+    for name, call in variants.items():
+        try:
+            timer.milliseconds(call, WARM_UP)
+            once = timer.milliseconds(call, 1)
+        except Exception as e:  # out of memory, no green contexts: the result of this variant
+            measured.failed[name] = f"{type(e).__name__}: {e}".partition("\n")[0]
+            continue
+        calls[name] = min(MOST_CALLS, max(1, round(SAMPLE_MS / max(once, 1e-6))))
+        measured.samples[name] = []
+    order, least, most = list(calls), *ROUNDS
+    for number in range(most if order else 0):
+        if number >= least and clock() - began >= seconds:
+            break
+        for name in order if number % 2 == 0 else reversed(order):
+            measured.samples[name].append(timer.milliseconds(variants[name], calls[name]))
+    return measured
+
+
+@dataclass(frozen=True)
+class Section:
+    """`run(seconds)` returns its rows; `weight`: its share of the time beside the others'."""
+
+    name: str
+    weight: float
+    run: Callable[[float], list[dict[str, Any]]]
+
+
+@dataclass
+class Outcome:
+    section: str
+    seconds: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""  # why there are no rows
+
+
+def run_sections(sections: Sequence[Section], seconds: float, clock: Clock = time.perf_counter) -> Iterator[Outcome]:
+    """Run them one after the other within `seconds`; a section whose time is gone is not run, which its error says."""
+    began = clock()
+    for i, section in enumerate(sections):
+        start = clock()
+        left = seconds - (start - began)
+        outcome = Outcome(section.name, 0.0)
+        if left <= 0:
+            outcome.error = f"not run: the {seconds:.0f} s of the suite were used up by the sections before it"
+        else:
+            try:
+                outcome.rows = section.run(left * section.weight / sum(s.weight for s in sections[i:]))
+            except Exception as e:  # the other sections' results must not be lost
+                outcome.error = f"{type(e).__name__}: {e}"
+        outcome.seconds = clock() - start
+        yield outcome
