@@ -24,7 +24,7 @@ class Resource(StrEnum):  # what an operator is bound by (paper, section 3)
 
 class Scope(StrEnum):  # how a value relates to the batch
     BATCH = "batch"  # one axis is the token axis: can be cut into views and merged
-    TOKENS = "tokens"  # an integer: the number of tokens of the (micro-)batch
+    TOKENS = "tokens"  # an integer: the number of tokens, or rows, of the (micro-)batch
     SHARED = "shared"  # the same for all micro-batches: weights, constants
     LOCAL = "local"  # one per micro-batch, neither cut nor merged (a size, a sum over the batch)
 
@@ -34,7 +34,7 @@ class Value:
     name: str
     scope: Scope
     axis: int | None = None  # the token axis, for BATCH only
-    rows: int = 1  # how many adjacent rows of that axis one token has
+    rows: int = 1  # how many adjacent rows one token has, for BATCH and TOKENS
     storage: str = ""  # values with one storage alias one another; "" means its own
 
     def __post_init__(self) -> None:

@@ -98,6 +98,13 @@ class Runtime:
         """All plans made so far, un-split first."""
         return [p.plan for _, p in sorted(self._prepared.items(), key=lambda item: item[0])]
 
+    def texts(self) -> str:
+        """What ranks compare before the first step: the plans of every number of micro-batches."""
+        program = self.capture.program
+        most = 1 if program.unsplittable else self.strategy.max_micro_batches
+        numbers = range(1 if self.strategy.schedules_unsplit else 2, most + 1)
+        return "\n".join(self.prepare((n, ())).plan.to_text() for n in numbers) or program.to_text()
+
     def run(
         self,
         args: Sequence[Any],
@@ -109,3 +116,17 @@ class Runtime:
         self.counts.add(split)
         prepared = self.prepare(split.signature, zero_copy)
         return self.capture.rebuild(prepared.run(args, split.bounds, enter))
+
+
+def report(strategy: OpScheduler, mode: str, counts: StepCounts, runtimes: Sequence[Runtime]) -> dict[str, Any]:
+    """What `dynaflow bench` and `dynaflow explain` show of one process; plain data, for a remote call."""
+    plans = [p for r in runtimes for p in r.plans if p.micro_batches > 1]
+    return {
+        "strategy": strategy.name,
+        "mode": mode,
+        "steps": {"split": counts.split, "unsplit": dict(counts.unsplit)},
+        "plan_hash": plans[-1].digest if plans else "",
+        "programs": [
+            {"program": r.capture.program.to_text(), "plans": [p.to_text() for p in r.plans]} for r in runtimes
+        ],
+    }

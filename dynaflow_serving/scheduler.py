@@ -97,6 +97,11 @@ class Schedule:
         keys = [k for k in self._after[task.name, task.micro_batch] if k[1] == task.micro_batch]
         return [Task(self.program.by_name[n], mb) for n, mb in sorted(keys, key=lambda k: self._index[k[0]])]
 
+    def predecessors(self, task: Task) -> list[Task]:
+        """The operators that `task` directly waits for, in program order; some may be of other micro-batches."""
+        keys = sorted(self._before[task.name, task.micro_batch], key=lambda k: (self._index[k[0]], k[1]))
+        return [Task(self.program.by_name[n], mb) for n, mb in keys]
+
     def execute(
         self,
         tasks: Task | Sequence[Task],
@@ -151,12 +156,6 @@ class Schedule:
             self._check_ready(key, group)
         if len(mbs) > 1:
             self._check_mergeable(names)
-        for name in names:
-            if self.program.by_name[name].context and stream != COMPUTE_STREAM:
-                raise ScheduleError(
-                    f"{name} reads the engine's per-micro-batch context and must run on stream "
-                    f"{COMPUTE_STREAM!r}, not {stream!r}"
-                )
         self.launches.append(Launch(stream, tuple(names), mbs[0], mbs[-1] + 1, kernel))
         self._done |= group
         self._ready -= group

@@ -80,7 +80,7 @@ def _program_lines(p: Program) -> Iterator[str]:
     yield "program" + (f" unsplittable: {p.unsplittable}" if p.unsplittable else "")
     for v in p.values.values():
         where = f"batch:{v.axis}" if v.scope is Scope.BATCH else v.scope.value
-        where += f"x{v.rows}" if v.rows > 1 else ""
+        where += f"{'' if v.axis is not None else ':'}x{v.rows}" if v.rows > 1 else ""
         alias = f" storage={v.storage}" if v.storage != v.name else ""
         yield f"value {v.name} {where}{alias}"
     yield f"inputs {' '.join(p.inputs)}"

@@ -8,29 +8,33 @@ Contract
 - `batch_dim` of every tensor argument that has the same size there is the token axis; it is made dynamic,
   so that one graph serves the micro-batches and the whole.
 - Outputs equal those of the un-split model; models that mix the batch are refused by name.
-- Training works at `level="dynamo"`: autograd runs through the operators of the plan. At `level="aot"`
-  the forward runs under the plan and the backward graph runs whole.
+- Training works at `level="dynamo"`: autograd runs through the operators of the plan. At `level="aot"` the
+  forward runs under the plan, and so does the backward graph: it sums gradients over the batch, so it is not
+  split, but a strategy that orders un-split steps (`comm_overlap`) runs its collectives under other compute.
+- With collectives in a graph, all ranks of their groups compare plans before the first one runs.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from dynaflow_serving.agreement import agree, groups_of
 from dynaflow_serving.annotations import apply_rules
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import ConfigError, DynaflowError, InactiveError, PartitionError, unknown_name
-from dynaflow_serving.executor import EXECUTORS, get_executor
+from dynaflow_serving.executor import EXECUTORS, Executor, ExecutorOptions, get_executor
 from dynaflow_serving.ir import Batch
-from dynaflow_serving.partition import partition
+from dynaflow_serving.partition import Capture, partition
 from dynaflow_serving.partition.effects import fake_value
-from dynaflow_serving.partition.rows import expression
+from dynaflow_serving.partition.input_writes import settle_input_writes
+from dynaflow_serving.partition.rows import Rows, expression
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.scheduler import OpScheduler
 
@@ -43,27 +47,28 @@ class Compiled(torch.nn.Module):
     def __init__(self, model: Callable[..., Any], backend: Backend, batch_dim: int) -> None:
         super().__init__()
         self.model, self._backend, self._batch_dim = model, backend, batch_dim
-        self._compiled = torch.compile(model, backend=backend)
+        self._compiled = torch.compile(self._same_batch, backend=backend)
 
     @property
     def runtimes(self) -> list[Runtime]:
         return self._backend.runtimes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dim() > self._batch_dim]
+        dim = self._batch_dim
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dim() > dim]
         if tensors:
-            size, _ = Counter(t.shape[self._batch_dim] for t in tensors).most_common(1)[0]
+            size, _ = Counter(t.shape[dim] for t in tensors).most_common(1)[0]
             if size < 2:
                 return self.model(*args, **kwargs)  # Dynamo specialises on 0 and 1; there is nothing to split
-            for t in tensors:
-                if t.shape[self._batch_dim] == size:
-                    torch._dynamo.maybe_mark_dynamic(t, self._batch_dim)
-        try:
-            result = self._compiled(*args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as e:
-            if isinstance(e.inner_exception, DynaflowError):
-                raise e.inner_exception from None
-            raise
+            tensors = [t for t in tensors if t.shape[dim] == size]
+        return self.run(tensors, args, kwargs)
+
+    def run(self, batched: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model; `batched` are the tensors (arguments, caches) of one batch size, which is above 1."""
+        for tensor in batched:
+            torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
+        with unwrapped_errors():
+            result = self._compiled(list(batched), args, kwargs)
         if not self.runtimes:
             raise InactiveError(
                 f"no graph of this model has a dynamic dimension {self._batch_dim}: DynaFlow was requested but would "
@@ -71,13 +76,34 @@ class Compiled(torch.nn.Module):
             )
         return result
 
+    def _same_batch(self, batched: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model, with the batch sizes equal by decree: a tensor that is only indexed would keep its own symbol."""
+        for tensor in batched:
+            torch._check(tensor.shape[self._batch_dim] == batched[0].shape[self._batch_dim])
+        return self.model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Our own errors as they are, not as Dynamo's `BackendCompilerFailed`."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as e:
+        if isinstance(e.inner_exception, DynaflowError):
+            raise e.inner_exception from None
+        raise
+
 
 class Backend:
     """The `torch.compile` backend: captures each graph and runs it under the strategy."""
 
-    def __init__(self, strategy: OpScheduler, executor: str, batch_dim: int, level: Level) -> None:
-        self.strategy, self.executor, self.batch_dim, self.level = strategy, executor, batch_dim, level
+    def __init__(
+        self, strategy: OpScheduler, executor: str, options: ExecutorOptions, batch_dim: int, level: Level
+    ) -> None:
+        self.strategy, self.executor, self.options = strategy, executor, options
+        self.batch_dim, self.level = batch_dim, level
         self.runtimes: list[Runtime] = []
+        self._executors: dict[str, Executor] = {}  # by device: the graphs of a model share streams, events and memory
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         apply_rules(gm, self.strategy.annotations)
@@ -86,28 +112,66 @@ class Backend:
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch._aot_autograd.utils import make_boxed_func
 
+        rows: dict[str, int] = {}  # of the forward's values, some of which are inputs of the backward graph
         compiler = aot_autograd(
-            fw_compiler=lambda graph, _: make_boxed_func(self._runner(graph)),
-            bw_compiler=lambda graph, _: make_boxed_func(graph),
+            fw_compiler=lambda graph, _: make_boxed_func(self._forward_runner(graph, rows)),
+            bw_compiler=lambda graph, _: make_boxed_func(self._backward_runner(graph, rows)),
             keep_inference_input_mutations=True,
         )
         compiled: Callable[..., Any] = compiler(gm, example_inputs)
         return compiled
 
-    def _runner(self, gm: fx.GraphModule) -> Callable[..., Any]:
+    def _forward_runner(self, gm: fx.GraphModule, rows: dict[str, int]) -> Callable[..., Any]:
+        positions = settle_input_writes(gm, Rows(batch_symbols(gm, self.batch_dim)))
+        run = self._runner(gm, rows)
+        if not positions:
+            return run
+
+        def run_and_write(*args: Any) -> Any:
+            results = run(*args)
+            for position, contents in zip(positions, results[-len(positions) :], strict=True):
+                args[position].copy_(contents)
+            return results[: -len(positions)]
+
+        return run_and_write
+
+    def _backward_runner(self, gm: fx.GraphModule, rows: Mapping[str, int]) -> Callable[..., Any]:
+        tokens = batch_symbols(gm, self.batch_dim)
+        if not tokens or not self.strategy.schedules_unsplit:
+            return gm
+        return self._add(gm, partition(gm, tokens=tokens, rows=rows))
+
+    def _runner(self, gm: fx.GraphModule, rows: dict[str, int] | None = None) -> Callable[..., Any]:
+        """`rows` is filled with the rows per token of the graph's values."""
         tokens = batch_symbols(gm, self.batch_dim)
         if not tokens:
             return gm  # a graph without a batch (set-up between graph breaks) has nothing to split
         capture = partition(gm, tokens=tokens)
         if capture.program.unsplittable:
             raise PartitionError(f"this model cannot be split: {capture.program.unsplittable}")
-        runtime = Runtime(capture, self.strategy, get_executor(self.executor, _device(gm)))
+        if rows is not None:
+            rows |= {v.name: v.rows for v in capture.program.values.values() if v.rows > 1}
+        return self._add(gm, capture)
+
+    def _add(self, gm: fx.GraphModule, capture: Capture) -> Callable[..., Any]:
+        device = _device(gm)
+        if device not in self._executors:
+            self._executors[device] = get_executor(self.executor, device, self.options)
+        runtime = Runtime(capture, self.strategy, self._executors[device])
         self.runtimes.append(runtime)
         outputs = [capture.program.values[v] for v in capture.program.outputs]
         axes = [(i, v.axis) for i, v in enumerate(outputs) if v.axis is not None]
         capture.rebuild = _marked_dynamic(capture.rebuild, axes)
-        run = functools.partial(_run, runtime, capture.token_counter())
-        return lambda *args: run(args)
+        count, groups = capture.token_counter(), groups_of(gm)
+
+        def run(*args: Any) -> Any:
+            while groups:
+                agree([runtime.texts()], groups[0])
+                del groups[0]
+            split = runtime.decide(Batch((1,) * count(args)))
+            return runtime.run(args, split, zero_copy=not torch.is_grad_enabled())
+
+        return run
 
 
 def compile(
@@ -140,13 +204,13 @@ def make_backend(
         raise ConfigError(f"level must be 'dynamo' or 'aot', not {level!r}")
     if executor not in (*EXECUTORS, "auto"):
         raise ConfigError(unknown_name("executor", executor, [*EXECUTORS, "auto"]))
-    if not isinstance(strategy, OpScheduler):
-        if config is not None:
-            strategy = {"strategy": strategy, "options": dict(config)}
-        loaded = load(strategy)
-        executor = loaded.executor if executor == "auto" else executor
-        strategy = loaded.build()
-    return Backend(strategy, executor, batch_dim, level)
+    if isinstance(strategy, OpScheduler):
+        return Backend(strategy, executor, ExecutorOptions(), batch_dim, level)
+    if config is not None:
+        strategy = {"strategy": strategy, "options": dict(config)}
+    loaded = load(strategy)
+    executor = loaded.executor if executor == "auto" else executor
+    return Backend(loaded.build(), executor, loaded, batch_dim, level)
 
 
 def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
@@ -189,11 +253,6 @@ def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, i
         return rebuild(values)
 
     return mark_and_rebuild
-
-
-def _run(runtime: Runtime, rows: Callable[[Sequence[Any]], int], args: Sequence[Any]) -> Any:
-    split = runtime.decide(Batch((1,) * rows(args)))
-    return runtime.run(args, split, zero_copy=not torch.is_grad_enabled())
 
 
 def _device(gm: fx.GraphModule) -> str:

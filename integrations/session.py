@@ -10,16 +10,16 @@ Contract
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any
 
+from dynaflow_serving.agreement import agree
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError, ScheduleError
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.ir import Batch, Split
 from dynaflow_serving.partition import Capture
-from dynaflow_serving.runtime import Runtime, StepCounts
+from dynaflow_serving.runtime import Runtime, StepCounts, report
 
 
 class Session:
@@ -27,7 +27,7 @@ class Session:
         """`mode`: how the engine compiles, for reports; `logger`: the engine's."""
         self.mode, self.logger = mode, logger
         self.strategy = config.build()
-        self.executor = get_executor(config.executor, device_type)
+        self.executor = get_executor(config.executor, device_type, config)
         self.runtimes: list[Runtime] = []
         self.split: Split | None = None  # of the step in flight
         self.counts = StepCounts()
@@ -72,43 +72,16 @@ class Session:
                 "DynaFlow was requested, but the engine compiled no graph of this model: it has no torch.compile "
                 "support in the engine, or warm-up was skipped; remove the dynaflow option for this model"
             )
-        self._agree(group)
+        agree([runtime.texts() for runtime in self.runtimes], group)
         for runtime in self.runtimes:
             program = runtime.capture.program
             if program.unsplittable:
                 raise InactiveError(f"this model's graph cannot be split: {program.unsplittable}")
             self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
 
-    def _agree(self, group: Any) -> None:
-        import torch.distributed as dist
-
-        texts = [self._plans(runtime) for runtime in self.runtimes]
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, texts, group=group)
-        for rank, other in enumerate(everyone):
-            if other != texts:
-                mine, theirs = "\n".join(texts).splitlines(), "\n".join(other).splitlines()
-                shown = "\n".join(list(difflib.unified_diff(mine, theirs, "this rank", f"rank {rank}", n=2))[:40])
-                raise InactiveError(f"the ranks would run different plans:\n{shown}")
-
-    def _plans(self, runtime: Runtime) -> str:
-        program = runtime.capture.program
-        if program.unsplittable or self.max_micro_batches < 2:
-            return program.to_text()
-        return "\n".join(runtime.prepare((n, ())).plan.to_text() for n in range(2, self.max_micro_batches + 1))
-
     def report(self) -> dict[str, Any]:
         """What `dynaflow bench` and `dynaflow explain` show; plain data, for a remote call."""
-        plans = [p for r in self.runtimes for p in r.plans if p.micro_batches > 1]
-        return {
-            "strategy": self.strategy.name,
-            "mode": self.mode,
-            "steps": {"split": self.counts.split, "unsplit": dict(self.counts.unsplit)},
-            "plan_hash": plans[-1].digest if plans else "",
-            "programs": [
-                {"program": r.capture.program.to_text(), "plans": [p.to_text() for p in r.plans]} for r in self.runtimes
-            ],
-        }
+        return report(self.strategy, self.mode, self.counts, self.runtimes)
 
     def reset(self) -> None:
         self.counts = StepCounts()

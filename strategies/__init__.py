@@ -35,7 +35,14 @@ def register_strategy(name: str) -> Callable[[type[OpScheduler]], type[OpSchedul
 
 @cache
 def _load_all() -> None:
-    from dynaflow_serving.strategies import branches, dual_batch, nanoflow, prefill_decode, sequential  # noqa: F401
+    from dynaflow_serving.strategies import (  # noqa: F401
+        branches,
+        comm_overlap,
+        dual_batch,
+        nanoflow,
+        prefill_decode,
+        sequential,
+    )
 
     for point in entry_points(group="dynaflow_serving.strategies"):
         point.load()

@@ -42,6 +42,8 @@ class Emitter:
         self.kernel_names = {name: f"k_{i}" for i, name in enumerate(kernels)}
         self.makers = {v: f"b{i}" for i, v in enumerate(capture.buffers)}
         self.names |= {self.makers[v]: maker for v, maker in capture.buffers.items()}
+        self.mergers = {v: f"m{i}" for i, v in enumerate(capture.mergers)}
+        self.names |= {self.mergers[v]: merge for v, merge in capture.mergers.items()}
         for v in self.program.inputs:
             if self.program.values[v].scope in (Scope.BATCH, Scope.LOCAL):
                 self.variables[Instance(v, 0, plan.micro_batches)] = self.arguments[v]
@@ -90,7 +92,7 @@ class Emitter:
     def read(self, value: str, start: int, stop: int) -> str:
         scope = self.program.values[value].scope
         if scope is Scope.TOKENS and not (value in self.arguments and (start, stop) == (0, self.plan.micro_batches)):
-            return self._tokens(start, stop)
+            return self._rows(self.program.values[value].rows, start, stop)
         if scope in (Scope.TOKENS, Scope.SHARED) and value in self.arguments:
             return self.arguments[value]
         return self.variable(Instance(value, start, stop))
@@ -149,6 +151,8 @@ class Emitter:
         if self.buffer_of.get((whole.value, whole.start)) != whole:
             axis = self.program.values[whole.value].axis
             listed = ", ".join(map(self.variable, parts))
+            if whole.value in self.mergers:
+                return [f"{self.variable(whole)} = {self.mergers[whole.value]}(({listed},))"]
             return [f"{self.variable(whole)} = cat(({listed},), {axis})"]
         copied = [p for p in parts if p not in self.in_place]
         return [f"{self._narrow(whole, p)}.copy_({self.variable(p)})" for p in copied]

@@ -59,10 +59,9 @@ class Axes:
     def value(self, name: str, fake: Any, storage: str = "", derived: bool = True, node: str = "") -> Value:
         """Describe one value; `derived` says whether it was computed from tokens, `node` is its node's name."""
         if isinstance(fake, torch.SymInt):
-            expr = expression(fake)
-            if expr in self.tokens:
-                return Value(name, Scope.TOKENS)
-            return Value(name, Scope.LOCAL if self._free(expr) else Scope.SHARED)
+            if rows := self.rows.per_token(fake):
+                return Value(name, Scope.TOKENS, rows=rows)
+            return Value(name, Scope.LOCAL if self._free(expression(fake)) else Scope.SHARED)
         if not isinstance(fake, torch.Tensor):
             return Value(name, Scope.LOCAL if derived else Scope.SHARED)
         dims = [d for d, size in enumerate(fake.shape) if self._free(expression(size))]
@@ -116,7 +115,7 @@ class Axes:
             self.reason = f"{node.name} ({_target(node)}) reduces or contracts over the token axis"
         elif len(sizes) > 1:
             self.reason = f"{node.name} ({_target(node)}) relates tokens to tokens: shape {tuple(fake.shape)}"
-        elif sizes and not any((sizes[0] / t).is_Integer for t in self.tokens):
+        elif sizes and not any((sizes[0] / t).is_integer for t in self.tokens):
             self.reason = f"{node.name} ({_target(node)}) has {sizes[0]} rows, not a multiple of the tokens"
 
     def _check_dims(self, node: fx.Node, names: Set[str]) -> None:

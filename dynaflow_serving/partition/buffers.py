@@ -3,14 +3,15 @@
 Contract
 - A variant is offered only where the producing call has an `out=` form with the same arithmetic, or,
   with `copy=True`, by a final `copy_` that a compiler is expected to fuse into the producer.
-- A buffer's shape depends on the number of tokens only.
+- A buffer's shape depends on the number of tokens only, and it is laid out in memory like the tensor that it
+  stands for: a later `view` of the graph holds for the strides of that layout. So is what a merge copies.
 """
 
 from __future__ import annotations
 
 import copy as copying
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,18 +26,48 @@ _OUT_FORMS: dict[Any, Any] = {
 }  # fmt: skip
 
 
+def memory_order(fake: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions from the greatest stride to the least; their own order unless `fake` is a dense permutation."""
+    dims = tuple(range(fake.dim()))
+    if not torch._prims_common.is_non_overlapping_and_dense_or_false(fake):
+        return dims
+    return tuple(sorted(dims, key=lambda d: (-_hint(fake.stride(d)), d)))
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def merger(axis: int, order: tuple[int, ...]) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+    """A function parts -> their concatenation along `axis`, laid out in `order`."""
+    inverse = tuple(order.index(d) for d in range(len(order)))
+
+    def merge(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([p.permute(order) for p in parts], order.index(axis)).permute(inverse)
+
+    return merge
+
+
 def buffer_maker(fake: Any, axis: int, rows: int) -> Callable[[int], torch.Tensor] | None:
-    """A function tokens -> empty tensor like `fake`, None if another dimension is symbolic."""
+    """A function tokens -> empty tensor like `fake`; None if another dimension is symbolic, or if the parts of
+    a permuted buffer would not be dense."""
     if not isinstance(fake, torch.Tensor):
         return None
     other = [s for d, s in enumerate(fake.shape) if d != axis]
     if any(isinstance(s, torch.SymInt) and not s.node.is_constant() for s in other):
         return None
+    order = memory_order(fake)
+    permuted = order != tuple(range(fake.dim()))
+    if permuted and order[0] != axis:
+        return None
     before, after = [int(s) for s in fake.shape[:axis]], [int(s) for s in fake.shape[axis + 1 :]]
     dtype, device = fake.dtype, fake.device
 
     def make(tokens: int) -> torch.Tensor:
-        return torch.empty((*before, tokens * rows, *after), dtype=dtype, device=device)
+        shape = (*before, tokens * rows, *after)
+        if permuted:
+            return torch.empty_permuted(shape, order, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     return make
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from dynaflow_serving.annotations import Rule, SplitFunc, apply_rules
 from dynaflow_serving.errors import PartitionError
 from dynaflow_serving.ir import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.partition.axes import Axes, derived_nodes
-from dynaflow_serving.partition.buffers import buffer_maker, into_variant
+from dynaflow_serving.partition.buffers import buffer_maker, into_variant, memory_order, merger
 from dynaflow_serving.partition.effects import EffectTable, fake_value, hidden_edges, piece_effects, storage_id
 from dynaflow_serving.partition.regions import Region, find_regions, piece_region, region_names
 from dynaflow_serving.partition.sizes import decompose_sizes
@@ -45,9 +45,11 @@ class Capture:
     functions: dict[str, Callable[..., Any]]
     into: dict[str, Callable[..., Any]] = field(default_factory=dict)
     buffers: dict[str, Callable[[int], torch.Tensor]] = field(default_factory=dict)  # value -> empty(tokens)
+    mergers: dict[str, Callable[[Sequence[torch.Tensor]], torch.Tensor]] = field(default_factory=dict)  # else: cat
     constants: tuple[Any, ...] = ()  # values of the last program inputs: tensors held by the graph
     rebuild: Callable[[list[Any]], Any] = tuple
     pieces: dict[str, fx.GraphModule] = field(default_factory=dict)  # operator -> its graph, where known
+    static_context: bool = False  # the integration's promise: context keeps its addresses and host values over steps
 
     def token_counter(self) -> Callable[[Sequence[Any]], int]:
         """A function arguments -> number of tokens. Raises `PartitionError` if no input has a token axis."""
@@ -59,11 +61,17 @@ class Capture:
 
 
 def partition(
-    gm: fx.GraphModule, *, rules: Iterable[Rule] = (), tokens: Set[Any], effects: EffectTable | None = None
+    gm: fx.GraphModule,
+    *,
+    rules: Iterable[Rule] = (),
+    tokens: Set[Any],
+    rows: Mapping[str, int] | None = None,
+    effects: EffectTable | None = None,
 ) -> Capture:
     """Cut `gm` at annotations, `rules` and collectives.
 
     tokens: sympy symbols that stand for the number of tokens (rows, sequences) of the batch.
+    rows: inputs of which a token is known to have several adjacent rows -> how many.
     effects: engine state that operators touch beyond their arguments.
     Raises `AnnotationError` for a rule without a match, `PartitionError` for what cannot be captured.
     """
@@ -73,7 +81,7 @@ def partition(
     region_of_node = {n: i for i, r in enumerate(regions) for n in r.nodes}
     split = split_module(gm, gm, region_of_node.__getitem__, keep_original_node_name=True) if regions else gm
     order = {f"submod_{i}": r for i, r in enumerate(regions)}
-    return _Reader(split, Axes(tokens), effects or {}, order, _submodules(split)).read([gm])
+    return _Reader(split, Axes(tokens, rows), effects or {}, order, _submodules(split)).read([gm])
 
 
 def capture_pieces(
@@ -114,6 +122,7 @@ class _Reader:
         self.value_of: dict[fx.Node, str] = {}  # nodes of the stitched graph -> values
         self.operators: list[Operator] = []
         self.functions: dict[str, Callable[..., Any]] = {}
+        self.mergers: dict[str, Callable[[Sequence[torch.Tensor]], torch.Tensor]] = {}
 
     def read(self, flow: list[fx.GraphModule]) -> Capture:
         """`flow`: the graphs in which token axes are followed."""
@@ -133,6 +142,7 @@ class _Reader:
         capture = Capture(
             self._program([n.name for n in inputs], [n.name for n in constants], outputs),
             self.functions,
+            mergers=self.mergers,
             constants=tuple(_attribute(self.split, str(n.target)) for n in constants),
             rebuild=_rebuilder(leaves, spec),
             pieces={self.names[submodule]: self.graphs[submodule] for submodule in self.regions},
@@ -157,7 +167,11 @@ class _Reader:
                 self.value_of[port] = value
             if isinstance(result, fx.Node):
                 storage = self._storage(result, value)
-                self.values[value] = self.axes.value(value, fake_value(result), storage, result in derived, result.name)
+                fake = fake_value(result)
+                self.values[value] = self.axes.value(value, fake, storage, result in derived, result.name)
+                axis = self.values[value].axis
+                if axis is not None and (order := memory_order(fake)) != tuple(range(fake.dim())):
+                    self.mergers[value] = merger(axis, order)
             else:
                 self.values[value] = self.axes.value(value, result, derived=False)
         writes, reads = piece_effects(graph, [a.storage for a in arguments], self.effects)

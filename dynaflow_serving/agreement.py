@@ -1,0 +1,48 @@
+"""Do all ranks of a process group hold the same plans? Compared as text, before the first collective of a plan.
+
+Contract
+- Ranks that would run different plans would wait for each other's collectives for ever, or mix up their data:
+  every rank raises, with the difference between its plans and the first other rank's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import fx
+
+from dynaflow_serving.annotations import calls
+from dynaflow_serving.errors import InactiveError
+
+SHOWN_LINES = 40
+
+
+def agree(texts: list[str], group: Any) -> None:
+    """Raise `InactiveError` unless `texts` are equal on all ranks of `group` (a `ProcessGroup`)."""
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, texts, group=group)
+    for rank, other in enumerate(everyone):
+        if other != texts:
+            mine, theirs = "\n".join(texts).splitlines(), "\n".join(other).splitlines()
+            difference = list(difflib.unified_diff(mine, theirs, "this rank", f"rank {rank}", n=2))[:SHOWN_LINES]
+            raise InactiveError("the ranks would run different plans:\n" + "\n".join(difference))
+
+
+def groups_of(gm: fx.GraphModule) -> list[Any]:
+    """The process groups of the functional collectives in `gm`, in order of first use."""
+    names: dict[str, None] = {}
+    for n in calls(gm):
+        schema = getattr(n.target, "_schema", None)
+        if schema is None or not schema.name.startswith("_c10d_functional::"):
+            continue
+        for i, argument in enumerate(schema.arguments):
+            if argument.name == "group_name":
+                names[str(n.kwargs.get("group_name", n.args[i] if i < len(n.args) else ""))] = None
+    if not names:
+        return []
+    from torch.distributed import distributed_c10d
+
+    return [distributed_c10d._resolve_process_group(name) for name in names]  # type: ignore[attr-defined]

@@ -1,0 +1,59 @@
+"""HuggingFace Transformers: `enable(model, "configs/transformers/comm_overlap.yaml")`, then use the model as before.
+
+Contract
+- There is no plugin mechanism to hook, so models are enabled one at a time, after `from_pretrained`.
+- What cannot run under DynaFlow is an `InactiveError` here, before the first forward, or the stock model with a
+  warning where the config says `fallback: true`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from dynaflow_serving.config import Config, load
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.base import Integration
+
+Model = TypeVar("Model")
+
+
+class TransformersIntegration(Integration):
+    name = "transformers"
+    package = "transformers"
+    supported = ("5.19.0",)
+
+    def attach(self) -> None:
+        self.check_release()
+
+
+def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overlap") -> Model:
+    """Run the body of `model` (all but the head, the loss and sampling) under DynaFlow; returns `model` itself.
+
+    source: a YAML file, a strategy name, a mapping or a Config.
+    Raises `ConfigError` for a wrong config, `InactiveError` for a model or release that is not supported.
+    """
+    from dynaflow_serving.integrations.transformers.body import Body
+    from dynaflow_serving.integrations.transformers.limits import check_model
+
+    config = load(source)
+    try:
+        TransformersIntegration().attach()
+        check_model(model)
+        Body.install(model, config)
+    except InactiveError as error:
+        if not config.fallback:
+            raise
+        logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
+    return model
+
+
+def report(model: Any) -> dict[str, Any]:
+    """What DynaFlow did in the forwards of `model` so far: strategy, steps split and not, programs and plans.
+
+    Raises `InactiveError` for a model that is not enabled.
+    """
+    from dynaflow_serving.integrations.transformers.body import Body
+
+    return Body.of(model).report()

@@ -1,0 +1,82 @@
+"""The body of a transformers model under DynaFlow: what `model.base_model.forward` becomes.
+
+Contract
+- The body is captured by Dynamo and lowered through AOT autograd, where tensor parallelism's collectives are
+  operators of their own, in the forward and in the backward graph. The head, the loss and sampling see the whole
+  batch, as in an engine.
+- The batch dimension is dimension 0 of all batched arguments and of a cache's keys and values, which are cut into
+  views per micro-batch; a static cache is written in place.
+- A call with one request, or one that the strategy does not split, is counted with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.ir import Batch
+from dynaflow_serving.runtime import StepCounts, report
+from dynaflow_serving.splitting import whole
+from dynaflow_serving.torch_backend import Backend, Compiled, make_backend
+
+ATTRIBUTE = "_dynaflow"
+
+
+class Body:
+    def __init__(self, module: torch.nn.Module, backend: Backend) -> None:
+        self.original, self.backend = module.forward, backend
+        self.signature = inspect.signature(self.original)
+        self.compiled = Compiled(self.original, backend, batch_dim=0)
+        self.counts = StepCounts()  # of calls that never reach a graph
+
+    @classmethod
+    def install(cls, model: Any, config: Config) -> None:
+        module = model.base_model
+        if ATTRIBUTE in module.__dict__:
+            raise InactiveError("this model is enabled already")
+        body = cls(module, make_backend(config, level="aot"))
+
+        @functools.wraps(body.original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return body(*args, **kwargs)
+
+        module.__dict__.update({ATTRIBUTE: body, "forward": forward})
+
+    @classmethod
+    def of(cls, model: Any) -> Body:
+        body = model.base_model.__dict__.get(ATTRIBUTE)
+        if body is None:
+            raise InactiveError("this model is not enabled: call dynaflow_serving.integrations.transformers.enable")
+        return body  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.signature.bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        first = next(t for name in ("input_ids", "inputs_embeds") if (t := given.get(name)) is not None)
+        size = first.shape[0]
+        if size < 2:  # Dynamo specialises on 0 and 1, and there is nothing to split
+            self.counts.add(whole(Batch((1,) * size), "one request"))
+            return self.original(*args, **kwargs)
+        batched = [first]
+        for value in given.values():
+            if isinstance(value, torch.Tensor) and value is not first and value.dim() > 1 and value.shape[0] == size:
+                batched.append(value)
+        for layer in getattr(given.get("past_key_values"), "layers", ()):
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                if tensor is not None and tensor.numel():
+                    # A static address would make the whole shape static; we capture no graph that needs it.
+                    tensor.__dict__.pop("_dynamo_static_input_type", None)
+                    batched.append(tensor)
+        return self.compiled.run(batched, args, kwargs)
+
+    def report(self) -> dict[str, Any]:
+        counts = StepCounts(0, self.counts.unsplit.copy())
+        for runtime in self.backend.runtimes:
+            counts.split += runtime.counts.split
+            counts.unsplit += runtime.counts.unsplit
+        return report(self.backend.strategy, "AOT", counts, self.backend.runtimes)

@@ -1,0 +1,68 @@
+"""Communication overlap (DynaFlow paper, section 6: Transformers, Megatron-LM, xDiT, FastVideo): no collective
+waits in line, and compute that needs the newest one comes last.
+
+List scheduling. A network operator is issued as soon as it is ready. Of the compute that is ready, what needs no
+collective still in flight goes first, then what waits for the oldest one; among equals, what leads to another
+collective goes before what does not. With micro-batches this is lock-step; within one, work off the path to the
+next collective (a weight's gradient, a shared expert) fills the time that a collective takes:
+
+    compute  dX      dW   dX'      dW'
+    network      ar           ar'
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Resource, Split
+from dynaflow_serving.scheduler import OpScheduler, Options, Schedule, Task
+from dynaflow_serving.splitting import cut_at_requests, whole
+from dynaflow_serving.strategies import register_strategy
+
+
+class CommOverlapOptions(Options):
+    micro_batches: int = Field(2, ge=1, description="how many micro-batches a step is cut into at most; 1: no split")
+    min_tokens: int = Field(
+        2048, ge=1, description="a step is not split if a micro-batch would have fewer tokens (rows of the batch)"
+    )
+
+
+@register_strategy("comm_overlap")
+class CommOverlap(OpScheduler):
+    Options = CommOverlapOptions
+    schedules_unsplit = True
+
+    def split(self, batch: Batch) -> Split:
+        if self.options.micro_batches == 1:
+            return whole(batch, "comm_overlap with one micro-batch")
+        return cut_at_requests(batch, self.options.micro_batches, self.options.min_tokens)
+
+    def schedule(self, s: Schedule) -> None:
+        leads = leading_to_network(s)
+        issued: dict[Task, int] = {}  # network operators, in order of issue: what is before `passed` was waited for
+        passed = 0
+
+        def newest(task: Task) -> int:
+            """How many collectives must have ended before `task` can run; 0 if it waits for none."""
+            return max((n for p in s.predecessors(task) if (n := issued.get(p, 0)) > passed), default=0)
+
+        while ready := s.get_ready_ops():
+            network = [t for t in ready if t.resource is Resource.NETWORK]
+            if network:
+                task = min(network, key=lambda t: t.micro_batch)
+                issued[task] = len(issued) + 1
+                s.execute(task, stream="network")
+                continue
+            task = min(ready, key=lambda t: (newest(t), t.name not in leads, t.micro_batch))
+            passed = max(passed, newest(task))
+            s.execute(task, stream=COMPUTE_STREAM)
+
+
+def leading_to_network(s: Schedule) -> set[str]:
+    """The operators that a network operator follows."""
+    leads: set[str] = set()
+    for op in reversed(s.program.operators):
+        after = s.successors(Task(op, 0))
+        if any(t.resource is Resource.NETWORK or t.name in leads for t in after):
+            leads.add(op.name)
+    return leads
