@@ -1,0 +1,66 @@
+"""What the GPU tests share: the mark that skips them, and programs on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import lowered, manual, program_of
+
+from dynaflow_serving.examples import HIDDEN, example_capture
+from dynaflow_serving.ir import Plan
+from dynaflow_serving.partition import Capture
+
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and none is visible"),
+]
+
+# make -> bump (in place, on the network stream, slowly) -> read
+IN_PLACE = """
+value x batch:0
+value y batch:0
+value z batch:0
+inputs x
+op make compute
+  inputs x
+  outputs y
+op bump network
+  inputs y
+  writes y
+op read compute
+  inputs y
+  outputs z
+outputs z
+"""
+CYCLES = 50_000_000  # tens of milliseconds: far longer than anything else here takes
+
+
+def slow_bump() -> tuple[Capture, Plan]:
+    """(x + 1) * 2, where the + 1 is late by `CYCLES` on a stream of its own; without the wait: x * 2."""
+    program = program_of(IN_PLACE)
+
+    def bump(y: torch.Tensor) -> None:
+        torch.cuda._sleep(CYCLES)
+        y.add_(1)
+
+    capture = manual(program, make=torch.clone, bump=bump, read=lambda y: y * 2)
+    return capture, lowered(program, 1, ("make", 0, "compute"), ("bump", 0, "network"), ("read", 0, "compute"))
+
+
+def on_gpu(model: str) -> Capture:
+    capture = example_capture(model)
+    capture.constants = tuple(c.cuda() for c in capture.constants)
+    for name, maker in capture.buffers.items():
+        capture.buffers[name] = lambda tokens, maker=maker: maker(tokens).cuda()
+    return capture
+
+
+def arguments_of(capture: Capture, tokens: int, device: str = "cuda") -> list[Any]:
+    names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
+    return [torch.randn(tokens, HIDDEN, device=device) if n == "l_x_" else tokens for n in names]
+
+
+def no_context(micro_batch: int) -> None:
+    pass
