@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynaflow_serving.ir import Plan, Program
 
 MICRO_BATCHES = (2, 3, 4)
-LARGE = (100_000,) * 16  # tokens per request of a batch that no threshold keeps whole
+LARGE = (1,) * 64 + (100_000,) * 16  # tokens of each request, decode and prefill: no threshold keeps this batch whole
 
 
 def check(

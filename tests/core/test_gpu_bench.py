@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from cuda_standin import FakeCuda, FakeGraph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -29,7 +30,8 @@ from benchmarks.gpu import corun, models, stack
 from benchmarks.gpu.limits import Limits, Work, measure
 from benchmarks.gpu.report import losses, rows_of, table
 from benchmarks.gpu.timing import ROUNDS, WARM_UP, Measured, Outcome, Section, Spread, in_turn, run_sections
-from dynaflow_serving.executor import CPUExecutor, Executor, ExecutorOptions, SequentialExecutor
+from dynaflow_serving.executor import CPUExecutor, CUDAExecutor, Executor, ExecutorOptions, SequentialExecutor
+from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
 from dynaflow_serving.ir import Batch, MicroBatch, Split
 from dynaflow_serving.splitting import cut_at_tokens, cut_evenly, whole
 from dynaflow_serving.strategies import get_strategy
@@ -324,11 +326,74 @@ def test_a_wrong_result_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ms" in rows["nanoflow, one stream"]
 
 
-def test_a_plan_that_was_not_captured_is_no_graph_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "compiled", lambda capture: capture)
+class Baked:
+    """The attention operator with the context of its capture: a graph has addresses, the stand-in replays Python."""
+
+    def __init__(self, operator: Any) -> None:
+        self.operator, self.runs, self._schema = operator, models.CONTEXT.runs, operator._schema
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        models.CONTEXT.runs = self.runs
+        return self.operator(*args, **kwargs)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    monkeypatch.setattr(WholePlanGraphs, "device_type", "cpu")
+    monkeypatch.setattr(stack, "compiled", lambda capture: capture)  # Inductor has a test of its own
+    dispatch = FakeGraph.__torch_dispatch__
+
+    def baking(graph: FakeGraph, func: Any, *rest: Any) -> Any:
+        out = dispatch(graph, func, *rest)
+        if func is torch.ops.dynaflow_bench.attention.default:
+            graph.calls[-1] = (Baked(func), *graph.calls[-1][1:])
+        return out
+
+    monkeypatch.setattr(FakeGraph, "__torch_dispatch__", baking)
+    return FakeCuda()
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "dit"])
+def test_every_variant_runs_on_the_cuda_executor(kind: str, mode: str, cuda: FakeCuda) -> None:
+    rows = stack.rows(FakeTimer(), 60, LIMITS, lambda options: CUDAExecutor(options, cuda), case_of(kind), [mode])
+    assert not [r for r in rows if "error" in r], rows
+    planned = [r for r in rows if r["variant"] != stack.MODEL]
+    assert {r["variant"] for r in planned} >= {stack.UNSPLIT, *stack.CONTENDERS[kind]}
+    assert all(r["max_difference"] <= (0.02 if kind == "moe" else 1e-5) for r in planned)
+    if mode == "graph":
+        assert len(planned) == len(rows)  # there is no graph of the model as it is
+        for row in planned:
+            (graph,) = row["graphs"]["captured"]
+            assert graph["replays"] >= ROUNDS[0]
+    assert [c.sms for c in cuda.contexts] == ([33] if kind == "dense" else [])  # a quarter of 132
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_a_wrong_replay_is_no_figure(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = FakeGraph.replay
+
+    def spoilt(graph: FakeGraph) -> None:
+        replay(graph)
+        for *_, out, _stream in graph.calls[-8:]:
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
+                out.add_(5)
+
+    monkeypatch.setattr(FakeGraph, "replay", spoilt)
+    rows = stack.rows(FakeTimer(), 60, LIMITS, lambda options: CUDAExecutor(options, cuda), case_of("dit"), ["graph"])
+    assert rows and all("differs from the model's by" in r["error"] and "ms" not in r for r in rows)
+
+
+def test_a_plan_that_was_not_captured_is_no_graph_figure(cuda: FakeCuda) -> None:
     rows = stack.rows(FakeTimer(), 60, LIMITS, sequential, case_of("dit"), ["graph"])
     assert [r["variant"] for r in rows] == [stack.UNSPLIT, "branches"]
-    assert all(r["error"] == "not captured: this executor has no graphs" for r in rows)
+    assert all("not captured: this executor has no graphs" in r["error"] for r in rows)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_no_result(bad: float) -> None:
+    with pytest.raises(ValueError, match="differs from the model's by"):
+        stack._check(lambda: torch.tensor([1.0, bad]), [torch.ones(2)], {})
 
 
 def test_compiled_pieces_compute_the_same() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import program_of
+from typer.testing import CliRunner
 
+from dynaflow_serving.cli import app
+from dynaflow_serving.config import load
 from dynaflow_serving.dependencies import order_edges
 from dynaflow_serving.examples import EXAMPLES, HIDDEN, example_capture
 from dynaflow_serving.executor.cpu import CPUExecutor
@@ -341,3 +345,23 @@ def test_a_runtime_schedules_unsplit_steps_with_branches() -> None:
     unsplittable = dataclasses.replace(capture.program, unsplittable="it mixes the batch")
     mixed = Runtime(dataclasses.replace(capture, program=unsplittable), strategy("branches", {}), SequentialExecutor())
     assert mixed.prepare(mixed.decide(Batch((5, 5))).signature).plan.streams == (COMPUTE_STREAM, "side0")
+
+
+# -- the shipped configs -----------------------------------------------------------------------------------------------
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("name", ["prefill_decode", "prefill_decode_sm_share"])
+def test_configs_split_a_mixed_step_and_name_streams_that_exist(name: str) -> None:
+    config = load(CONFIGS / "vllm" / f"{name}.yaml")
+    split = config.build().split(Batch((1,) * 16 + (512,), (64,) * 16 + (0,)))
+    assert split.bounds == (0, 16, 528)
+    plan = lower(config.build().record(captured("llama").program, 2), config.strategy)
+    assert plan.streams == (COMPUTE_STREAM, "decode")
+    assert {s: o.sm_share for s, o in config.streams.items()} == ({"decode": 0.25} if "sm_share" in name else {})
+
+
+def test_check_verifies_the_split_plan_of_prefill_decode() -> None:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["check", str(CONFIGS / "vllm" / "prefill_decode.yaml")])
+    assert result.exit_code == 0 and result.stdout.count("compute, decode") == len(EXAMPLES)
