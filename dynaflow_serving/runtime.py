@@ -126,6 +126,7 @@ def report(strategy: OpScheduler, mode: str, counts: StepCounts, runtimes: Seque
         "mode": mode,
         "steps": {"split": counts.split, "unsplit": dict(counts.unsplit)},
         "plan_hash": plans[-1].digest if plans else "",
+        "executors": [e.report() for e in dict.fromkeys(r.executor for r in runtimes)],
         "programs": [
             {"program": r.capture.program.to_text(), "plans": [p.to_text() for p in r.plans]} for r in runtimes
         ],

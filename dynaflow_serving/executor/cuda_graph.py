@@ -16,6 +16,9 @@ Contract
 - Replacement kernels are captured like operators. Not captured: operators with context, unless the integration
   declares by `Capture.static_context` that its metadata keeps its addresses and host values; LOCAL inputs, which differ
   per step; outputs that alias an input or one another (a copy would not); autograd.
+- Collectives are captured like operators, so their communicators must support it, and every rank must reach each
+  collective: ranks with one config, plan and batch history decide alike, and a rank whose capture fails runs the same
+  collectives eagerly, in the same order. ProcessGroupNCCL is reported to hang at replay (sglang#31852).
 - Seconds and MiB (growth of reserved memory, static inputs included) of each capture are in `report`.
 - Unmeasured: tested with a stand-in for `torch.cuda` that records and replays; it has not run on a device yet.
 """
@@ -38,6 +41,7 @@ from dynaflow_serving.ir import Plan, Program, Scope
 from dynaflow_serving.partition.capture import Capture
 from dynaflow_serving.verify import verify
 
+PLAIN = {int, float, bool, str, type(None)}  # arguments that are no tensors
 REMEMBERED = 4096  # buckets seen once: most token counts of a prefill never come back
 
 logger = logging.getLogger(__name__)
@@ -169,6 +173,7 @@ class _GraphedPlan:
         values = [program.values[v] for v in self._names]
         storages = {s for o in program.operators for s in o.writes}
         self._batched = [i for i, v in enumerate(values) if v.scope is Scope.BATCH]
+        self._fixed = [i for i, v in enumerate(values) if v.scope is not Scope.BATCH]
         self._written = [i for i in self._batched if values[i].storage in storages]
         self._reason = why_not(program, self._names, capture.static_context)
         self._seen: dict[Hashable, None] = {}
@@ -221,9 +226,8 @@ class _GraphedPlan:
         """What a captured graph is fixed to."""
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         batched = tuple((args[i].shape, args[i].stride(), args[i].dtype) for i in self._batched)
-        fixed = tuple(
-            a.data_ptr() if isinstance(a, torch.Tensor) else a for i, a in enumerate(args) if i not in self._batched
-        )
+        # Engines pass every weight in every step: isinstance would be most of the time that this takes.
+        fixed = tuple([a if type(a) in PLAIN else a.data_ptr() for a in map(args.__getitem__, self._fixed)])
         return self._number, tuple(bounds), batched, fixed, autocast
 
 
