@@ -1,7 +1,8 @@
-"""The CUDA executor with a stand-in for torch.cuda: issue order, streams by name, events, errors."""
+"""The CUDA executor with a stand-in for torch.cuda: issue order, streams by name, events, errors, options."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 from cuda_standin import FakeCuda, FakeEvent, FakeStream
 from support import arguments, lowered, manual, program_of, without
 
+from dynaflow_serving.config import load
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError
 from dynaflow_serving.examples import HIDDEN, example_capture
 from dynaflow_serving.executor import ExecutorOptions, get_executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.cuda import CUDAExecutor
+from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.ir import Plan, StepKind
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition import Capture
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.torch_backend import compile
 
 # make -> bump (in place, on the network stream) -> read
 IN_PLACE = """
@@ -245,3 +249,26 @@ def test_a_context_is_entered_on_any_stream_whenever_the_micro_batch_changes() -
 def test_without_a_device() -> None:
     with pytest.raises(InactiveError, match="executor: cpu"):
         CUDAExecutor(cuda=FakeCuda(available=False))
+
+
+def test_options_of_the_executor_reach_it_from_the_config() -> None:
+    x = torch.randn(8, HIDDEN)
+    asks = {"strategy": "nanoflow", "options": {"min_tokens": 1}, "graph": "whole"}
+    with pytest.raises(InactiveError, match=r"executor 'cpu' has no graph \(asked for: whole\)"):
+        compile(torch.nn.Linear(HIDDEN, HIDDEN), asks)(x)
+    with pytest.raises(InactiveError, match=r"executor 'cpu' has no sm_share \(asked for: network\)"):
+        Session(load({"strategy": "nanoflow", "streams": {"network": {"sm_share": 0.5}}}), "cpu", "test", logging.root)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        torch._dynamo.graph_break()
+        return x + 1
+
+
+def test_the_graphs_of_a_model_share_one_executor() -> None:
+    model = compile(Twice(), "nanoflow", config={"min_tokens": 1})
+    model(torch.randn(8, HIDDEN))
+    assert len(model.runtimes) == 2
+    assert model.runtimes[0].executor is model.runtimes[1].executor
