@@ -112,7 +112,7 @@ class WholePlanGraphs:
         cuda.synchronize()
         cuda.empty_cache()
         reserved, started = cuda.memory_reserved(), time.perf_counter()
-        with torch.inference_mode(False):  # a replay in any mode may write to them
+        with torch.inference_mode(False), torch.no_grad():  # a replay in any mode may write to them
             buffers = {i: torch.empty_like(args[i]).copy_(args[i]) for i in given}
         graph, stream = cuda.CUDAGraph(), cuda.current_stream()
         try:  # thread_local: an allocation in a thread of the engine's must not spoil the capture

@@ -174,6 +174,19 @@ def test_an_output_outlives_the_next_replay() -> None:
     assert [o[0].item() for o in outs] == [3.0 * i + 1 for i in range(5)]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_static_buffers_are_plain_tensors_in_any_mode(mode: Any) -> None:
+    e = executor(FakeCuda())
+    capture, plan = chain()
+    run = e.bind(capture, plan, {})
+    with mode():
+        for _ in range(3):
+            (z,) = run([torch.ones(4, requires_grad=True)], [0, 2, 4], no_context)
+            assert z.tolist() == [4.0] * 4 and not z.requires_grad
+    (graph,) = e._graphs.graphs.values()
+    assert not any(b.requires_grad or b.is_inference() for b in graph.inputs.values())
+
+
 def test_what_a_graph_is_fixed_to_makes_a_bucket_of_its_own() -> None:
     e = executor(FakeCuda())
     text = CHAIN.replace("inputs x\nop", "value w shared\ninputs x w\nop").replace("  inputs x\n", "  inputs x w\n")
