@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from dynaflow_serving.cli import bench, check, doctor, explain, schema
+from dynaflow_serving.cli import bench, check, doctor, explain, schema, simulate
 from dynaflow_serving.errors import DynaflowError
 
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.command("bench")(bench.bench)
 app.command("explain")(explain.explain)
+app.command("simulate")(simulate.simulate)
 app.command("check")(check.check)
 app.command("schema")(schema.schema)
 app.command("doctor")(doctor.doctor)

@@ -1,0 +1,97 @@
+"""Is the simulator right about what was measured? `python benchmarks/simulate_check.py FILE.json`.
+
+FILE is what `benchmarks/overlap_cpu.py` writes: per row the `program` and the `plan` as text, the measured milliseconds
+of each operator and micro-batch in the sequential run (`operators`), and the measured `overlapped_ms`. The simulator
+gets the plan and the operators' times, nothing else, and predicts `overlapped_ms`. Printed per row: predicted
+(simulated), measured, their ratio, and whether it is within 15 %; exit code 1 if one is not.
+
+`--network-compute SHARE`: how much of the compute a network operator takes from what runs beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynaflow_serving.errors import ConfigError
+from dynaflow_serving.ir import Plan, Program
+from dynaflow_serving.simulate import Measured, simulate
+from dynaflow_serving.verify import verify
+
+TOLERANCE = 0.15
+NEEDED = ("program", "plan", "operators", "overlapped_ms")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Milliseconds; `predicted` and `critical_path` are simulated, `operators` is the sum of the operators' times."""
+
+    label: str
+    predicted: float
+    critical_path: float
+    measured: float
+    operators: float
+    sequential: float | None
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+    @property
+    def within(self) -> bool:
+        return abs(self.ratio - 1) <= TOLERANCE
+
+
+def predict(row: Mapping[str, Any], network_compute: float = 0.0) -> Prediction:
+    """Raises `ConfigError` for a row without what is needed, `PlanError` for a plan that is not the program's."""
+    if missing := [key for key in NEEDED if key not in row]:
+        raise ConfigError(f"a row lacks {', '.join(missing)}. Needed: {', '.join(NEEDED)}.")
+    program, plan = Program.from_text(row["program"]), Plan.from_text(row["plan"])
+    verify(program, plan)
+    seconds = {(o["name"], int(o["micro_batch"])): o["ms"] / 1e3 for o in row["operators"]}
+    timeline = simulate(plan, Measured(program, seconds, network_compute).demands(plan))
+    facts = {key: row[key] for key in ("rate_mbit", "micro_batches") if key in row}
+    return Prediction(
+        ", ".join(f"{key} {value}" for key, value in facts.items()) or plan.digest,
+        timeline.makespan * 1e3,
+        timeline.critical_path * 1e3,
+        row["overlapped_ms"],
+        sum(seconds.values()) * 1e3,
+        row.get("sequential_ms"),
+    )
+
+
+def check(path: Path, network_compute: float = 0.0) -> list[Prediction]:
+    """One prediction per row of the file."""
+    rows = json.loads(path.read_text()).get("rows")
+    if not rows:
+        raise ConfigError(f"{path} holds no rows: make it with benchmarks/overlap_cpu.py")
+    return [predict(row, network_compute) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--network-compute", type=float, default=0.0)
+    parser.add_argument("--json", type=Path, help="write the predictions to this file")
+    options = parser.parse_args()
+    predictions = check(options.file, options.network_compute)
+    print(f"{'':<34} {'operators':>10} {'simulated':>10} {'measured':>10} {'ratio':>6}  within {TOLERANCE:.0%} (ms)")
+    for p in predictions:
+        print(
+            f"{p.label:<34} {p.operators:>10.1f} {p.predicted:>10.1f} {p.measured:>10.1f} {p.ratio:>6.3f}  "
+            + ("yes" if p.within else "NO")
+        )
+    if options.json:
+        rows = [{**vars(p), "ratio": p.ratio, "within": p.within} for p in predictions]
+        options.json.write_text(json.dumps({"simulated": "predicted, critical_path", "rows": rows}, indent=1) + "\n")
+    sys.exit(0 if all(p.within for p in predictions) else 1)
+
+
+if __name__ == "__main__":
+    main()

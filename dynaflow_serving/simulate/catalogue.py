@@ -1,0 +1,79 @@
+"""Devices, links and model shapes by name, or from a user's YAML file.
+
+Contract
+- `find(Kind, name)` gives what is shipped under `name`, or what the YAML file `name` (one mapping of fields) holds.
+- An unknown name, field or value is one `ConfigError` that says what is valid.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dynaflow_serving.errors import ConfigError, unknown_name
+
+
+class Entry(BaseModel):
+    """One kind of thing that is found by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: ClassVar[str]  # what errors call it
+    shipped: ClassVar[str]  # the file of this package that holds name -> fields
+
+    name: str
+
+
+E = TypeVar("E", bound=Entry)
+
+
+def names(cls: type[Entry]) -> list[str]:
+    return list(_shipped(cls.shipped))
+
+
+def find(cls: type[E], name: str) -> E:
+    """The `cls` called `name`, or read from the YAML file of that path. Raises `ConfigError`."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        return _parse(cls, _read(cls, Path(name)), name)
+    if name not in _shipped(cls.shipped):
+        raise ConfigError(
+            unknown_name(cls.kind, name, _shipped(cls.shipped)) + " A path to a .yaml file with its fields works too."
+        )
+    return _parse(cls, {"name": name, **_shipped(cls.shipped)[name]}, f"{cls.kind} {name!r}")
+
+
+@cache
+def _shipped(file: str) -> dict[str, dict[str, Any]]:
+    content: dict[str, dict[str, Any]] = yaml.safe_load((files(__package__) / file).read_text())
+    return content
+
+
+def _read(cls: type[Entry], path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{cls.kind} file {str(path)!r} does not exist (looked in {Path.cwd()})")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of fields. Valid: {', '.join(cls.model_fields)}.")
+    return {"name": path.stem, **content}
+
+
+def _parse(cls: type[E], fields: dict[str, Any], where: str) -> E:
+    try:
+        return cls(**fields)
+    except ValidationError as e:
+        wrong = []
+        for item in e.errors():
+            key = ".".join(map(str, item["loc"]))
+            if item["type"] == "extra_forbidden":
+                wrong.append(unknown_name("field", key, cls.model_fields))
+            else:
+                wrong.append(f"{key}: {item['msg']}".removeprefix(": "))
+        raise ConfigError(f"{where}: {' '.join(wrong)}") from None

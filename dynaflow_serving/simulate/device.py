@@ -1,0 +1,89 @@
+"""What a plan is simulated on: a device, the link between the devices of a node, the network between nodes.
+
+Contract
+- All ranks are alike and run the same Plan, so one of them is simulated: group sizes only enter the cost of
+  collectives, and thousands of ranks take no longer to simulate than two.
+- What this symmetry leaves out: stragglers, congestion of the network by others, and unequal load, except for the
+  factor `imbalance` on the experts' rows.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dynaflow_serving.simulate.catalogue import Entry
+
+
+class Device(Entry):
+    kind: ClassVar[str] = "device"
+    shipped: ClassVar[str] = "devices.yaml"
+
+    sms: int = Field(ge=1, description="multiprocessors")
+    tflops: float = Field(gt=0, description="dense 16-bit peak, 1e12 floating-point operations a second")
+    memory_gb_s: float = Field(gt=0, description="memory bandwidth, 1e9 bytes a second")
+    compute_efficiency: float = Field(default=0.75, gt=0, le=1, description="share of the peak that a large GEMM reaches")
+    memory_efficiency: float = Field(default=0.9, gt=0, le=1, description="share of the bandwidth that streaming reaches")
+    launch_us: float = Field(default=2.0, ge=0, description="from one kernel's end to the next one's first useful work")
+    issue_us: float = Field(
+        6.0, ge=0, description="host time to issue a kernel where no CUDA graph replays it; one thread issues for all"
+    )
+
+    @property
+    def flops(self) -> float:
+        """Reachable, per second."""
+        return self.tflops * 1e12 * self.compute_efficiency
+
+    @property
+    def bandwidth(self) -> float:
+        """Reachable, bytes per second."""
+        return self.memory_gb_s * 1e9 * self.memory_efficiency
+
+
+class Link(Entry):
+    kind: ClassVar[str] = "link"
+    shipped: ClassVar[str] = "links.yaml"
+
+    gb_s: float = Field(gt=0, description="one direction of one device, 1e9 bytes a second")
+    latency_us: float = Field(ge=0, description="of one hop of a collective, kernel and protocol included")
+    efficiency: float = Field(default=0.8, gt=0, le=1, description="share of the bandwidth that large collectives reach")
+    direct: bool = Field(default=False, description="any two devices reach each other at full rate: one- and two-shot work")
+    sms: int = Field(default=16, ge=0, description="multiprocessors that a communication kernel takes from compute")
+
+    @property
+    def bandwidth(self) -> float:
+        """Reachable, bytes per second."""
+        return self.gb_s * 1e9 * self.efficiency
+
+
+class Topology(BaseModel):
+    """Ranks 0 to `world` - 1; `per_node` adjacent ones share `link`, groups that are larger go over `network` too.
+
+    Tensor-parallel groups are `tp` adjacent ranks, `dp` such groups each with a batch of its own; experts are spread
+    over `ep` adjacent ranks (1: cut like the dense layers, by `tp`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Device
+    link: Link
+    network: Link
+    per_node: int = Field(default=8, ge=1)
+    tp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    dp: int = Field(default=1, ge=1)
+    imbalance: float = Field(default=1.0, ge=1, description="rows of the busiest rank's experts over the mean")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Topology:
+        if self.world % self.ep:
+            raise ValueError(f"ep={self.ep} does not divide the {self.world} ranks of tp={self.tp} x dp={self.dp}")
+        for axis, size in (("tp", self.tp), ("ep", self.ep)):
+            if size > self.per_node and size % self.per_node:
+                raise ValueError(f"{axis}={size} is over one node of {self.per_node} ranks, but not whole nodes")
+        return self
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.dp

@@ -1,0 +1,37 @@
+"""The executor that runs no tensor: it returns the Timeline that the plan would have.
+
+Contract
+- It is bound and called like every other executor, so a Runtime drives it: what is simulated is time only, while the
+  strategy's split, the recording, the lowering and the proof are the real ones.
+- Its program's only argument is the `Batch`, its only result the `Timeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dynaflow_serving.executor.base import BoundPlan, Enter, Executor
+from dynaflow_serving.ir import Batch, Plan
+from dynaflow_serving.partition.capture import Capture
+from dynaflow_serving.simulate.cost import Roofline, loads
+from dynaflow_serving.simulate.device import Topology
+from dynaflow_serving.simulate.engine import Timeline, simulate
+from dynaflow_serving.simulate.model import Model
+
+
+class SimulatedExecutor(Executor):
+    name = "simulated"
+
+    def __init__(self, model: Model, topology: Topology, graphs: bool = True) -> None:
+        super().__init__()
+        self._model, self._topology, self._graphs = model, topology, graphs
+
+    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+        def run(args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> list[Timeline]:
+            batch: Batch = args[0]
+            work, widths = self._model.work, self._model.widths
+            costs = Roofline(self._topology, work, widths, loads(batch, bounds), self._graphs)
+            return [simulate(plan, costs.demands(plan))]
+
+        return run
