@@ -100,6 +100,8 @@ def test_speedups_are_of_rounds_so_drift_cancels() -> None:
     drift = [1.0, 2.0, 4.0, 8.0, 16.0]
     measured = Measured({"base": [3 * d for d in drift], "new": [2 * d for d in drift]})
     assert measured.speedup("new", "base") == Spread(1.5, 1.5, 1.5)
+    uneven = Measured({"base": [1.0, 10.0, 100.0], "new": [2.0, 5.0, 100.0]})  # the medians' ratio would be 2
+    assert uneven.speedup("new", "base") == Spread(1.0, 0.5, 2.0)
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
 
 
