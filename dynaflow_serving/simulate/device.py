@@ -23,8 +23,8 @@ class Device(Entry):
     sms: int = Field(ge=1, description="multiprocessors")
     tflops: float = Field(gt=0, description="dense 16-bit peak, 1e12 floating-point operations a second")
     memory_gb_s: float = Field(gt=0, description="memory bandwidth, 1e9 bytes a second")
-    compute_efficiency: float = Field(default=0.75, gt=0, le=1, description="share of the peak that a large GEMM reaches")
-    memory_efficiency: float = Field(default=0.9, gt=0, le=1, description="share of the bandwidth that streaming reaches")
+    compute_efficiency: float = Field(default=0.75, gt=0, le=1, description="of the peak, as large GEMMs reach it")
+    memory_efficiency: float = Field(default=0.9, gt=0, le=1, description="of the bandwidth, as streaming reaches it")
     launch_us: float = Field(default=2.0, ge=0, description="from one kernel's end to the next one's first useful work")
     issue_us: float = Field(
         6.0, ge=0, description="host time to issue a kernel where no CUDA graph replays it; one thread issues for all"
@@ -47,8 +47,8 @@ class Link(Entry):
 
     gb_s: float = Field(gt=0, description="one direction of one device, 1e9 bytes a second")
     latency_us: float = Field(ge=0, description="of one hop of a collective, kernel and protocol included")
-    efficiency: float = Field(default=0.8, gt=0, le=1, description="share of the bandwidth that large collectives reach")
-    direct: bool = Field(default=False, description="any two devices reach each other at full rate: one- and two-shot work")
+    efficiency: float = Field(default=0.8, gt=0, le=1, description="of the bandwidth, as large collectives reach it")
+    direct: bool = Field(default=False, description="any two devices reach each other at full rate, as by a switch")
     sms: int = Field(default=16, ge=0, description="multiprocessors that a communication kernel takes from compute")
 
     @property
@@ -79,6 +79,8 @@ class Topology(BaseModel):
     def _fits(self) -> Topology:
         if self.world % self.ep:
             raise ValueError(f"ep={self.ep} does not divide the {self.world} ranks of tp={self.tp} x dp={self.dp}")
+        if self.imbalance > 1 and self.ep == 1:
+            raise ValueError(f"imbalance={self.imbalance} is of experts spread over ranks: it needs ep > 1")
         for axis, size in (("tp", self.tp), ("ep", self.ep)):
             if size > self.per_node and size % self.per_node:
                 raise ValueError(f"{axis}={size} is over one node of {self.per_node} ranks, but not whole nodes")

@@ -186,6 +186,7 @@ def dynaflow(*arguments: str) -> Result:
         (["llama-3-8b", "--tp", "3"], "32 attention heads cannot be spread evenly over 3 ranks"),
         (["llama-3-8b", "--ep", "2"], "ep=2 does not divide the 1 ranks"),
         (["llama-3-8b", "--ep", "2", "--tp", "2"], "llama-3-8b has no experts"),
+        (["llama-3-8b", "--imbalance", "2"], "imbalance=2.0 is of experts spread over ranks: it needs ep > 1"),
         (["llama-3-8b", "-b", "8;8"], "--batch '8;8': '8;8' is not of the form"),
         (["llama-3-8b", "-s", "nanflow"], "Did you mean 'nanoflow'"),
         (["llama-3-8b", "-o", "min_token=1"], "Did you mean 'min_tokens'"),
@@ -227,6 +228,14 @@ def test_it_says_why_a_step_is_not_split_and_takes_what_options_say(tmp_path: Pa
     assert whole.exit_code == 0 and "branches" in whole.stdout
     many = dynaflow("deepseek-v3-like", "--ep", "64", "--dp", "4096", "-s", "dual_batch")
     assert many.exit_code == 0 and "4096 x h100 (nvlink4, eth400 between nodes)" in " ".join(many.stdout.split())
+
+
+def test_what_a_config_asks_for_and_is_not_simulated_is_said(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("strategy: nanoflow\nstreams: {network: {sm_share: 0.2}}\n")
+    note = "the config's streams (priority, sm_share) are not simulated"
+    assert note in dynaflow("llama-3-8b", "--tp", "4", "-s", str(config)).stdout
+    assert note not in dynaflow("llama-3-8b", "--tp", "4").stdout
 
 
 def test_no_graphs_and_imbalance_cost(tmp_path: Path) -> None:
