@@ -1,6 +1,6 @@
 """All-reduce + residual add + RMSNorm as reduce-scatter, add and norm on the rank's tokens, all-gather.
 
-TokenWeave's shape (arXiv 2505.11329, section 3) of functional collectives: the norm is computed once per token
+TokenWeave's shape (arXiv 2505.11329) of functional collectives: the norm is computed once per token
 instead of once per token and rank, and its input is written once instead of `world size` times.
 
 Contract
@@ -14,22 +14,13 @@ Contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from torch.distributed import _functional_collectives as funcol
 
 from dynaflow_serving.kernels import register_kernel
+from dynaflow_serving.kernels.collectives import all_gather, all_reduce, process_group, reduce_scatter
 from dynaflow_serving.kernels.reduce_rms_norm import check_arguments
 from dynaflow_serving.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
-
-
-def process_group(name: Any) -> dist.ProcessGroup:
-    """The group that functional collectives call `name` (`ProcessGroup.group_name`)."""
-    from torch._C._distributed_c10d import _resolve_process_group
-
-    return _resolve_process_group(name)
 
 
 def own_tokens(tokens: int, rank: int, ranks: int) -> range:
@@ -47,8 +38,7 @@ def all_reduce_add_rms_norm_reference(
     group: str,
     gather_total: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    reduced = _ready(funcol.all_reduce(partial, "sum", process_group(group)))
-    return add_rms_norm_reference(reduced, residual, weight, eps=eps)
+    return add_rms_norm_reference(all_reduce(partial, process_group(group)), residual, weight, eps=eps)
 
 
 @register_kernel("all_reduce_add_rms_norm", all_reduce_add_rms_norm_reference)
@@ -74,7 +64,7 @@ def all_reduce_add_rms_norm(
     padding = -tokens % pg.size()
     if padding:
         partial = torch.nn.functional.pad(partial, (0, 0, 0, padding))
-    shard = _ready(funcol.reduce_scatter_tensor(partial, "sum", 0, pg))
+    shard = reduce_scatter(partial, pg)
     mine = slice(own.start, own.stop)
     total, normed = add_rms_norm(shard[: len(own)], residual[mine], weight, eps=eps)
     gathered = _gather(normed, len(shard), tokens, pg)
@@ -88,8 +78,4 @@ def all_reduce_add_rms_norm(
 def _gather(shard: torch.Tensor, share: int, tokens: int, group: dist.ProcessGroup) -> torch.Tensor:
     if len(shard) < share:
         shard = torch.nn.functional.pad(shard, (0, 0, 0, share - len(shard)))
-    return _ready(funcol.all_gather_tensor(shard, 0, group))[:tokens]
-
-
-def _ready(result: torch.Tensor) -> torch.Tensor:
-    return result.wait() if isinstance(result, funcol.AsyncCollectiveTensor) else result
+    return all_gather(shard, group)[:tokens]
