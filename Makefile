@@ -1,12 +1,12 @@
 # Needs Python >= 3.10 (the vLLM lock file: 3.11) with venv, and nothing else installed.
 #
-#   make env ENGINE=core|vllm   build that environment if need be; the last line is its interpreter
-#   make test                   lint, types, core, vllm; stops at the first failure
+#   make env ENGINE=core|kernels|transformers|vllm   build that environment if need be; the last line is its interpreter
+#   make test                   lint, types, core, kernels, transformers, vllm; stops at the first failure
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json
 #   make clean                  delete environments, caches and build output
 
 PYTHON ?= python3
-ENGINES := core vllm
+ENGINES := core kernels transformers vllm
 NOX_VERSION := 2026.10.20
 
 # No "Leaving directory" after the line that `make env` ends with.

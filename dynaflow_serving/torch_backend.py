@@ -7,7 +7,8 @@ Contract
   are operators of their own.
 - `batch_dim` of every tensor argument that has the same size there is the token axis; it is made dynamic,
   so that one graph serves the micro-batches and the whole.
-- Outputs equal those of the un-split model; models that mix the batch are refused by name.
+- Outputs equal those of the un-split model; models that mix the batch are refused by name, after their first,
+  un-split, call. Of a model in several graphs those that mix the batch run whole, which is counted.
 - Training works at `level="dynamo"`: autograd runs through the operators of the plan. At `level="aot"` the
   forward runs under the plan, and so does the backward graph: it sums gradients over the batch, so it is not
   split, but a strategy that orders un-split steps (`comm_overlap`) runs its collectives under other compute.
@@ -69,17 +70,13 @@ class Compiled(torch.nn.Module):
             torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
         with unwrapped_errors():
             result = self._compiled(list(batched), args, kwargs)
-        if not self.runtimes:
-            raise InactiveError(
-                f"no graph of this model has a dynamic dimension {self._batch_dim}: DynaFlow was requested but would "
-                "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
-            )
+        self._backend.check_active()
         return result
 
     def _same_batch(self, batched: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model, with the batch sizes equal by decree: a tensor that is only indexed would keep its own symbol."""
         for tensor in batched:
-            torch._check(tensor.shape[self._batch_dim] == batched[0].shape[self._batch_dim])
+            torch._check(tensor.shape[self._batch_dim] == batched[0].shape[self._batch_dim])  # type: ignore[no-untyped-call]
         return self.model(*args, **kwargs)
 
 
@@ -121,6 +118,18 @@ class Backend:
         compiled: Callable[..., Any] = compiler(gm, example_inputs)
         return compiled
 
+    def check_active(self) -> None:
+        """Raise `InactiveError` if no graph has a batch, `PartitionError` if none that has can be split (one of
+        several may well run whole, with the reason counted)."""
+        if not self.runtimes:
+            raise InactiveError(
+                f"no graph of this model has a dynamic dimension {self.batch_dim}: DynaFlow was requested but would "
+                "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
+            )
+        reasons = [r.capture.program.unsplittable for r in self.runtimes]
+        if all(reasons) and self.strategy.max_micro_batches > 1:
+            raise PartitionError(f"this model cannot be split: {reasons[0]}")
+
     def _forward_runner(self, gm: fx.GraphModule, rows: dict[str, int]) -> Callable[..., Any]:
         positions = settle_input_writes(gm, Rows(batch_symbols(gm, self.batch_dim)))
         run = self._runner(gm, rows)
@@ -147,8 +156,6 @@ class Backend:
         if not tokens:
             return gm  # a graph without a batch (set-up between graph breaks) has nothing to split
         capture = partition(gm, tokens=tokens)
-        if capture.program.unsplittable:
-            raise PartitionError(f"this model cannot be split: {capture.program.unsplittable}")
         if rows is not None:
             rows |= {v.name: v.rows for v in capture.program.values.values() if v.rows > 1}
         return self._add(gm, capture)
@@ -216,19 +223,27 @@ def make_backend(
 def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
     """Entry point of `torch.compile(model, backend="dynaflow", options=...)`: the options are `make_backend`'s.
 
-    Raises `ConfigError` for unknown options, `PartitionError` for a graph without a dynamic batch dimension.
+    Raises `ConfigError` for unknown options, `PartitionError` for a graph without a dynamic batch dimension, or with
+    inputs of which it cannot be told whether they are batched.
     """
     options = {"strategy": "nanoflow", **(options or {})}
     valid = inspect.signature(make_backend).parameters
     if unknown := options.keys() - valid.keys():
         raise ConfigError(unknown_name("option", sorted(unknown)[0], valid))
     backend = make_backend(**options)
-    if not batch_symbols(gm, backend.batch_dim):
+    if not (symbols := batch_symbols(gm, backend.batch_dim)):
         raise PartitionError(
             f"dimension {backend.batch_dim} of this graph's inputs is static, so nothing can be split: call "
             "torch._dynamo.mark_dynamic on the inputs, pass dynamic=True, or use dynaflow_serving.compile"
         )
-    return backend(gm, example_inputs)
+    if unrelated := _same_size(gm, backend.batch_dim, symbols):
+        raise PartitionError(
+            f"inputs {', '.join(unrelated)} are as large as the batch at dimension {backend.batch_dim}, but the model "
+            "never relates the sizes: say so in it with torch._check, or use dynaflow_serving.compile, which does"
+        )
+    compiled = backend(gm, example_inputs)
+    backend.check_active()
+    return compiled
 
 
 def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
@@ -242,6 +257,19 @@ def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
                 if expr.is_Symbol:
                     count[expr] += 1
     return {count.most_common(1)[0][0]} if count else set()
+
+
+def _same_size(gm: fx.GraphModule, batch_dim: int, symbols: set[Any]) -> list[str]:
+    """Inputs whose size at `batch_dim` is another symbol than `symbols`, but was the same number while tracing: a
+    split would hand them whole to every micro-batch."""
+    sizes = {
+        n.name: fake.shape[batch_dim]
+        for n in gm.graph.nodes
+        if n.op == "placeholder" and isinstance(fake := fake_value(n), torch.Tensor) and fake.dim() > batch_dim
+    }
+    batch = {s.node.hint for s in sizes.values() if expression(s) in symbols}
+    others = {name: s for name, s in sizes.items() if expression(s).is_Symbol and expression(s) not in symbols}
+    return [name for name, s in others.items() if s.node.hint in batch]
 
 
 def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, int]]) -> Callable[[list[Any]], Any]:

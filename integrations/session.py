@@ -75,7 +75,7 @@ class Session:
         agree([runtime.texts() for runtime in self.runtimes], group)
         for runtime in self.runtimes:
             program = runtime.capture.program
-            if program.unsplittable:
+            if program.unsplittable and self.max_micro_batches > 1:
                 raise InactiveError(f"this model's graph cannot be split: {program.unsplittable}")
             self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
 

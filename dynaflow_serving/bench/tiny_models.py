@@ -96,6 +96,10 @@ def make_tiny_model(kind: str, directory: str | Path | None = None, layers: int 
     scratch = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=parent))
     try:
         _save_model(kind, layers, scratch)
+        if not (scratch / "config.json").is_file():  # else an incomplete folder would be taken for the model
+            raise DynaflowError(
+                "transformers saved no model: once torch.distributed is initialised, only rank 0 saves; make it before"
+            )
         _save_tokenizer(scratch)
         scratch.chmod(0o755)  # mkdtemp's 0700 would stay after the rename
         try:

@@ -6,19 +6,23 @@ Contract
   batch, as in an engine.
 - The batch dimension is dimension 0 of all batched arguments and of a cache's keys and values, which are cut into
   views per micro-batch; a static cache is written in place.
-- A call with one request, or one that the strategy does not split, is counted with the reason.
+- A call with one request, or one that the strategy does not split, is counted with the reason. A forward with
+  graph breaks has several graphs, which are counted each.
+- A model whose graph cannot be split ends the first forward with an error, or, with `fallback: true`, goes on as
+  the stock model with a warning.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from typing import Any
 
 import torch
 
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.errors import AnnotationError, InactiveError, PartitionError
 from dynaflow_serving.ir import Batch
 from dynaflow_serving.runtime import StepCounts, report
 from dynaflow_serving.splitting import whole
@@ -28,18 +32,19 @@ ATTRIBUTE = "_dynaflow"
 
 
 class Body:
-    def __init__(self, module: torch.nn.Module, backend: Backend) -> None:
-        self.original, self.backend = module.forward, backend
+    def __init__(self, module: torch.nn.Module, backend: Backend, fallback: bool = False) -> None:
+        self.original, self.backend, self.fallback = module.forward, backend, fallback
         self.signature = inspect.signature(self.original)
         self.compiled = Compiled(self.original, backend, batch_dim=0)
         self.counts = StepCounts()  # of calls that never reach a graph
+        self.refused = ""  # why this model runs without DynaFlow, by `fallback: true`
 
     @classmethod
     def install(cls, model: Any, config: Config) -> None:
         module = model.base_model
         if ATTRIBUTE in module.__dict__:
             raise InactiveError("this model is enabled already")
-        body = cls(module, make_backend(config, level="aot"))
+        body = cls(module, make_backend(config, level="aot"), config.fallback)
 
         @functools.wraps(body.original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -59,8 +64,8 @@ class Body:
         given |= given.pop("kwargs", {})
         first = next(t for name in ("input_ids", "inputs_embeds") if (t := given.get(name)) is not None)
         size = first.shape[0]
-        if size < 2:  # Dynamo specialises on 0 and 1, and there is nothing to split
-            self.counts.add(whole(Batch((1,) * size), "one request"))
+        if size < 2 or self.refused:  # Dynamo specialises on 0 and 1, and there is nothing to split
+            self.counts.add(whole(Batch((1,) * size), self.refused or "one request"))
             return self.original(*args, **kwargs)
         batched = [first]
         for value in given.values():
@@ -72,7 +77,14 @@ class Body:
                     # A static address would make the whole shape static; we capture no graph that needs it.
                     tensor.__dict__.pop("_dynamo_static_input_type", None)
                     batched.append(tensor)
-        return self.compiled.run(batched, args, kwargs)
+        try:
+            return self.compiled.run(batched, args, kwargs)
+        except (PartitionError, AnnotationError, InactiveError) as error:
+            if not self.fallback:
+                raise
+            logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
+            self.refused = f"fallback: {error}"
+            return self.original(*args, **kwargs)
 
     def report(self) -> dict[str, Any]:
         counts = StepCounts(0, self.counts.unsplit.copy())

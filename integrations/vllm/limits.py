@@ -25,7 +25,8 @@ from dynaflow_serving.errors import AnnotationError, InactiveError
 
 def check(vllm_config: Any, config: Config, rules: Iterable[Rule] = ()) -> None:
     """`rules`: the strategy's annotations."""
-    if causes := [*_mode(vllm_config), *_cuts(vllm_config, rules), *_features(vllm_config), *_executor(config)]:
+    causes = [*_mode(vllm_config), *_cuts(vllm_config, rules), *_unsplit(vllm_config, config)]
+    if causes := [*causes, *_features(vllm_config), *_executor(config)]:
         raise InactiveError(
             f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {'; '.join(causes)}. "
             "Change these, or remove the dynaflow option; with 'fallback: true' vLLM runs without it."
@@ -99,6 +100,17 @@ def _cuts(vllm_config: Any, rules: Iterable[Rule]) -> list[str]:
     ]
 
 
+def _unsplit(vllm_config: Any, config: Config) -> list[str]:
+    from vllm.config import CompilationMode
+
+    strategy = config.build()
+    if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
+        return []
+    if strategy.max_micro_batches > 1 or not strategy.schedules_unsplit:
+        return []
+    return [f"strategy {config.strategy!r} never splits, and mode 3 runs un-split steps as vLLM does (set mode 2)"]
+
+
 def _features(vllm_config: Any) -> list[str]:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     found = {
@@ -130,4 +142,6 @@ def _executor(config: Config) -> list[str]:
         return [f"device {device!r} is not supported (cpu and cuda are)"]
     if config.executor not in ("auto", "sequential", device):
         return [f"executor {config.executor!r} does not fit device {device!r}"]
+    if config.graph != "off":
+        return [f"graph {config.graph!r}: attention reads metadata that vLLM makes anew each step (set graph: off)"]
     return []

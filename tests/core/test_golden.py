@@ -16,6 +16,7 @@ from dynaflow_serving.verify import happens_before, verify
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(m, s, 2) for m in ("llama", "moe") for s in ("sequential", "nanoflow", "dual_batch")]
 CASES += [(m, "nanoflow", 3) for m in ("llama", "moe")]
+CASES += [("llama", "comm_overlap", 2), ("moe", "comm_overlap", 1)]
 CASES += [("llama", "prefill_decode", 2), ("moe", "branches", 1), ("dit", "branches", 1)]
 
 
@@ -116,3 +117,16 @@ def test_error_shows_the_grid() -> None:
     broken = Plan(plan.strategy, plan.program, 2, (), plan.steps[:i] + plan.steps[i + 1 :])
     with pytest.raises(PlanError, match=r"(?s)read without waiting.*compute.*network.*<-- ERROR HERE"):
         verify(program, broken)
+
+
+def test_comm_overlap_is_lock_step_with_micro_batches_and_fills_the_wait_within_one() -> None:
+    plan = golden_plan("llama", "comm_overlap")
+    order = Order(plan)
+    reduces = [n for n, mb in order.at if "all_reduce" in n and mb == 0]
+    for name in reduces[:-1]:
+        computes = [k for k in order.at if k[1] == 1 and order.stream[k] == COMPUTE_STREAM]
+        assert any(order.overlap((name, 0), k) for k in computes), f"{name}@0 runs beside nothing of micro-batch 1"
+    moe = Order(golden_plan("moe", "comm_overlap", 1))
+    for layer in range(2):
+        shared = next(k for k in moe.at if k[0] == f"layers.{layer}.shared_expert")
+        assert moe.overlap((f"layers.{layer}.dispatch", 0), shared)

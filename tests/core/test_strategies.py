@@ -49,6 +49,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sequential", {}),
     ("nanoflow", {}),
     ("dual_batch", {}),
+    ("comm_overlap", {}),
     ("prefill_decode", {}),
     ("prefill_decode", {"first": "prefill"}),
     ("prefill_decode", {"overlap": "all"}),

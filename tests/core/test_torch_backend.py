@@ -156,3 +156,61 @@ def test_requested_but_inactive_is_an_error() -> None:
 
     with pytest.raises(InactiveError, match="no graph of this model has a dynamic dimension 3"):
         dynaflow.compile(Constant(), "nanoflow", batch_dim=3)(torch.randn(4, 4))
+
+
+def test_inputs_as_large_as_the_batch_that_are_only_indexed() -> None:
+    """`compile` says that they are batched; the plain backend cannot know, and a split would hand them over whole."""
+
+    def model(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return reduce(x) * table[torch.arange(x.shape[0]), 0][:, None]
+
+    x, table = torch.randn(8, 4), torch.randn(8, 3)
+    with torch.no_grad():
+        compiled = dynaflow.compile(model, SPLIT)
+        assert torch.equal(compiled(x, table), model(x, table))
+        assert compiled.runtimes[0].counts.split == 1
+        torch._dynamo.reset()
+        for tensor in (x, table):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"inputs .*table.* as large as the batch"):
+            torch.compile(model, backend="dynaflow", options={"strategy": SPLIT})(x, table)
+
+
+def test_of_several_graphs_one_that_mixes_the_batch_runs_whole() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = reduce(x.sin())
+        torch._dynamo.graph_break()
+        return y.softmax(0)
+
+    compiled = dynaflow.compile(model, SPLIT)
+    x = torch.randn(8, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    first, second = (r.counts for r in compiled.runtimes)
+    assert first.split == 1 and second.split == 0
+    assert "mixes tokens" in next(iter(second.unsplit))
+
+
+class Counting(nn.Module):
+    """A cache with a counter of its past: what it writes into buffers must be written once, wherever it is split."""
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+        cache.index_copy_(1, past.view(1), x[:, None])
+        past.add_(1)
+        return reduce(x) + cache.sum(1)
+
+
+def test_what_an_aot_graph_writes_into_its_inputs() -> None:
+    model, x = Counting(), torch.randn(6, 4)
+    caches = [torch.zeros(6, 5, 4) for _ in range(2)]
+    pasts = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
+    compiled = dynaflow.compile(model, SPLIT, level="aot")
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(compiled(x, caches[0], pasts[0]), model(x, caches[1], pasts[1]))
+    assert torch.equal(*caches) and pasts[0] == pasts[1] == 3
+    (runtime,) = compiled.runtimes
+    assert runtime.counts.split == 3
+    graphs = [str(piece.graph) for piece in runtime.capture.pieces.values()]
+    assert any("index_copy_.default" in g for g in graphs)  # in place, not a copy of the cache and a copy back
+    assert not any("copy_.default](args = (%" in g.replace("index_copy_.default", "") for g in graphs)

@@ -26,7 +26,7 @@ def start(model_path):
 
 
 def test_misspelt_strategy(start):
-    with pytest.raises(ConfigError, match=r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: dual_batch,"):
+    with pytest.raises(ConfigError, match=r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: .*dual"):
         start({"strategy": "nanoflw"})
 
 
@@ -86,6 +86,17 @@ def test_mode3_cuts_at_an_annotated_operator(generate, tmp_path):
     ours = generate("mixtral", "mode3", dynaflow={"strategy": strategy_with(tmp_path, rule)})
     assert "op layers.1.my_experts compute" in ours.reports[0]["programs"][0]["program"]
     assert ours.tokens == generate("mixtral", "mode3").tokens and ours.split > 0
+
+
+def test_mode3_declines_strategies_of_un_split_steps(start, monkeypatch):
+    monkeypatch.setenv("TEST_MODE3", "1")
+    with pytest.raises(InactiveError, match="strategy 'branches' never splits"):
+        start({"strategy": "branches"})
+
+
+def test_whole_plan_graphs_are_declined(start):
+    with pytest.raises(InactiveError, match="graph 'whole': attention reads metadata that vLLM makes anew"):
+        start({"strategy": "nanoflow", "graph": "whole"})
 
 
 def test_unsupported_release(start, monkeypatch):

@@ -1,0 +1,286 @@
+"""One rank of `overlap_cpu.py`: builds the model, measures the variants in turn, writes the figures (rank 0)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rate_limited_link import set_rate
+from rich.console import Console
+from rich.progress import Progress
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.integrations.transformers.body import Body
+from dynaflow_serving.ir import Batch, Resource
+from dynaflow_serving.partition import Capture
+from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.splitting import cut_at_requests, whole
+from dynaflow_serving.torch_backend import make_backend
+
+Variant = Callable[[], Any]
+VOCABULARY, HEADS = 256, 8
+
+
+def build(settings: dict[str, Any], rank: int) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = Path(settings["folder"], "model")
+    hidden = settings["hidden"]
+    if rank == 0:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, max_position_embeddings=4096,
+            num_hidden_layers=settings["layers"], num_attention_heads=HEADS, num_key_value_heads=HEADS // 2,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+    dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+
+
+class Captured:
+    """The graphs that DynaFlow captures of the body, with the arguments of the latest call of each."""
+
+    def __init__(self, module: torch.nn.Module, strategy: str, settings: dict[str, Any]) -> None:
+        config = Config(strategy=strategy, options={"micro_batches": 2, "min_tokens": 1})
+        self.body = Body(module, make_backend(config, level="aot"))
+        self.batch = settings["batch"]
+        self.arguments: dict[int, Any] = {}
+
+    def record(self, call: Variant) -> list[Runtime]:
+        call()
+        runtimes = self.body.backend.runtimes
+        for i, runtime in enumerate(runtimes):
+            runtime.run = self._recording(i, runtime.run)  # type: ignore[method-assign]
+        call()
+        for runtime in runtimes:
+            del runtime.run  # type: ignore[attr-defined]
+        return runtimes
+
+    def _recording(self, i: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        def record(args: Any, split: Any, **options: Any) -> Any:
+            self.arguments[i] = tuple(args)
+            return run(args, split, **options)
+
+        return record
+
+
+def runner(capture: Capture, args: Any, strategy: str, micro_batches: int, batch: int) -> tuple[Variant, Runtime]:
+    """A variant that runs `capture` under `strategy`, and its runtime."""
+    options = {"micro_batches": micro_batches, "min_tokens": 1}
+    runtime = Runtime(capture, Config(strategy=strategy, options=options).build(), get_executor("cpu"))
+    rows = Batch((1,) * batch)
+    split = cut_at_requests(rows, micro_batches) if micro_batches > 1 else whole(rows, "as asked")
+    return lambda: runtime.run(args, split), runtime
+
+
+def without_network(capture: Capture) -> Capture:
+    network = {o.name for o in capture.program.operators if o.resource is Resource.NETWORK}
+    return dataclasses.replace(
+        capture,
+        functions={n: (lambda x, *_: x) if n in network else f for n, f in capture.functions.items()},
+        into={n: f for n, f in capture.into.items() if n not in network},
+    )
+
+
+def collectives(capture: Capture, variant: Variant) -> Variant:
+    """The network operators of one call of `variant`, on tensors of the same shapes, without the rest."""
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    functions = dict(capture.functions)
+    for o in capture.program.operators:
+        if o.resource is Resource.NETWORK:
+            capture.functions[o.name] = _noting(functions[o.name], calls)
+    try:
+        variant()
+    finally:
+        capture.functions.update(functions)
+
+    def run() -> None:
+        for function, args in calls:
+            function(*args)
+
+    return run
+
+
+def _noting(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        calls.append((function, tuple(torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in args)))
+        return function(*args)
+
+    return call
+
+
+def profile(capture: Capture, make: Callable[[Capture], Variant], rounds: int, micro_batches: int) -> list[Any]:
+    """Milliseconds of every operator of every micro-batch, run one after the other; medians."""
+    samples: dict[tuple[str, int], list[float]] = {}
+    counts: dict[str, int] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args)
+            elapsed = (time.perf_counter() - started) * 1e3
+            key = name, counts.get(name, 0) % micro_batches
+            counts[name] = counts.get(name, 0) + 1
+            samples.setdefault(key, []).append(elapsed)
+            return result
+
+        return call
+
+    wrapped = dataclasses.replace(
+        capture,
+        functions={n: timed(n, f) for n, f in capture.functions.items()},
+        into={n: timed(n, f) for n, f in capture.into.items()},
+    )
+    variant = make(wrapped)
+    for _ in range(rounds + 1):
+        dist.barrier()
+        variant()
+    return [
+        {"name": name, "micro_batch": mb, "ms": statistics.median(values[1:])} for (name, mb), values in samples.items()
+    ]
+
+
+def measure(variants: dict[str, Variant], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
+    """Milliseconds of each variant, round by round in turn, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, variant in variants.items():
+            dist.barrier()
+            started = time.perf_counter()
+            variant()
+            if number:
+                times[name].append((time.perf_counter() - started) * 1e3)
+            tick()
+    return times
+
+
+def row(rate: float, n: int, times: dict[str, list[float]], equal: str, **extra: Any) -> dict[str, Any]:
+    """`times` of eager, sequential, overlapped, communication and compute."""
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    hidden = middle["sequential"] - middle["overlapped"]
+
+    def speedup(name: str) -> dict[str, float]:
+        ratios = [a / b for a, b in zip(times[name], times["overlapped"], strict=True)]
+        return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+    return {
+        "rate_mbit": rate,
+        "micro_batches": n,
+        **{f"{name}_ms": value for name, value in middle.items()},
+        "overlap_efficiency": hidden / min(middle["compute"], middle["communication"]),
+        "speedup_over_sequential": speedup("sequential"),
+        "speedup_over_eager": speedup("eager"),
+        "equal": equal,
+        "spread_ms": {name: [min(values), max(values)] for name, values in times.items()},
+        "samples_ms": times,
+        **extra,
+    }
+
+
+def forward_rows(model: Any, settings: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
+    ids = torch.randint(0, VOCABULARY, (settings["batch"], settings["sequence"]))
+    module, batch = model.eval().base_model, settings["batch"]
+    captured = Captured(module, settings["strategy"], settings)
+    with torch.no_grad():
+        (runtime,) = captured.record(lambda: captured.body(input_ids=ids, use_cache=False))
+        capture, args = runtime.capture, captured.arguments[0]
+        expected = module(input_ids=ids, use_cache=False).last_hidden_state
+        eager: Variant = lambda: module(input_ids=ids, use_cache=False)  # noqa: E731
+        prepared = {}
+        for n in settings["micro_batches"]:
+            sequential, _ = runner(capture, args, "sequential", n, batch)
+            overlapped, planned = runner(capture, args, settings["strategy"], n, batch)
+            compute, _ = runner(without_network(capture), args, "sequential", n, batch)
+            same = torch.equal(overlapped()[0], expected) and torch.equal(sequential()[0], expected)
+            variants = {
+                "eager": eager, "sequential": sequential, "overlapped": overlapped, "compute": compute,
+                "communication": collectives(capture, runner(capture, args, "sequential", n, batch)[0]),
+            }  # fmt: skip
+            prepared[n] = variants, "bit for bit" if same else "NO", planned.plans[-1].to_text()
+        task = progress.add_task(
+            "forward", total=len(settings["rates"]) * len(prepared) * 5 * (1 + settings["rounds"])
+        )
+        rows = []
+        for rate in settings["rates"]:
+            set_rate(rate)
+            for n, (variants, equal, plan) in prepared.items():
+                times = measure(variants, settings["rounds"], lambda: progress.advance(task))
+                operators = profile(
+                    capture, lambda c, n=n: runner(c, args, "sequential", n, batch)[0], settings["rounds"], n
+                )
+                text = capture.program.to_text()
+                rows.append(row(rate, n, times, equal, program=text, plan=plan, operators=operators))
+    return rows
+
+
+def training_rows(model: Any, settings: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
+    """Forward (un-split, so that this shows the backward pass alone) and backward."""
+    ids = torch.randint(0, VOCABULARY, (settings["batch"], settings["sequence"]))
+    module = model.train().base_model
+
+    def gradients(call: Variant) -> list[torch.Tensor]:
+        model.zero_grad()
+        call(input_ids=ids, use_cache=False).last_hidden_state.square().mean().backward()
+        found = [p.grad for p in module.parameters() if p.grad is not None]
+        return [g.to_local() if hasattr(g, "to_local") else g for g in found]
+
+    bodies = {}
+    for name, strategy in (("sequential", "sequential"), ("overlapped", settings["strategy"])):
+        config = Config(strategy=strategy, options={"micro_batches": 1, "min_tokens": 1})
+        bodies[name] = Body(module, make_backend(config, level="aot"))
+    expected = [g.clone() for g in gradients(module)]
+    apart = max(float((a - b).abs().max()) for a, b in zip(gradients(bodies["overlapped"]), expected, strict=True))
+    equal = "bit for bit" if apart == 0 else f"to {apart:.1e}"
+    captured = Captured(module, settings["strategy"], settings | {"micro_batches": [1]})
+    captured.body = bodies["overlapped"]
+    runtimes = captured.record(lambda: gradients(bodies["overlapped"]))
+    parts = [(r.capture, captured.arguments[i]) for i, r in enumerate(runtimes)]
+    batch = settings["batch"]
+    networks = [collectives(c, runner(c, a, "sequential", 1, batch)[0]) for c, a in parts]
+    computes = [runner(without_network(c), a, "sequential", 1, batch)[0] for c, a in parts]
+    variants: dict[str, Variant] = {
+        "eager": lambda: gradients(module),
+        "sequential": lambda: gradients(bodies["sequential"]),
+        "overlapped": lambda: gradients(bodies["overlapped"]),
+        "compute": lambda: [c() for c in computes],
+        "communication": lambda: [n() for n in networks],
+    }
+    task = progress.add_task("training", total=len(settings["rates"]) * 5 * (1 + settings["rounds"]))
+    rows = []
+    for rate in settings["rates"]:
+        set_rate(rate)
+        times = measure(variants, settings["rounds"], lambda: progress.advance(task))
+        rows.append(row(rate, 1, times, equal))
+    return rows
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = build(settings, rank)
+    with Progress(console=Console(stderr=True), disable=rank > 0, transient=True) as progress:
+        torch.manual_seed(1)
+        figures = {"rows": forward_rows(model, settings, progress), "training": []}
+        if settings["training"]:
+            figures["training"] = training_rows(model, settings, progress)
+    if rank == 0:
+        Path(settings["folder"], "figures.json").write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What runs in the two rank processes of the transformers tests: importable there by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.transformers import enable, report
+from dynaflow_serving.integrations.transformers.body import ATTRIBUTE, Body
+from dynaflow_serving.ir import Resource, StepKind
+
+
+def main(rank: int, folder: str, scenario: str, arguments: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    outcome = globals()[scenario](*arguments)
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(outcome))
+    if scenario != "killed":
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def load(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_plan="auto")
+    return AutoModelForCausalLM.from_pretrained(path, distributed_config=config, dtype=torch.float32).eval()
+
+
+def strategy(name: str, micro_batches: int) -> dict[str, Any]:
+    return {"strategy": name, "options": {"micro_batches": micro_batches, "min_tokens": 1}}
+
+
+def disable(model: Any) -> None:
+    for attribute in ("forward", ATTRIBUTE):
+        model.base_model.__dict__.pop(attribute)
+    torch._dynamo.reset()
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 2000, shape, generator=torch.Generator().manual_seed(shape[0]))
+
+
+@torch.no_grad()
+def forward(path: str, strategies: list[tuple[str, int]]) -> dict[str, Any]:
+    model = load(path)
+    expected = {size: model(input_ids=ids(size, 12)).logits for size in (8, 5, 3)}
+    found: dict[str, Any] = {}
+    for name, micro_batches in strategies:
+        enable(model, strategy(name, micro_batches))
+        equal = [torch.equal(model(input_ids=ids(size, 12)).logits, logits) for size, logits in expected.items()]
+        steps = report(model)["steps"]
+        networks = {
+            s.stream
+            for runtime in Body.of(model).backend.runtimes
+            for plan in runtime.plans
+            for s in plan.steps
+            if plan.micro_batches > 1
+            and any(runtime.capture.program.by_name[n].resource is Resource.NETWORK for n in s.operators)
+        }
+        found[f"{name} x{micro_batches}"] = {"equal": equal, "steps": steps, "networks": sorted(networks)}
+        disable(model)
+    return found
+
+
+@torch.no_grad()
+def generate(path: str, cache: str | None) -> dict[str, Any]:
+    """Left-padded prompts of several shapes, a batch as large as its prompts are long, and one request."""
+    stock, model = load(path), enable(load(path), strategy("comm_overlap", 2))
+    equal = []
+    for shape in ((4, 16), (6, 16), (7, 7), (5, 9), (1, 5)):
+        prompt = ids(*shape)
+        mask = torch.ones_like(prompt)
+        prompt[0, :3], mask[0, :3] = 0, 0
+        tokens = [
+            m.generate(prompt, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None,
+                       cache_implementation=cache)
+            for m in (stock, model)
+        ]  # fmt: skip
+        equal.append(torch.equal(*tokens))
+    return {"equal": equal, "steps": report(model)["steps"], "graphs": len(report(model)["programs"])}
+
+
+def training(path: str, micro_batches: int) -> dict[str, Any]:
+    model = load(path).train()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids(6, 12), labels=ids(6, 12), use_cache=False).loss.backward()
+        found = [p.grad for p in model.parameters()]
+        return [g.to_local().clone() if hasattr(g, "to_local") else g.clone() for g in found]
+
+    expected = gradients()
+    enable(model, strategy("comm_overlap", micro_batches))
+    found = [gradients() for _ in range(3)][-1]
+    forward_run, backward_run = Body.of(model).backend.runtimes
+    (plan,) = backward_run.plans
+    by_name = backward_run.capture.program.by_name
+    runs = [s for s in plan.steps if s.kind is StepKind.RUN]
+    network = [i for i, s in enumerate(runs) if by_name[s.operators[0]].resource is Resource.NETWORK]
+    needs = {v: s.operators[0] for s in runs for v in by_name[s.operators[0]].outputs}
+
+    def overlaps(i: int) -> bool:
+        """Whether compute that does not need collective i is issued after it and before compute that does."""
+        after = next((s for s in runs[i + 1 :] if s.stream == "compute"), None)
+        return after is not None and all(
+            needs.get(v) != runs[i].operators[0] for v in by_name[after.operators[0]].inputs
+        )
+
+    return {
+        "apart": max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)),
+        "gradients": len(expected),
+        "forward": [forward_run.counts.split, sum(forward_run.counts.unsplit.values())],
+        "backward_streams": sorted({runs[i].stream for i in network}),
+        "collectives": len(network),
+        "overlapping": sum(map(overlaps, network)),
+    }
+
+
+@torch.no_grad()
+def different_plans(path: str) -> dict[str, Any]:
+    """Rank 1 schedules three micro-batches; no plan may run before that is found out."""
+    model = enable(load(path), strategy("comm_overlap", 2 + dist.get_rank()))
+    try:
+        model(input_ids=ids(6, 12))
+        error = ""
+    except InactiveError as e:
+        error = str(e)
+    runs = [r.counts for r in Body.of(model).backend.runtimes]
+    return {"error": error, "graphs": len(runs), "runs": sum(c.split + sum(c.unsplit.values()) for c in runs)}
+
+
+@torch.no_grad()
+def killed(path: str) -> dict[str, Any]:
+    """Rank 1 dies inside a step, after its first all-reduce."""
+    model = enable(load(path), strategy("comm_overlap", 2))
+    model(input_ids=ids(6, 12), use_cache=False)
+    if dist.get_rank() == 1:
+        (runtime,) = Body.of(model).backend.runtimes
+        name = [o.name for o in runtime.capture.program.operators if o.resource is Resource.NETWORK][1]
+        runtime.capture.functions[name] = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+        runtime.capture.into.clear()
+        runtime._prepared.clear()
+    started = time.perf_counter()
+    try:
+        model(input_ids=ids(6, 12), use_cache=False)
+    except RuntimeError as error:
+        return {"error": str(error), "seconds": time.perf_counter() - started}
+    return {"error": ""}
+
+
+@torch.no_grad()
+def refused(path: str) -> dict[str, Any]:
+    from dynaflow_serving.errors import PartitionError
+
+    model = load(path)
+    expected = model(input_ids=ids(4, 12)).logits
+    enable(model, strategy("comm_overlap", 2))
+    try:
+        model(input_ids=ids(4, 12))
+        error = ""
+    except PartitionError as e:
+        error = str(e)
+    disable(model)
+    enable(model, strategy("comm_overlap", 2) | {"fallback": True})
+    equal = [torch.equal(model(input_ids=ids(4, 12)).logits, expected) for _ in range(2)]
+    return {"error": error, "equal": equal, "steps": report(model)["steps"]}
