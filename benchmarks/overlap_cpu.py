@@ -9,8 +9,8 @@ A Llama of this machine's own making runs under tensor parallelism of two (trans
 - overlapped: the same micro-batches under the strategy;
 - communication and compute alone: the sequential run's collectives, and its operators with collectives left out.
 overlap efficiency = (sequential - overlapped) / min(compute, communication): 1 where all that can be hidden is.
-With --training also forward and backward: the backward pass is not split, its collectives run under compute that
-does not need them.
+With --training also forward and backward: the forward in two micro-batches; the backward pass is not split, its
+collectives run under compute that does not need them.
 
 Variants take turns, round by round; figures are medians, spreads are least and greatest.
 """
@@ -45,8 +45,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", type=numbers, default=[[200.0, 300.0]], help="Mbit/s; 0: no limit")
     parser.add_argument("--micro-batches", nargs="+", type=numbers, default=[[2, 3, 4]], help="each at least 2")
     parser.add_argument("--strategy", default="comm_overlap", help="comm_overlap or nanoflow")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=12, help="sequences")
     parser.add_argument("--sequence", type=int, default=64, help="tokens of each")
     parser.add_argument("--rounds", type=int, default=7)
@@ -92,25 +92,22 @@ def run_ranks(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title)
-    for head in ("Mbit/s", "N", "eager ms", "sequential ms", "overlapped ms", "(min - max)", "communication ms",
-                 "compute ms", "efficiency", "vs sequential", "vs eager (min - max)", "equal"):  # fmt: skip
-        table.add_column(head, justify="right")
+    table = Table(title=f"{title}; milliseconds, medians (min - max)")
+    for head in ("Mbit/s", "N", "eager", "sequential", "overlapped", "network alone", "compute alone", "efficiency",
+                 "vs sequential", "vs eager", "equal"):  # fmt: skip
+        table.add_column(head, justify="right", no_wrap=True)
     for r in rows:
-        low, high = r["spread_ms"]["overlapped"]
-        eager = r["speedup_over_eager"]
         table.add_row(
             f"{r['rate_mbit']:g}" if r["rate_mbit"] else "no limit",
             str(r["micro_batches"]),
-            *(f"{r[k]:.0f}" for k in ("eager_ms", "sequential_ms", "overlapped_ms")),
-            f"{low:.0f} - {high:.0f}",
-            *(f"{r[k]:.0f}" for k in ("communication_ms", "compute_ms")),
+            *(f"{r[f'{k}_ms']:.0f}" for k in ("eager", "sequential")),
+            "{:.0f} ({:.0f} - {:.0f})".format(r["overlapped_ms"], *r["spread_ms"]["overlapped"]),
+            *(f"{r[f'{k}_ms']:.0f}" for k in ("communication", "compute")),
             f"{r['overlap_efficiency']:.2f}",
-            f"{r['speedup_over_sequential']['median']:.2f}",
-            f"{eager['median']:.2f} ({eager['min']:.2f} - {eager['max']:.2f})",
+            *("{median:.2f} ({min:.2f} - {max:.2f})".format(**r[f"speedup_over_{k}"]) for k in ("sequential", "eager")),
             r["equal"],
         )
-    Console(width=max(150, Console().width)).print(table)
+    Console(width=max(190, Console().width)).print(table)
 
 
 def main() -> None:
@@ -123,7 +120,7 @@ def main() -> None:
     what = "2 ranks, gloo, CPU, emulated network"
     show(f"Llama body, forward ({what})", figures["rows"])
     if figures["training"]:
-        show(f"Llama body, forward and backward ({what}); the backward pass is not split", figures["training"])
+        show(f"Llama body, forward (split in two) and backward (not split) ({what})", figures["training"])
     if options.json:
         about = {
             "command": " ".join(["python", *sys.argv]),

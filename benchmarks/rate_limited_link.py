@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 INTERFACE = "dynaflow"  # the name of the link inside each namespace
-BURST_KB = 256  # what may leave at once: small against a message, or the limit would not show
+SEGMENT_BYTES = 16384  # what TCP hands down at a time; smaller pieces cost CPU at every arrival
+BURST_KB = 32  # what may leave at once: at least a segment; a large one would hide communication after every pause
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def link() -> Iterator[tuple[Side, Side]]:
             _run("ip", "link", "set", end, "netns", side.namespace, "name", INTERFACE)
             _run(*side.command("ip", "addr", "add", f"{side.address}/24", "dev", INTERFACE))
             _run(*side.command("ip", "link", "set", "lo", "up"))
+            size = ("gso_max_size", str(SEGMENT_BYTES))
+            _run(*side.command("ip", "link", "set", INTERFACE, *size))
             _run(*side.command("ip", "link", "set", INTERFACE, "up"))
         yield sides[0], sides[1]
 

@@ -4,12 +4,12 @@ Contract
 - `compile(model, "nanoflow")` marks the batch dimension and names our errors; it is `torch.compile(model,
   backend="dynaflow", options={"strategy": "nanoflow"})`, where the caller sees to a dynamic batch.
 - The graph is captured by Dynamo and, with `level="aot"`, lowered to ATen, where DTensor's collectives
-  are operators of their own.
+  are operators of their own; `level="inductor"` also compiles each compute operator.
 - `batch_dim` of every tensor argument that has the same size there is the token axis; it is made dynamic,
   so that one graph serves the micro-batches and the whole.
 - Outputs equal those of the un-split model; models that mix the batch are refused by name, after their first,
   un-split, call. Of a model in several graphs those that mix the batch run whole, which is counted.
-- Training works at `level="dynamo"`: autograd runs through the operators of the plan. At `level="aot"` the
+- Training works at `level="dynamo"`: autograd runs through the operators of the plan. At the other levels the
   forward runs under the plan, and so does the backward graph: it sums gradients over the batch, so it is not
   split, but a strategy that orders un-split steps (`comm_overlap`) runs its collectives under other compute.
 - With collectives in a graph, all ranks of their groups compare plans before the first one runs.
@@ -21,7 +21,7 @@ import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
@@ -34,12 +34,14 @@ from dynaflow_serving.executor import EXECUTORS, Executor, ExecutorOptions, get_
 from dynaflow_serving.ir import Batch
 from dynaflow_serving.partition import Capture, partition
 from dynaflow_serving.partition.effects import fake_value
+from dynaflow_serving.partition.inductor import compile_pieces
 from dynaflow_serving.partition.input_writes import settle_input_writes
 from dynaflow_serving.partition.rows import Rows, expression
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.scheduler import OpScheduler
 
-Level = Literal["dynamo", "aot"]
+Level = Literal["dynamo", "aot", "inductor"]
+LEVELS = get_args(Level)
 
 
 class Compiled(torch.nn.Module):
@@ -131,6 +133,7 @@ class Backend:
             raise PartitionError(f"this model cannot be split: {reasons[0]}")
 
     def _forward_runner(self, gm: fx.GraphModule, rows: dict[str, int]) -> Callable[..., Any]:
+        gm.graph.eliminate_dead_code()
         positions = settle_input_writes(gm, Rows(batch_symbols(gm, self.batch_dim)))
         run = self._runner(gm, rows)
         if not positions:
@@ -148,6 +151,7 @@ class Backend:
         tokens = batch_symbols(gm, self.batch_dim)
         if not tokens or not self.strategy.schedules_unsplit:
             return gm
+        gm.graph.eliminate_dead_code()
         return self._add(gm, partition(gm, tokens=tokens, rows=rows))
 
     def _runner(self, gm: fx.GraphModule, rows: dict[str, int] | None = None) -> Callable[..., Any]:
@@ -164,6 +168,8 @@ class Backend:
         device = _device(gm)
         if device not in self._executors:
             self._executors[device] = get_executor(self.executor, device, self.options)
+        if self.level == "inductor":
+            compile_pieces(capture, {})
         runtime = Runtime(capture, self.strategy, self._executors[device])
         self.runtimes.append(runtime)
         outputs = [capture.program.values[v] for v in capture.program.outputs]
@@ -193,7 +199,7 @@ def compile(
     """`model` under `strategy`: a name, a YAML file, a mapping, or a strategy object.
 
     config: options of the strategy, when `strategy` is a name.
-    level: "dynamo" keeps the model's own calls as operators; "aot" lowers to ATen first.
+    level: "dynamo" keeps the model's own calls as operators; "aot" lowers to ATen first; "inductor" compiles these too.
     Raises `ConfigError` here, and `AnnotationError`, `PartitionError` on the first call.
     """
     return Compiled(model, make_backend(strategy, config, batch_dim, level, executor), batch_dim)
@@ -207,8 +213,8 @@ def make_backend(
     executor: str = "auto",
 ) -> Backend:
     """The backend that `compile` uses. Raises `ConfigError`."""
-    if level not in ("dynamo", "aot"):
-        raise ConfigError(f"level must be 'dynamo' or 'aot', not {level!r}")
+    if level not in LEVELS:
+        raise ConfigError(unknown_name("level", level, LEVELS))
     if executor not in (*EXECUTORS, "auto"):
         raise ConfigError(unknown_name("executor", executor, [*EXECUTORS, "auto"]))
     if isinstance(strategy, OpScheduler):

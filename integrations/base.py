@@ -2,7 +2,8 @@
 
 Contract
 - `attach` hooks the engine in this process; it is idempotent, imports the engine itself, and is called by
-  the engine's own plugin mechanism. Nothing is changed for engines that do not ask for DynaFlow.
+  the engine's own plugin mechanism, or, where there is none, when a model is enabled. Nothing is changed
+  for engines that do not ask for DynaFlow.
 - A release outside `supported` is an `InactiveError` naming the supported ones; it is raised before weights load.
 - What an integration does in a worker (capture, describe a step's batch, enter a micro-batch's context) it
   does with a `session.Session`, which decides, counts, reports and compares ranks for every engine alike.

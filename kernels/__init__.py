@@ -8,18 +8,24 @@ Contract
 - Every kernel has a plain PyTorch reference with the same signature that tests compare it with.
 - What no operator passes (an epsilon, the name of a process group) is a keyword, fixed where it is asked for:
   `s.execute(ops, replace=get_kernel("add_rms_norm", eps=1e-5))`.
+- A `Composed` kernel is made for each of its steps when a Plan is bound, of the replaced operators' own callables.
 - The modules of the shipped kernels, and triton with them, are imported when one is asked for.
 """
 
 from __future__ import annotations
 
+import abc
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial, wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynaflow_serving.errors import ScheduleError, unknown_name
+
+if TYPE_CHECKING:
+    from dynaflow_serving.ir import Plan, Step
+    from dynaflow_serving.partition import Capture
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,6 +35,17 @@ class Kernel:
     name: str
     function: Callable[..., Any]  # as a Plan calls it
     reference: Callable[..., Any]
+
+
+class Composed(abc.ABC):
+    """What stands in for operators in another way than one after the other, but computes with their own callables.
+    `__name__` is what a Plan's text calls it."""
+
+    __name__: str
+
+    @abc.abstractmethod
+    def __call__(self, capture: Capture, plan: Plan, step: Step) -> Callable[..., Any]:
+        """The kernel of `step`, a REPLACE of `plan`."""
 
 
 KERNELS: dict[str, Kernel] = {}

@@ -42,6 +42,7 @@ def _load_all() -> None:
         nanoflow,
         prefill_decode,
         sequential,
+        token_weave,
     )
 
     for point in entry_points(group="dynaflow_serving.strategies"):

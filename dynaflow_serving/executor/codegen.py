@@ -15,6 +15,7 @@ import torch
 
 from dynaflow_serving.dependencies import external_ports
 from dynaflow_serving.ir import Instance, Plan, Scope, Step, StepKind
+from dynaflow_serving.kernels import Composed
 from dynaflow_serving.partition.capture import Capture
 
 
@@ -40,6 +41,7 @@ class Emitter:
         self.index = {op.name: i for i, op in enumerate(self.program.operators)}
         self.names |= {f"k_{i}": k for i, k in enumerate(kernels.values())}
         self.kernel_names = {name: f"k_{i}" for i, name in enumerate(kernels)}
+        self.kernels = kernels
         self.makers = {v: f"b{i}" for i, v in enumerate(capture.buffers)}
         self.names |= {self.makers[v]: maker for v, maker in capture.buffers.items()}
         self.mergers = {v: f"m{i}" for i, v in enumerate(capture.mergers)}
@@ -127,7 +129,7 @@ class Emitter:
             self.entered = step.start
             lines.append(f"enter({step.start})")
         if step.kind is StepKind.REPLACE:
-            function = self.kernel_names[step.kernel]
+            function = self._kernel(step)
         elif step.into:
             function = f"g{self.index[op.name]}"
             for v in op.into:
@@ -146,6 +148,13 @@ class Emitter:
         ]
         assign = f"{', '.join(targets)} = " if targets else ""
         return [*lines, f"{assign}{function}({', '.join(arguments)})"]
+
+    def _kernel(self, step: Step) -> str:
+        name, kernel = self.kernel_names[step.kernel], self.kernels[step.kernel]
+        if isinstance(kernel, Composed):
+            name = f"{name}_{self.index[step.operators[0]]}_{step.start}"
+            self.names[name] = kernel(self.capture, self.plan, step)
+        return name
 
     def _merge(self, whole: Instance, parts: tuple[Instance, ...]) -> list[str]:
         if self.buffer_of.get((whole.value, whole.start)) != whole:

@@ -66,7 +66,7 @@ def _name(region: Region) -> str:
         common.append(parts[0])
     if paths and not any(p.isdigit() for p in common):  # nodes of two layers (a residual add, the next norm)
         common = paths[-1][: next((i + 1 for i, p in enumerate(paths[-1]) if p.isdigit()), 2)]
-    common = [p for p in common if p not in ("model", "self")]
+    common = [p for p in common if p not in ("model", "self", "__self__")]
     depth = next((i + 1 for i, p in enumerate(common) if p.isdigit()), len(common))
     marked = region.mark["name"] if region.mark else ""
     kind = marked or ".".join(common[depth : depth + 1]) or "compute"

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from support import lowered, manual, program_of, without
 
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.errors import InactiveError, PlanError
 from dynaflow_serving.examples import example_capture
+from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.integrations.session import Session
+from dynaflow_serving.ir import StepKind
+from dynaflow_serving.verify import verify
 
 
 def session(**options: Any) -> Session:
     config = Config(strategy="nanoflow", options={"min_tokens": 4, **options})
     return Session(config, "cpu", "test", logging.getLogger("test"))
+
+
+def leave(close: Callable[[], None]) -> None:
+    """End threads, and leave the group together: a rank that exits early can abort the other's gloo threads."""
+    close()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def agree(rank: int, folder: str, micro_batches: list[int]) -> None:
@@ -30,4 +45,60 @@ def agree(rank: int, folder: str, micro_batches: list[int]) -> None:
     except InactiveError as error:
         outcome = str(error)
     Path(folder, f"rank{rank}").write_text(outcome)
-    dist.destroy_process_group()
+    leave(s.close)
+
+
+# make -> all_reduce (in place, on the network stream) -> read
+REDUCED = """
+value x batch:0
+value y batch:0
+value z batch:0
+inputs x
+op make compute
+  inputs x
+  outputs y
+op all_reduce network group=world
+  tags all_reduce
+  inputs y
+  writes y
+op read compute
+  inputs y
+  outputs z
+outputs z
+"""
+
+
+def race(rank: int, folder: str) -> None:
+    """A real all-reduce on the network stream, with its wait and without. It is sent only when `read` has read, or,
+    with the wait, when `read` has not come within a tenth of a second: the outcome does not hang on luck."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    has_read, started = threading.Event(), threading.Event()
+
+    def all_reduce(y: torch.Tensor) -> None:
+        started.set()
+        has_read.wait(0.1)
+        dist.all_reduce(y)
+
+    def read(y: torch.Tensor) -> torch.Tensor:
+        assert started.wait(5)
+        z = y.clone()
+        has_read.set()
+        return z
+
+    program = program_of(REDUCED)
+    capture = manual(program, make=torch.clone, all_reduce=all_reduce, read=read)
+    plan = lowered(program, 1, ("make", 0, "compute"), ("all_reduce", 0, "network"), ("read", 0, "compute"))
+    racy = without(plan, StepKind.WAIT, "compute")
+    try:
+        verify(program, racy)
+        verdict = "accepted"
+    except PlanError as error:
+        verdict = str(error).splitlines()[0]
+    executor, x = CPUExecutor(), torch.full((3,), rank + 1.0)
+    results = []
+    for p in (plan, racy):
+        started.clear()
+        has_read.clear()
+        results.append(executor.bind(capture, p, {})([x], [0, 3], lambda micro_batch: None)[0].tolist())
+    Path(folder, f"rank{rank}").write_text(json.dumps({"with": results[0], "without": results[1], "verdict": verdict}))
+    leave(executor.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,12 @@ def test_ranks_with_different_plans_are_found_before_the_first_step(
         else:
             assert "the ranks would run different plans" in outcome
             assert "micro_batches=3" in outcome
+
+
+def test_a_collective_that_is_not_waited_for_corrupts_the_result_and_the_verifier_says_so(tmp_path: Path) -> None:
+    mp.spawn(ranks.race, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert found["with"] == [3.0] * 3
+        assert found["without"] == [rank + 1.0] * 3  # the rank's own share, not the sum
+        assert "does not wait" in found["verdict"]

@@ -118,8 +118,8 @@ def test_another_batch_dimension_and_keyword_arguments() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ConfigError, match="level must be 'dynamo' or 'aot', not 'inductor'"):
-        dynaflow.compile(Net(), SPLIT, level="inductor")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"unknown level 'inducter'. Did you mean 'inductor'"):
+        dynaflow.compile(Net(), SPLIT, level="inducter")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown option 'min_token'"):
         dynaflow.compile(Net(), "nanoflow", config={"min_token": 3})
     with pytest.raises(ConfigError, match="unknown executor 'gpu'"):
@@ -214,3 +214,19 @@ def test_what_an_aot_graph_writes_into_its_inputs() -> None:
     graphs = [str(piece.graph) for piece in runtime.capture.pieces.values()]
     assert any("index_copy_.default" in g for g in graphs)  # in place, not a copy of the cache and a copy back
     assert not any("copy_.default](args = (%" in g.replace("index_copy_.default", "") for g in graphs)
+
+
+def test_operators_compiled_by_inductor() -> None:
+    from torch._inductor import metrics
+
+    metrics.reset()
+    model = Net()
+    compiled = dynaflow.compile(model, SPLIT, level="inductor")
+    for size in (8, 9, 5):
+        x = torch.randn(size, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+    (runtime,) = compiled.runtimes
+    assert runtime.counts.split == 3
+    computes = [o for o in runtime.capture.program.operators if o.resource == "compute"]
+    assert len(computes) > 1 and metrics.generated_kernel_count >= len(computes)

@@ -52,12 +52,12 @@ def ids(*shape: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def forward(path: str, strategies: list[tuple[str, int]]) -> dict[str, Any]:
+def forward(path: str, strategies: list[tuple[str, dict[str, int]]]) -> dict[str, Any]:
     model = load(path)
     expected = {size: model(input_ids=ids(size, 12)).logits for size in (8, 5, 3)}
     found: dict[str, Any] = {}
-    for name, micro_batches in strategies:
-        enable(model, strategy(name, micro_batches))
+    for name, options in strategies:
+        enable(model, {"strategy": name, "options": options})
         equal = [torch.equal(model(input_ids=ids(size, 12)).logits, logits) for size, logits in expected.items()]
         steps = report(model)["steps"]
         networks = {
@@ -68,7 +68,7 @@ def forward(path: str, strategies: list[tuple[str, int]]) -> dict[str, Any]:
             if plan.micro_batches > 1
             and any(runtime.capture.program.by_name[n].resource is Resource.NETWORK for n in s.operators)
         }
-        found[f"{name} x{micro_batches}"] = {"equal": equal, "steps": steps, "networks": sorted(networks)}
+        found[f"{name} {options}"] = {"equal": equal, "steps": steps, "networks": sorted(networks)}
         disable(model)
     return found
 

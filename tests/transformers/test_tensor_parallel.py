@@ -17,8 +17,10 @@ Ranks = Callable[..., list[dict[str, Any]]]
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
 def test_logits_equal_with_2_3_and_4_micro_batches(models: dict[str, str], two_ranks: Ranks, kind: str) -> None:
-    strategies = [("comm_overlap", 2), ("comm_overlap", 3), ("comm_overlap", 4), ("nanoflow", 2), ("sequential", 2)]
-    for found in two_ranks(scenarios.forward, models[kind], strategies if kind == "llama" else strategies[1:2]):
+    strategies = [("comm_overlap", {"micro_batches": n, "min_tokens": 1}) for n in (3, 2, 4)]
+    strategies += [(name, {"micro_batches": 2, "min_tokens": 1}) for name in ("nanoflow", "sequential")]
+    strategies += [("token_weave", {"min_tokens": 1, "tile": 1})]
+    for found in two_ranks(scenarios.forward, models[kind], strategies if kind == "llama" else strategies[:1]):
         for name, outcome in found.items():
             assert all(outcome["equal"]), name
             assert outcome["steps"]["split"] >= 3, name

@@ -1,0 +1,153 @@
+"""TokenWeave (arXiv 2505.11329; DynaFlow paper, section 6): all-reduce, residual add and norm as one operator on
+shards of the tokens, on the network stream, beside the compute of the other half of the tokens.
+
+    compute  c0@0  c0@1            c1@0            c1@1
+    network        rs norm ag @0   rs norm ag @1
+
+The step is cut into two at a multiple of the GEMM tile, near the middle, where the halves together run the fewest
+waves of tiles: a careless cut adds a wave, which costs more than the overlap gains.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import Field
+from torch import fx
+
+from dynaflow_serving.annotations import CALLS, Rule, function_names
+from dynaflow_serving.errors import ScheduleError
+from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Operator, Program, Resource, Scope, Split
+from dynaflow_serving.kernels.shard_tokens import ShardTokens
+from dynaflow_serving.partition.effects import fake_value
+from dynaflow_serving.scheduler import OpScheduler, Options, Schedule, Task
+from dynaflow_serving.splitting import cut_at_tokens, whole
+from dynaflow_serving.strategies import register_strategy
+
+SHARD_TOKENS = ShardTokens()
+REPLICATED = "replicated"
+_TOKEN_WISE = {  # what residual adds and norms are made of; they keep equal ranks equal
+    "add", "sub", "mul", "div", "truediv", "pow", "square", "mean", "var", "sqrt", "rsqrt", "neg", "to", "float",
+    "type", "type_as", "_to_copy", "rms_norm", "layer_norm",
+}  # fmt: skip
+
+
+_TAILS: WeakKeyDictionary[fx.Graph, dict[str, str]] = WeakKeyDictionary()
+
+
+class AfterAllReduce(Rule):
+    """What follows an all-reduce with nothing beside residuals and one-dimensional weights: add and norm."""
+
+    def instance(self, node: fx.Node) -> str | None:
+        if node.graph not in _TAILS:
+            _TAILS[node.graph] = _tails(node.graph, self.target)
+        return _TAILS[node.graph].get(node.name)
+
+    def candidates(self, node: fx.Node) -> str | None:
+        return max(function_names(node), key=len, default=None)
+
+
+def _tails(graph: fx.Graph, collective: str) -> dict[str, str]:
+    """Node -> the newest all-reduce that it follows token by token."""
+    follows: dict[fx.Node, tuple[int, str]] = {}  # also the collectives and their waits
+    tails: dict[str, str] = {}
+    for i, node in enumerate(n for n in graph.nodes if n.op in CALLS):
+        names = function_names(node)
+        known = [follows[a] for a in node.all_input_nodes if a in follows]
+        others = [a for a in node.all_input_nodes if a not in follows]
+        if collective in names:
+            follows[node] = i, node.name
+        elif names & {"wait_tensor"} and known:
+            follows[node] = known[0]
+        elif names & {"copy_"} and node.args[1] in follows:  # an all-reduce in place, as Transformers has it
+            follows[node] = follows[node.args[0]] = follows[node.args[1]]
+            tails[node.name] = follows[node][1]
+        elif names & _TOKEN_WISE and known and all(_is_replicated(a, node) for a in others):
+            follows[node] = max(known)
+            tails[node.name] = follows[node][1]
+    return tails
+
+
+def _is_replicated(argument: fx.Node, node: fx.Node) -> bool:
+    """Whether `argument` is a number, a vector (a norm's weight), or a residual that `node` adds. Tensor parallelism
+    has these on all ranks; the kernel checks that it is so."""
+    x, y = fake_value(argument), fake_value(node)
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return True
+    if x.dim() <= 1:
+        return all(isinstance(size, int) for size in x.shape)
+    return "add" in function_names(node) and x.shape == y.shape
+
+
+class TokenWeaveOptions(Options):
+    min_tokens: int = Field(
+        2048, ge=1, description="a step is not split if a half would have fewer tokens (paper: 4096 a step)"
+    )
+    tile: int = Field(128, ge=1, description="tokens of one GEMM tile; the cut is at a multiple of it")
+    columns: int = Field(32, ge=1, description="tiles side by side in the widest product: its width / 128 or so")
+    multiprocessors: int = Field(132, ge=1, description="tiles that run at once: SMs of the device (H100: 132)")
+
+
+@register_strategy("token_weave")
+class TokenWeave(OpScheduler):
+    Options = TokenWeaveOptions
+    annotations = (AfterAllReduce("_c10d_functional::all_reduce", "add_norm", Resource.MEMORY, (REPLICATED,)),)
+
+    def split(self, batch: Batch) -> Split:
+        o = self.options
+        cut = weave_point(sum(batch.tokens), o.min_tokens, o.tile, o.columns, o.multiprocessors)
+        if not cut:
+            return whole(batch, f"a half would have under {o.min_tokens} tokens")
+        return cut_at_tokens(batch, [cut], o.min_tokens)
+
+    def schedule(self, s: Schedule) -> None:
+        done: set[Task] = set()
+        while s.get_ready_ops():
+            for micro_batch in range(s.micro_batches):
+                for task in s.get_ready_ops(micro_batch):
+                    group = self._with_tail(s, task, done)
+                    network = task.resource is Resource.NETWORK
+                    s.execute(
+                        group,
+                        stream="network" if network else COMPUTE_STREAM,
+                        replace=SHARD_TOKENS if len(group) > 1 else None,
+                    )
+                    done.update(group)
+        tails = [o.name for o in s.program.operators if REPLICATED in o.tags]
+        if tails and not s.kernels:
+            raise ScheduleError(
+                f"token_weave: none of the {len(tails)} operators that follow an all-reduce ({tails[0]} ...) can run "
+                "on a shard of the tokens. Where collectives work in place (Transformers), use level='aot'; else use "
+                "strategy 'nanoflow'"
+            )
+
+    @staticmethod
+    def _with_tail(s: Schedule, task: Task, done: set[Task]) -> list[Task]:
+        """An all-reduce and the replicated operators that wait for nothing else."""
+        group = [task]
+        if "all_reduce" in task.tags and not task.operator.writes:
+            for member in group:
+                for t in s.successors(member):
+                    ready = all(p in done or p in group for p in s.predecessors(t))
+                    if t not in group and ready and REPLICATED in t.tags and _shardable(s.program, t.operator):
+                        group.append(t)
+        return group
+
+
+def _shardable(program: Program, op: Operator) -> bool:
+    local = any(program.values[v].scope is Scope.LOCAL for v in (*op.inputs, *op.outputs))
+    return not (local or op.writes or op.reads or op.context)
+
+
+@lru_cache(maxsize=4096)
+def weave_point(tokens: int, least: int, tile: int, columns: int, multiprocessors: int) -> int:
+    """Where to cut `tokens` in two: the multiple of `tile`, with `least` on both sides, that makes the fewest waves in
+    total, nearest to the middle among equals. 0: nowhere."""
+
+    def waves(part: int) -> int:
+        return -(-(-(-part // tile) * columns) // multiprocessors)
+
+    cuts = range(tile * max(1, -(-least // tile)), tokens - least + 1, tile)
+    return min(cuts, key=lambda c: (waves(c) + waves(tokens - c), abs(2 * c - tokens)), default=0)

@@ -1,0 +1,71 @@
+"""`enable` in one process: what is declined, before the first forward; and a model without tensor parallelism."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from dynaflow_serving.errors import ConfigError, InactiveError
+from dynaflow_serving.integrations.transformers import TransformersIntegration, enable, report
+
+SPLIT = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
+
+
+@pytest.fixture
+def model(models: dict[str, str]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch._dynamo.reset()
+    return AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32).eval()
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 2000, shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_one_process_and_a_yaml_file(model: Any, tmp_path: Any) -> None:
+    file = tmp_path / "nanoflow.yaml"
+    file.write_text("strategy: nanoflow\noptions: {min_tokens: 2, micro_batches: 2}\n")
+    names = set(model.state_dict())
+    with torch.no_grad():
+        expected = [model(input_ids=ids(n, 9)).logits for n in (6, 3)]
+        assert enable(model, str(file)) is model
+        for n, logits in zip((6, 3), expected, strict=True):
+            assert torch.equal(model(input_ids=ids(n, 9)).logits, logits)
+    assert report(model)["steps"] == {"split": 1, "unsplit": {"a micro-batch would have under 2 tokens": 1}}
+    assert set(model.state_dict()) == names
+
+
+def test_declined(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'"):
+        enable(model, "nanoflw")
+    with pytest.raises(InactiveError, match="takes a transformers PreTrainedModel, not Linear"):
+        enable(torch.nn.Linear(2, 2), SPLIT)
+    with pytest.raises(InactiveError, match="is not enabled: call"):
+        report(model)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(InactiveError, match="LlamaForCausalLM: gradient checkpointing is not supported yet"):
+        enable(model, SPLIT)
+    model.gradient_checkpointing_disable()
+    monkeypatch.setattr(model.config, "is_encoder_decoder", True)
+    with pytest.raises(InactiveError, match="encoder-decoder models are not supported yet"):
+        enable(model, SPLIT)
+    monkeypatch.undo()
+    enable(model, SPLIT)
+    with pytest.raises(InactiveError, match="enabled already"):
+        enable(model, SPLIT)
+
+
+def test_a_release_that_was_not_tested(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TransformersIntegration, "installed_version", lambda self: "4.40.0")
+    with pytest.raises(InactiveError, match=r"supports transformers 5\.19\.0; installed is 4\.40\.0"):
+        enable(model, SPLIT)
+    with caplog.at_level(logging.WARNING, "dynaflow_serving"):
+        enable(model, {**SPLIT, "fallback": True})
+    assert "not active (fallback: true)" in caplog.text
+    assert "forward" not in model.base_model.__dict__
