@@ -64,16 +64,17 @@ class Compiled(torch.nn.Module):
             if size < 2:
                 return self.model(*args, **kwargs)  # Dynamo specialises on 0 and 1; there is nothing to split
             tensors = [t for t in tensors if t.shape[dim] == size]
-        return self.run(tensors, args, kwargs)
+        result = self.run(tensors, args, kwargs)
+        self._backend.check_active()
+        return result
 
     def run(self, batched: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model; `batched` are the tensors (arguments, caches) of one batch size, which is above 1."""
+        """Call the model; `batched` are the tensors (arguments, caches) of one batch size, which is above 1. Whether
+        anything could be split is the caller's to ask (`Backend.check_active`)."""
         for tensor in batched:
             torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
         with unwrapped_errors():
-            result = self._compiled(list(batched), args, kwargs)
-        self._backend.check_active()
-        return result
+            return self._compiled(list(batched), args, kwargs)
 
     def _same_batch(self, batched: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model, with the batch sizes equal by decree: a tensor that is only indexed would keep its own symbol."""
@@ -268,7 +269,7 @@ def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
 def _same_size(gm: fx.GraphModule, batch_dim: int, symbols: set[Any]) -> list[str]:
     """Inputs whose size at `batch_dim` is another symbol than `symbols`, but was the same number while tracing: a
     split would hand them whole to every micro-batch."""
-    sizes = {
+    sizes: dict[str, Any] = {
         n.name: fake.shape[batch_dim]
         for n in gm.graph.nodes
         if n.op == "placeholder" and isinstance(fake := fake_value(n), torch.Tensor) and fake.dim() > batch_dim

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import AnnotationError, InactiveError, PartitionError
+from dynaflow_serving.errors import InactiveError, PartitionError
 from dynaflow_serving.ir import Batch
 from dynaflow_serving.runtime import StepCounts, report
 from dynaflow_serving.splitting import whole
@@ -77,14 +77,16 @@ class Body:
                     # A static address would make the whole shape static; we capture no graph that needs it.
                     tensor.__dict__.pop("_dynamo_static_input_type", None)
                     batched.append(tensor)
+        result = self.compiled.run(batched, args, kwargs)
         try:
-            return self.compiled.run(batched, args, kwargs)
-        except (PartitionError, AnnotationError, InactiveError) as error:
+            self.backend.check_active()
+        except (PartitionError, InactiveError) as error:
             if not self.fallback:
                 raise
+            # The result is right, the caches are written: it is from the next call on that stock code runs.
             logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
             self.refused = f"fallback: {error}"
-            return self.original(*args, **kwargs)
+        return result
 
     def report(self) -> dict[str, Any]:
         counts = StepCounts(0, self.counts.unsplit.copy())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support import lowered, manual, program_of, without
+from support import IN_PLACE, TWO_STREAMS, lowered, manual, no_context, program_of, without
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError, PlanError
@@ -48,26 +48,6 @@ def agree(rank: int, folder: str, micro_batches: list[int]) -> None:
     leave(s.close)
 
 
-# make -> all_reduce (in place, on the network stream) -> read
-REDUCED = """
-value x batch:0
-value y batch:0
-value z batch:0
-inputs x
-op make compute
-  inputs x
-  outputs y
-op all_reduce network group=world
-  tags all_reduce
-  inputs y
-  writes y
-op read compute
-  inputs y
-  outputs z
-outputs z
-"""
-
-
 def race(rank: int, folder: str) -> None:
     """A real all-reduce on the network stream, with its wait and without. It is sent only when `read` has read, or,
     with the wait, when `read` has not come within a tenth of a second: the outcome does not hang on luck."""
@@ -85,9 +65,9 @@ def race(rank: int, folder: str) -> None:
         has_read.set()
         return z
 
-    program = program_of(REDUCED)
-    capture = manual(program, make=torch.clone, all_reduce=all_reduce, read=read)
-    plan = lowered(program, 1, ("make", 0, "compute"), ("all_reduce", 0, "network"), ("read", 0, "compute"))
+    program = program_of(IN_PLACE)
+    capture = manual(program, make=torch.clone, bump=all_reduce, read=read)
+    plan = lowered(program, 1, *TWO_STREAMS)
     racy = without(plan, StepKind.WAIT, "compute")
     try:
         verify(program, racy)
@@ -99,6 +79,6 @@ def race(rank: int, folder: str) -> None:
     for p in (plan, racy):
         started.clear()
         has_read.clear()
-        results.append(executor.bind(capture, p, {})([x], [0, 3], lambda micro_batch: None)[0].tolist())
+        results.append(executor.bind(capture, p, {})([x], [0, 3], no_context)[0].tolist())
     Path(folder, f"rank{rank}").write_text(json.dumps({"with": results[0], "without": results[1], "verdict": verdict}))
     leave(executor.close)

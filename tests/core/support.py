@@ -17,6 +17,25 @@ from dynaflow_serving.scheduler import Schedule
 from dynaflow_serving.torch_backend import batch_symbols
 from dynaflow_serving.verify import verify
 
+# make -> bump (in place, on the network stream, slowly) -> read
+IN_PLACE = """
+value x batch:0
+value y batch:0
+value z batch:0
+inputs x
+op make compute
+  inputs x
+  outputs y
+op bump network
+  inputs y
+  writes y
+op read compute
+  inputs y
+  outputs z
+outputs z
+"""
+TWO_STREAMS = (("make", 0, "compute"), ("bump", 0, "network"), ("read", 0, "compute"))
+
 
 def trace(fn: Callable[..., Any], *examples: torch.Tensor, dim: int = 0) -> fx.GraphModule:
     """The Dynamo graph of `fn`, with dimension `dim` of every example symbolic."""
@@ -80,3 +99,7 @@ def replaced(plan: Plan, steps: list[Step]) -> Plan:
 
 def names(capture: Capture) -> list[str]:
     return [o.name for o in capture.program.operators]
+
+
+def no_context(micro_batch: int) -> None:
+    """The `enter` of plans whose operators read no context."""

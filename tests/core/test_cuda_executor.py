@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_standin import FakeCuda, FakeEvent, FakeStream
-from support import arguments, lowered, manual, program_of, without
+from support import IN_PLACE, TWO_STREAMS, arguments, lowered, manual, no_context, program_of, without
 
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError
@@ -22,29 +22,6 @@ from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition import Capture
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.torch_backend import compile
-
-# make -> bump (in place, on the network stream) -> read
-IN_PLACE = """
-value x batch:0
-value y batch:0
-value z batch:0
-inputs x
-op make compute
-  inputs x
-  outputs y
-op bump network
-  inputs y
-  writes y
-op read compute
-  inputs y
-  outputs z
-outputs z
-"""
-TWO_STREAMS = (("make", 0, "compute"), ("bump", 0, "network"), ("read", 0, "compute"))
-
-
-def no_context(micro_batch: int) -> None:
-    pass
 
 
 def bound(cuda: FakeCuda, streams: dict[str, Any] | None = None, bump: Any = lambda y: None) -> Any:

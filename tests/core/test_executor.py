@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import lowered, manual, program_of, replaced, without
+from support import IN_PLACE, TWO_STREAMS, lowered, manual, no_context, program_of, replaced, without
 
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.executor import get_executor
@@ -18,35 +18,12 @@ from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.ir import StepKind
 
-# make -> bump (in place, on the network stream, slowly) -> read
-IN_PLACE = """
-value x batch:0
-value y batch:0
-value z batch:0
-inputs x
-op make compute
-  inputs x
-  outputs y
-op bump network
-  inputs y
-  writes y
-op read compute
-  inputs y
-  outputs z
-outputs z
-"""
-TWO_STREAMS = (("make", 0, "compute"), ("bump", 0, "network"), ("read", 0, "compute"))
-
 
 @pytest.fixture
 def cpu():
     executor = CPUExecutor()
     yield executor
     executor.close()
-
-
-def no_context(micro_batch: int) -> None:
-    pass
 
 
 def test_a_missing_wait_corrupts_the_result_and_the_wait_repairs_it(cpu: CPUExecutor) -> None:
