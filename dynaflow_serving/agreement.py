@@ -45,4 +45,4 @@ def groups_of(gm: fx.GraphModule) -> list[Any]:
         return []
     from torch.distributed import distributed_c10d
 
-    return [distributed_c10d._resolve_process_group(name) for name in names]  # type: ignore[arg-type]
+    return [distributed_c10d._resolve_process_group(name) for name in names]  # type: ignore[arg-type, attr-defined]
