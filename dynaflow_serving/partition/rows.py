@@ -66,7 +66,8 @@ class Rows:
             if known and self.outside(source) == self.outside(fake):
                 self.adjacent[node.name] = rows
         elif not inputs:
-            self.tiled.add(node.name)
+            if any(self._of(a) for a in node.all_input_nodes):  # a new buffer (torch.empty) holds no token's rows yet
+                self.tiled.add(node.name)
         elif all(self.adjacent.get(name) == k == rows for name, k in inputs.items()):
             self.adjacent[node.name] = rows
 

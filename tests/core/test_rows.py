@@ -56,6 +56,11 @@ def test_rows_of_several_tokens_are_not_regrouped() -> None:
     assert "reshapes across the token axis" in program.unsplittable
 
 
+def test_a_new_flat_buffer_may_be_viewed_by_token() -> None:
+    program = capture(lambda x: border(torch.empty(3 * x.shape[0]).view(-1, 3).copy_(x)), torch.randn(4, 3)).program
+    assert not program.unsplittable
+
+
 def own_row(x: torch.Tensor) -> torch.Tensor:
     rows = torch.arange(x.shape[0])[:, None]
     return border(x + 1) * x[rows, torch.arange(x.shape[1])[None, :]]
