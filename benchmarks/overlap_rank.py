@@ -9,6 +9,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,31 +51,39 @@ def build(settings: dict[str, Any], rank: int) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
 
 
-class Captured:
-    """The graphs that DynaFlow captures of the body, with the arguments of the latest call of each."""
+def body_under(module: torch.nn.Module, strategy: str) -> Body:
+    config = Config(strategy=strategy, options={"micro_batches": 2, "min_tokens": 1})
+    return Body(module, make_backend(config, level="aot"))
 
-    def __init__(self, module: torch.nn.Module, strategy: str, settings: dict[str, Any]) -> None:
-        config = Config(strategy=strategy, options={"micro_batches": 2, "min_tokens": 1})
-        self.body = Body(module, make_backend(config, level="aot"))
-        self.batch = settings["batch"]
-        self.arguments: dict[int, Any] = {}
 
-    def record(self, call: Variant) -> list[Runtime]:
-        call()
-        runtimes = self.body.backend.runtimes
-        for i, runtime in enumerate(runtimes):
-            runtime.run = self._recording(i, runtime.run)  # type: ignore[method-assign]
-        call()
-        for runtime in runtimes:
-            del runtime.run  # type: ignore[attr-defined]
-        return runtimes
+def captured(body: Body, call: Variant) -> list[tuple[Capture, Any]]:
+    """The graphs that DynaFlow captures of `body`, with the arguments that `call` gives each."""
+    call()
+    arguments: dict[int, Any] = {}
 
-    def _recording(self, i: int, run: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(i: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def record(args: Any, split: Any, **options: Any) -> Any:
-            self.arguments[i] = tuple(args)
+            arguments[i] = tuple(args)
             return run(args, split, **options)
 
         return record
+
+    runtimes = body.backend.runtimes
+    for i, runtime in enumerate(runtimes):
+        runtime.run = recording(i, runtime.run)  # type: ignore[method-assign]
+    call()
+    for runtime in runtimes:
+        del runtime.run  # type: ignore[attr-defined]
+    return [(r.capture, arguments[i]) for i, r in enumerate(runtimes)]
+
+
+def wrapped(capture: Capture, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Capture:
+    """`capture` with every callable of its operators replaced by `wrap(operator, callable)`."""
+    return dataclasses.replace(
+        capture,
+        functions={n: wrap(n, f) for n, f in capture.functions.items()},
+        into={n: wrap(n, f) for n, f in capture.into.items()},
+    )
 
 
 def runner(capture: Capture, args: Any, strategy: str, micro_batches: int, batch: int) -> tuple[Variant, Runtime]:
@@ -91,26 +100,28 @@ def runner(capture: Capture, args: Any, strategy: str, micro_batches: int, batch
     return run, runtime
 
 
+def network_operators(capture: Capture) -> set[str]:
+    return {o.name for o in capture.program.operators if o.resource is Resource.NETWORK}
+
+
 def without_network(capture: Capture) -> Capture:
-    network = {o.name for o in capture.program.operators if o.resource is Resource.NETWORK}
-    return dataclasses.replace(
-        capture,
-        functions={n: (lambda x, *_: x) if n in network else f for n, f in capture.functions.items()},
-        into={n: f for n, f in capture.into.items() if n not in network},
-    )
+    network = network_operators(capture)
+    return wrapped(capture, lambda name, function: (lambda x, *_: x) if name in network else function)
 
 
-def collectives(capture: Capture, variant: Variant) -> Variant:
-    """The network operators of one call of `variant`, on tensors of the same shapes, without the rest."""
+def collectives(capture: Capture, make: Callable[[Capture], Variant]) -> Variant:
+    """The network operators of one call of `make(capture)`, on tensors of the same shapes, without the rest."""
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    functions = dict(capture.functions)
-    for o in capture.program.operators:
-        if o.resource is Resource.NETWORK:
-            capture.functions[o.name] = _noting(functions[o.name], calls)
-    try:
-        variant()
-    finally:
-        capture.functions.update(functions)
+    network = network_operators(capture)
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append((function, tuple(torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in args)))
+            return function(*args)
+
+        return call if name in network else function
+
+    make(wrapped(capture, noting))()
 
     def run() -> None:
         for function, args in calls:
@@ -119,37 +130,23 @@ def collectives(capture: Capture, variant: Variant) -> Variant:
     return run
 
 
-def _noting(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        calls.append((function, tuple(torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in args)))
-        return function(*args)
-
-    return call
-
-
 def profile(capture: Capture, make: Callable[[Capture], Variant], rounds: int, micro_batches: int) -> list[Any]:
     """Milliseconds of every operator of every micro-batch, run one after the other; medians."""
     samples: dict[tuple[str, int], list[float]] = {}
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             started = time.perf_counter()
             result = function(*args)
             elapsed = (time.perf_counter() - started) * 1e3
-            key = name, counts.get(name, 0) % micro_batches
-            counts[name] = counts.get(name, 0) + 1
-            samples.setdefault(key, []).append(elapsed)
+            samples.setdefault((name, counts[name] % micro_batches), []).append(elapsed)
+            counts[name] += 1
             return result
 
         return call
 
-    wrapped = dataclasses.replace(
-        capture,
-        functions={n: timed(n, f) for n, f in capture.functions.items()},
-        into={n: timed(n, f) for n, f in capture.into.items()},
-    )
-    variant = make(wrapped)
+    variant = make(wrapped(capture, timed))
     for _ in range(rounds + 1):
         dist.barrier()
         variant()
@@ -206,21 +203,24 @@ def compute_gives_way() -> None:
 def forward_rows(model: Any, settings: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
     ids = torch.randint(0, VOCABULARY, (settings["batch"], settings["sequence"]))
     module, batch = model.eval().base_model, settings["batch"]
-    captured = Captured(module, settings["strategy"], settings)
+    body = body_under(module, settings["strategy"])
     with torch.no_grad():
-        (runtime,) = captured.record(lambda: captured.body(input_ids=ids, use_cache=False))
-        capture, args = runtime.capture, captured.arguments[0]
+        ((capture, args),) = captured(body, lambda: body(input_ids=ids, use_cache=False))
+
+        def sequentially(n: int) -> Callable[[Capture], Variant]:
+            return lambda c: runner(c, args, "sequential", n, batch)[0]
+
         expected = module(input_ids=ids, use_cache=False).last_hidden_state
         eager: Variant = lambda: module(input_ids=ids, use_cache=False)  # noqa: E731
         prepared = {}
         for n in settings["micro_batches"]:
-            sequential, _ = runner(capture, args, "sequential", n, batch)
+            sequential = sequentially(n)(capture)
             overlapped, planned = runner(capture, args, settings["strategy"], n, batch)
-            compute, _ = runner(without_network(capture), args, "sequential", n, batch)
             same = torch.equal(overlapped()[0], expected) and torch.equal(sequential()[0], expected)
             variants = {
-                "eager": eager, "sequential": sequential, "overlapped": overlapped, "compute": compute,
-                "communication": collectives(capture, runner(capture, args, "sequential", n, batch)[0]),
+                "eager": eager, "sequential": sequential, "overlapped": overlapped,
+                "compute": sequentially(n)(without_network(capture)),
+                "communication": collectives(capture, sequentially(n)),
             }  # fmt: skip
             prepared[n] = variants, "bit for bit" if same else "NO", planned.plans[-1].to_text()
         task = progress.add_task(
@@ -232,9 +232,7 @@ def forward_rows(model: Any, settings: dict[str, Any], progress: Progress) -> li
             set_rate(rate)
             for n, (variants, equal, plan) in prepared.items():
                 times = measure(variants, settings["rounds"], lambda: progress.advance(task))
-                operators = profile(
-                    capture, lambda c, n=n: runner(c, args, "sequential", n, batch)[0], settings["rounds"], n
-                )
+                operators = profile(capture, sequentially(n), settings["rounds"], n)
                 text = capture.program.to_text()
                 rows.append(row(rate, n, times, equal, program=text, plan=plan, operators=operators))
     return rows
@@ -251,21 +249,19 @@ def training_rows(model: Any, settings: dict[str, Any], progress: Progress) -> l
         found = [p.grad for p in module.parameters() if p.grad is not None]
         return [g.to_local() if hasattr(g, "to_local") else g for g in found]
 
-    bodies = {}
-    for name, strategy in (("sequential", "sequential"), ("overlapped", settings["strategy"])):
-        config = Config(strategy=strategy, options={"micro_batches": 2, "min_tokens": 1})
-        bodies[name] = Body(module, make_backend(config, level="aot"))
+    bodies = {"sequential": body_under(module, "sequential"), "overlapped": body_under(module, settings["strategy"])}
     expected = [g.clone() for g in gradients(module)]
     apart = max(float((a - b).abs().max()) for a, b in zip(gradients(bodies["overlapped"]), expected, strict=True))
     equal = "bit for bit" if apart == 0 else f"to {apart:.1e}"
-    captured = Captured(module, settings["strategy"], settings)
-    captured.body = bodies["overlapped"]
-    runtimes = captured.record(lambda: gradients(bodies["overlapped"]))
-    parts = [(r.capture, captured.arguments[i]) for i, r in enumerate(runtimes)]
-    batch = settings["batch"]
-    plain = [(c, a, "sequential", 1 if c.program.unsplittable else 2, batch) for c, a in parts]
-    networks = [collectives(arguments[0], runner(*arguments)[0]) for arguments in plain]
-    computes = [runner(without_network(c), *rest)[0] for c, *rest in plain]
+    networks, computes = [], []
+    for capture, args in captured(bodies["overlapped"], lambda: gradients(bodies["overlapped"])):
+        n = 1 if capture.program.unsplittable else 2
+
+        def sequentially(c: Capture, args: Any = args, n: int = n) -> Variant:
+            return runner(c, args, "sequential", n, settings["batch"])[0]
+
+        networks.append(collectives(capture, sequentially))
+        computes.append(sequentially(without_network(capture)))
     variants: dict[str, Variant] = {
         "eager": lambda: gradients(module),
         "sequential": lambda: gradients(bodies["sequential"]),

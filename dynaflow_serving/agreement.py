@@ -14,6 +14,7 @@ from torch import fx
 
 from dynaflow_serving.annotations import calls
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.kernels.collectives import process_group
 
 SHOWN_LINES = 40
 
@@ -41,8 +42,4 @@ def groups_of(gm: fx.GraphModule) -> list[Any]:
         for i, argument in enumerate(schema.arguments):
             if argument.name == "group_name":
                 names[str(n.kwargs.get("group_name", n.args[i] if i < len(n.args) else ""))] = None
-    if not names:
-        return []
-    from torch.distributed import distributed_c10d
-
-    return [distributed_c10d._resolve_process_group(name) for name in names]  # type: ignore[arg-type, attr-defined]
+    return [process_group(name) for name in names]

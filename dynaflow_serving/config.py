@@ -56,6 +56,20 @@ def load(source: str | Path | Mapping[str, Any] | Config) -> Config:
     return config
 
 
+def read_mapping(source: str, what: str, holds: str) -> dict[str, Any]:
+    """The mapping in the YAML file `source`; `holds` says, in an error, what it should be. Raises `ConfigError`."""
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"{what} file {source!r} does not exist (looked in {Path.cwd()})")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source} must hold a mapping {holds}")
+    return content
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a config file, with the options of every registered strategy."""
     schema = Config.model_json_schema()
@@ -73,15 +87,7 @@ def json_schema() -> dict[str, Any]:
 def _from_text(source: str) -> Config:
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or (path.exists() and path.is_file() and path.suffix != ".py"):
-        if not path.is_file():
-            raise ConfigError(f"config file {source!r} does not exist (looked in {Path.cwd()})")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as e:
-            raise ConfigError(f"{source} is not valid YAML: {' '.join(str(e).split())}") from None
-        if not isinstance(content, dict):
-            raise ConfigError(f"{source} must hold a mapping with at least 'strategy: NAME'")
-        return _parse(content, source)
+        return _parse(read_mapping(source, "config", "with at least 'strategy: NAME'"), source)
     if path.suffix != ".py" and ("/" in source or source not in strategy_names()):
         what = "config file or strategy" if "/" in source else "strategy"
         raise ConfigError(unknown_name(what, source, strategy_names()) + " Or give the path of a YAML file.")

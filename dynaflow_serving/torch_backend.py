@@ -129,9 +129,8 @@ class Backend:
                 f"no graph of this model has a dynamic dimension {self.batch_dim}: DynaFlow was requested but would "
                 "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
             )
-        reasons = [r.capture.program.unsplittable for r in self.runtimes]
-        if all(reasons) and self.strategy.max_micro_batches > 1:
-            raise PartitionError(f"this model cannot be split: {reasons[0]}")
+        if all(r.capture.program.unsplittable for r in self.runtimes) and self.strategy.max_micro_batches > 1:
+            raise PartitionError(f"this model cannot be split: {self.runtimes[0].capture.program.unsplittable}")
 
     def _forward_runner(self, gm: fx.GraphModule, rows: dict[str, int]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()

@@ -18,15 +18,16 @@ import torch
 import torch.distributed as dist
 
 from dynaflow_serving.kernels import register_kernel
-from dynaflow_serving.kernels.collectives import all_gather, all_reduce, process_group, reduce_scatter
+from dynaflow_serving.kernels.collectives import (
+    all_gather,
+    all_reduce,
+    own_tokens,
+    padded,
+    process_group,
+    reduce_scatter,
+)
 from dynaflow_serving.kernels.reduce_rms_norm import check_arguments
 from dynaflow_serving.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
-
-
-def own_tokens(tokens: int, rank: int, ranks: int) -> range:
-    """The tokens that `rank` reduces: adjacent ranges of equal length, the last ones shorter or empty."""
-    share = -(-tokens // ranks)
-    return range(min(rank * share, tokens), min((rank + 1) * share, tokens))
 
 
 def all_reduce_add_rms_norm_reference(
@@ -61,10 +62,7 @@ def all_reduce_add_rms_norm(
         return torch.empty_like(partial), torch.empty_like(partial)
     pg = process_group(group)
     own = own_tokens(tokens, pg.rank(), pg.size())
-    padding = -tokens % pg.size()
-    if padding:
-        partial = torch.nn.functional.pad(partial, (0, 0, 0, padding))
-    shard = reduce_scatter(partial, pg)
+    shard = reduce_scatter(padded(partial, 0, tokens + -tokens % pg.size()), pg)
     mine = slice(own.start, own.stop)
     total, normed = add_rms_norm(shard[: len(own)], residual[mine], weight, eps=eps)
     gathered = _gather(normed, len(shard), tokens, pg)
@@ -76,6 +74,4 @@ def all_reduce_add_rms_norm(
 
 
 def _gather(shard: torch.Tensor, share: int, tokens: int, group: dist.ProcessGroup) -> torch.Tensor:
-    if len(shard) < share:
-        shard = torch.nn.functional.pad(shard, (0, 0, 0, share - len(shard)))
-    return all_gather(shard, group)[:tokens]
+    return all_gather(padded(shard, 0, share), group)[:tokens]

@@ -3,6 +3,7 @@
 Contract
 - The operators themselves (`torch.ops._c10d_functional`), which captured graphs hold too: their Python wrappers change
   names between releases of torch.
+- Ranks hold equal shares of the tokens (`own_tokens`), the last ones padded (`padded`).
 - Tensors are as long on all ranks; along another axis than the first, by a copy before or after.
 """
 
@@ -44,3 +45,15 @@ def all_gather(x: torch.Tensor, group: dist.ProcessGroup, axis: int = 0) -> torc
     whole = ops.wait_tensor(ops.all_gather_into_tensor(first, group.size(), group.group_name))
     result: torch.Tensor = whole.movedim(0, axis).contiguous()
     return result
+
+
+def own_tokens(tokens: int, rank: int, ranks: int) -> range:
+    """The tokens that `rank` reduces: adjacent ranges of equal length, the last ones shorter or empty."""
+    share = -(-tokens // ranks)
+    return range(min(rank * share, tokens), min((rank + 1) * share, tokens))
+
+
+def padded(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """`x`, contiguous, with zeros behind it up to `size` along `axis`."""
+    missing = size - x.shape[axis]
+    return torch.nn.functional.pad(x, (0, 0) * (x.dim() - axis - 1) + (0, missing)) if missing else x.contiguous()

@@ -28,7 +28,7 @@ from dynaflow_serving.dependencies import external_ports
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.ir import Plan, Program, Scope, Step, StepKind, Value
 from dynaflow_serving.kernels import Composed
-from dynaflow_serving.kernels.collectives import all_gather, process_group, reduce_scatter
+from dynaflow_serving.kernels.collectives import all_gather, own_tokens, padded, process_group, reduce_scatter
 from dynaflow_serving.partition import Capture
 
 
@@ -67,14 +67,14 @@ class _Sharded:
         if not self.checked:
             self._check(values)
             self.checked = True
-        share = -(-tokens // ranks)
-        first = self.group.rank() * share
-        local = {v: self._own(v, x, tokens, first, share) for v, x in values.items()}
+        share = len(own_tokens(tokens, 0, ranks))
+        mine = own_tokens(tokens, self.group.rank(), ranks)
+        local = {v: self._own(v, x, mine, share) for v, x in values.items()}
         partial, axis = values[self.partial], self._axis(self.partial)
-        padded = _padded(partial, axis, share * ranks * self.values[self.partial].rows)
-        local[self.reduced] = reduce_scatter(padded, self.group, axis)
+        whole = padded(partial, axis, share * ranks * self.values[self.partial].rows)
+        local[self.reduced] = reduce_scatter(whole, self.group, axis)
         self._run(1, local)
-        return self._results([self._whole(v, local[v], tokens, first) for v in self.outputs])
+        return self._results([self._whole(v, local[v], tokens, mine) for v in self.outputs])
 
     def _as_they_are(self, values: dict[str, Any]) -> Any:
         self._run(0, values)
@@ -96,18 +96,17 @@ class _Sharded:
     def _tokens(self, values: dict[str, Any]) -> int:
         return int(values[self.partial].shape[self._axis(self.partial)]) // self.values[self.partial].rows
 
-    def _own(self, name: str, x: Any, tokens: int, first: int, share: int) -> Any:
-        """The part of `x` for `share` tokens from `first` on, zeros beyond the last."""
+    def _own(self, name: str, x: Any, mine: range, share: int) -> Any:
+        """The part of `x` for the tokens `mine`, with zeros behind it for as many as make `share`."""
         value = self.values[name]
         if value.scope is Scope.TOKENS:
             return share * value.rows
         if value.scope is not Scope.BATCH:
             return x
-        start = min(first, tokens)
-        own = x.narrow(self._axis(name), start * value.rows, (min(first + share, tokens) - start) * value.rows)
-        return _padded(own, self._axis(name), share * value.rows)
+        own = x.narrow(self._axis(name), mine.start * value.rows, len(mine) * value.rows)
+        return padded(own, self._axis(name), share * value.rows)
 
-    def _whole(self, name: str, own: Any, tokens: int, first: int) -> Any:
+    def _whole(self, name: str, own: Any, tokens: int, mine: range) -> Any:
         """`own` of all ranks, or, of what stays sharded, a tensor for all tokens that holds the own ones."""
         value = self.values[name]
         if value.scope is not Scope.BATCH:
@@ -118,9 +117,8 @@ class _Sharded:
         shape = list(own.shape)
         shape[axis] = rows
         whole = own.new_empty(shape)
-        start = min(first * value.rows, rows)
-        count = min(own.shape[axis], rows - start)
-        whole.narrow(axis, start, count).copy_(own.narrow(axis, 0, count))
+        count = len(mine) * value.rows
+        whole.narrow(axis, mine.start * value.rows, count).copy_(own.narrow(axis, 0, count))
         return whole
 
     def _check(self, values: dict[str, Any]) -> None:
@@ -167,7 +165,3 @@ def _read_by_alike_only(program: Program, plan: Plan, step: Step, value: str) ->
 def _batched(names: Sequence[str], values: dict[str, Value]) -> str:
     return next(v for v in names if values[v].scope is Scope.BATCH)
 
-
-def _padded(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    missing = size - x.shape[axis]
-    return torch.nn.functional.pad(x, (0, 0) * (x.dim() - axis - 1) + (0, missing)) if missing else x.contiguous()

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from dynaflow_serving.errors import InactiveError, ScheduleError
-from dynaflow_serving.kernels.all_reduce_rms_norm import own_tokens
+from dynaflow_serving.kernels.collectives import own_tokens
 from dynaflow_serving.kernels.reduce_rms_norm import check_arguments, launch
 
 ALIGNMENT = 16  # bytes: each of the three buffers starts at a multiple

@@ -26,12 +26,13 @@ _OUT_FORMS: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def memory_order(fake: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions from the greatest stride to the least; their own order unless `fake` is a dense permutation."""
-    dims = tuple(range(fake.dim()))
+def permutation(fake: torch.Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the greatest stride to the least, of a dense tensor where that is not their own order."""
     if not torch._prims_common.is_non_overlapping_and_dense_or_false(fake):
-        return dims
-    return tuple(sorted(dims, key=lambda d: (-_hint(fake.stride(d)), d)))
+        return None
+    dims = tuple(range(fake.dim()))
+    order = tuple(sorted(dims, key=lambda d: (-_hint(fake.stride(d)), d)))
+    return order if order != dims else None
 
 
 def _hint(size: Any) -> int:
@@ -56,16 +57,15 @@ def buffer_maker(fake: Any, axis: int, rows: int) -> Callable[[int], torch.Tenso
     other = [s for d, s in enumerate(fake.shape) if d != axis]
     if any(isinstance(s, torch.SymInt) and not s.node.is_constant() for s in other):
         return None
-    order = memory_order(fake)
-    permuted = order != tuple(range(fake.dim()))
-    if permuted and order[0] != axis:
+    order = permutation(fake)
+    if order is not None and order[0] != axis:
         return None
     before, after = [int(s) for s in fake.shape[:axis]], [int(s) for s in fake.shape[axis + 1 :]]
     dtype, device = fake.dtype, fake.device
 
     def make(tokens: int) -> torch.Tensor:
         shape = (*before, tokens * rows, *after)
-        if permuted:
+        if order is not None:
             return torch.empty_permuted(shape, order, dtype=dtype, device=device)
         return torch.empty(shape, dtype=dtype, device=device)
 

@@ -25,7 +25,7 @@ from dynaflow_serving.annotations import Rule, SplitFunc, apply_rules
 from dynaflow_serving.errors import PartitionError
 from dynaflow_serving.ir import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.partition.axes import Axes, derived_nodes
-from dynaflow_serving.partition.buffers import buffer_maker, into_variant, memory_order, merger
+from dynaflow_serving.partition.buffers import buffer_maker, into_variant, merger, permutation
 from dynaflow_serving.partition.effects import EffectTable, fake_value, hidden_edges, piece_effects, storage_id
 from dynaflow_serving.partition.regions import Region, find_regions, piece_region, region_names
 from dynaflow_serving.partition.sizes import decompose_sizes
@@ -170,7 +170,7 @@ class _Reader:
                 fake = fake_value(result)
                 self.values[value] = self.axes.value(value, fake, storage, result in derived, result.name)
                 axis = self.values[value].axis
-                if axis is not None and (order := memory_order(fake)) != tuple(range(fake.dim())):
+                if axis is not None and (order := permutation(fake)) is not None:
                     self.mergers[value] = merger(axis, order)
             else:
                 self.values[value] = self.axes.value(value, result, derived=False)

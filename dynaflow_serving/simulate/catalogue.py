@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dynaflow_serving.config import read_mapping
 from dynaflow_serving.errors import ConfigError, unknown_name
 
 
@@ -39,7 +40,8 @@ def names(cls: type[Entry]) -> list[str]:
 def find(cls: type[E], name: str) -> E:
     """The `cls` called `name`, or read from the YAML file of that path. Raises `ConfigError`."""
     if Path(name).suffix in (".yaml", ".yml"):
-        return _parse(cls, _read(cls, Path(name)), name)
+        fields = read_mapping(name, cls.kind, f"of fields. Valid: {', '.join(cls.model_fields)}.")
+        return _parse(cls, {"name": Path(name).stem, **fields}, name)
     if name not in _shipped(cls.shipped):
         raise ConfigError(
             unknown_name(cls.kind, name, _shipped(cls.shipped)) + " A path to a .yaml file with its fields works too."
@@ -51,18 +53,6 @@ def find(cls: type[E], name: str) -> E:
 def _shipped(file: str) -> dict[str, dict[str, Any]]:
     content: dict[str, dict[str, Any]] = yaml.safe_load((files(__package__) / file).read_text())
     return content
-
-
-def _read(cls: type[Entry], path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{cls.kind} file {str(path)!r} does not exist (looked in {Path.cwd()})")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping of fields. Valid: {', '.join(cls.model_fields)}.")
-    return {"name": path.stem, **content}
 
 
 def _parse(cls: type[E], fields: dict[str, Any], where: str) -> E:

@@ -36,6 +36,25 @@ outputs z
 """
 TWO_STREAMS = (("make", 0, "compute"), ("bump", 0, "network"), ("read", 0, "compute"))
 
+# make, then read of its result, and another network operator that neither needs
+TWO_NETWORK = """
+value x batch:0
+value y batch:0
+value z batch:0
+value a batch:0
+inputs x
+op make network
+  inputs x
+  outputs y
+op read compute
+  inputs y
+  outputs z
+op other network
+  inputs x
+  outputs a
+outputs z a
+"""
+
 
 def trace(fn: Callable[..., Any], *examples: torch.Tensor, dim: int = 0) -> fx.GraphModule:
     """The Dynamo graph of `fn`, with dimension `dim` of every example symbolic."""

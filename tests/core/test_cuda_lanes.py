@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import program_of, replaced
+from support import TWO_NETWORK, program_of, replaced
 from test_mutations import closure
-from test_programs import random_program, random_schedule
+from test_programs import random_plan
 
 from dynaflow_serving import examples
-from dynaflow_serving.errors import PlanError, ScheduleError
+from dynaflow_serving.errors import PlanError
 from dynaflow_serving.executor.lanes import lanes, reorder
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step, StepKind
 from dynaflow_serving.lowering import lower
@@ -29,11 +29,9 @@ def test_reordering_keeps_happens_before_and_issues_side_streams_last(
     seed: int, size: int, micro_batches: int
 ) -> None:
     rng = random.Random(seed)
-    program = random_program(rng, size)
-    try:
-        plan = lower(random_schedule(rng, program, micro_batches, []), "random")
-    except ScheduleError:
+    if (planned := random_plan(rng, size, micro_batches)) is None:
         return
+    program, plan = planned
     ordered = reorder(plan)
     for stream in plan.streams:
         assert [s for s in ordered.steps if s.stream == stream] == [s for s in plan.steps if s.stream == stream]
@@ -110,25 +108,7 @@ def test_the_model_of_lanes_explains_what_was_observed(order: str, expected: int
 
 def test_verify_guards_against_a_free_that_relied_on_the_issue_order() -> None:
     """Not what lowering writes: y, of the network stream, is freed before the join, so later work must not be late."""
-    program = program_of(
-        """
-        value x batch:0
-        value y batch:0
-        value z batch:0
-        value a batch:0
-        inputs x
-        op make network
-          inputs x
-          outputs y
-        op read compute
-          inputs y
-          outputs z
-        op other network
-          inputs x
-          outputs a
-        outputs z a
-        """
-    )
+    program = program_of(TWO_NETWORK)
     text = """
         compute | record e0
         network | wait e0

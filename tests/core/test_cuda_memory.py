@@ -14,15 +14,14 @@ from collections import Counter, defaultdict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import program_of
+from support import TWO_NETWORK, program_of
 from test_mutations import closure
-from test_programs import random_program, random_schedule
+from test_programs import random_plan
 
 from dynaflow_serving.dependencies import external_ports, tracked_values
-from dynaflow_serving.errors import PlanError, ScheduleError
+from dynaflow_serving.errors import PlanError
 from dynaflow_serving.executor.lanes import reorder
 from dynaflow_serving.ir import Instance, Plan, Program, Step, StepKind
-from dynaflow_serving.lowering import lower
 from dynaflow_serving.verify import verify
 
 SEEN: Counter[str] = Counter()
@@ -111,11 +110,9 @@ def identity(step: Step) -> Step:
 def test_no_verified_plan_reuses_memory_too_early(seed: int, size: int, micro_batches: int) -> None:
     """In the order of eager issue and in that of graph capture."""
     rng = random.Random(seed)
-    program = random_program(rng, size)
-    try:
-        plan = lower(random_schedule(rng, program, micro_batches, []), "random")
-    except ScheduleError:
+    if (planned := random_plan(rng, size, micro_batches)) is None:
         return
+    program, plan = planned
     for candidate in (plan, reorder(plan)):
         verify(program, candidate)
         assert races(program, candidate) == []
@@ -135,11 +132,9 @@ def test_a_free_moved_up_to_the_last_reader_is_rejected_wherever_the_model_sees_
     seed: int, size: int, micro_batches: int
 ) -> None:
     rng = random.Random(seed)
-    program = random_program(rng, size)
-    try:
-        plan = lower(random_schedule(rng, program, micro_batches, []), "random")
-    except ScheduleError:
+    if (planned := random_plan(rng, size, micro_batches)) is None:
         return
+    program, plan = planned
     frees = [i for i, s in enumerate(plan.steps) if s.kind is StepKind.FREE]
     if not frees:
         return
@@ -169,25 +164,7 @@ def test_the_cases_reach_what_they_are_for(report: pytest.FixtureRequest) -> Non
 
 
 def test_the_model_sees_a_race() -> None:
-    program = program_of(
-        """
-        value x batch:0
-        value y batch:0
-        value z batch:0
-        value a batch:0
-        inputs x
-        op make network
-          inputs x
-          outputs y
-        op read compute
-          inputs y
-          outputs z
-        op other network
-          inputs x
-          outputs a
-        outputs z a
-        """
-    )
+    program = program_of(TWO_NETWORK)
     text = """
         compute | record e0
         network | wait e0

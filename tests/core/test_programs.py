@@ -84,6 +84,15 @@ def random_schedule(
     return s
 
 
+def random_plan(rng: random.Random, size: int, micro_batches: int) -> tuple[Program, Plan] | None:
+    """A random program and a plan of it; None where the schedule cannot be lowered."""
+    program = random_program(rng, size)
+    try:
+        return program, lower(random_schedule(rng, program, micro_batches, []), "random")
+    except ScheduleError:
+        return None
+
+
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 16), micro_batches=st.integers(1, 4))
 def test_what_lowering_returns_is_correct(seed: int, size: int, micro_batches: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import lowered, manual, program_of
+from support import IN_PLACE, TWO_STREAMS, lowered, manual, program_of
 
 from dynaflow_serving.examples import HIDDEN, example_capture
 from dynaflow_serving.ir import Plan
@@ -17,23 +17,6 @@ ON_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and none is visible"),
 ]
 
-# make -> bump (in place, on the network stream, slowly) -> read
-IN_PLACE = """
-value x batch:0
-value y batch:0
-value z batch:0
-inputs x
-op make compute
-  inputs x
-  outputs y
-op bump network
-  inputs y
-  writes y
-op read compute
-  inputs y
-  outputs z
-outputs z
-"""
 CYCLES = 50_000_000  # tens of milliseconds: far longer than anything else here takes
 
 
@@ -46,7 +29,7 @@ def slow_bump() -> tuple[Capture, Plan]:
         y.add_(1)
 
     capture = manual(program, make=torch.clone, bump=bump, read=lambda y: y * 2)
-    return capture, lowered(program, 1, ("make", 0, "compute"), ("bump", 0, "network"), ("read", 0, "compute"))
+    return capture, lowered(program, 1, *TWO_STREAMS)
 
 
 def on_gpu(model: str) -> Capture:
@@ -60,7 +43,3 @@ def on_gpu(model: str) -> Capture:
 def arguments_of(capture: Capture, tokens: int, device: str = "cuda") -> list[Any]:
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     return [torch.randn(tokens, HIDDEN, device=device) if n == "l_x_" else tokens for n in names]
-
-
-def no_context(micro_batch: int) -> None:
-    pass

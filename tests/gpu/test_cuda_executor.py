@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_support import ON_GPU, arguments_of, no_context, on_gpu, slow_bump
-from support import without
+from gpu_support import ON_GPU, arguments_of, on_gpu, slow_bump
+from support import no_context, without
 
 from dynaflow_serving.errors import InactiveError, PlanError
 from dynaflow_serving.examples import example_capture

@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from gpu_support import ON_GPU, arguments_of, no_context, on_gpu, slow_bump
+from gpu_support import ON_GPU, arguments_of, on_gpu, slow_bump
+from support import no_context
 
 from dynaflow_serving.executor import ExecutorOptions
 from dynaflow_serving.executor.cuda import CUDAExecutor

@@ -9,7 +9,7 @@ from kernel_support import RANKS, all_reduce_cases, assert_like, on_two_ranks
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.kernels.all_reduce_rms_norm import own_tokens
+from dynaflow_serving.kernels.collectives import own_tokens
 from dynaflow_serving.kernels.symmetric import SymmetricAllReduce, unsupported
 
 

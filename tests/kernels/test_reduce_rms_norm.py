@@ -11,7 +11,7 @@ from kernel_support import DEVICE, assert_like, dtypes, random_tensor, seeds
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 
 from dynaflow_serving.errors import ScheduleError
-from dynaflow_serving.kernels.all_reduce_rms_norm import own_tokens
+from dynaflow_serving.kernels.collectives import own_tokens
 from dynaflow_serving.kernels.reduce_rms_norm import (
     addresses,
     launch,
