@@ -1,12 +1,12 @@
 # Needs Python >= 3.10 (the vLLM lock file: 3.11) with venv, and nothing else installed.
 #
-#   make env ENGINE=core|kernels|transformers|vllm   build that environment if need be; the last line is its interpreter
-#   make test                   lint, types, core, kernels, transformers, vllm; stops at the first failure
+#   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
+#   make test                   lint, types, core, kernels, transformers, vllm, sglang; stops at the first failure
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json
 #   make clean                  delete environments, caches and build output
 
 PYTHON ?= python3
-ENGINES := core kernels transformers vllm
+ENGINES := core kernels transformers vllm sglang
 NOX_VERSION := 2026.10.20
 
 # No "Leaving directory" after the line that `make env` ends with.
@@ -37,7 +37,7 @@ bench:
 
 clean:
 	rm -rf .nox .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
-	rm -rf requirements/vllm_metadata/build requirements/vllm_metadata/*.egg-info
+	rm -rf requirements/vllm_metadata/build requirements/vllm_metadata/*.egg-info tests/sglang/cpu_support/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BOOTSTRAP):

