@@ -15,6 +15,11 @@ def _stubs():
     return module
 
 
+class constexpr:
+    def __init__(self, value=None):
+        self.value = value
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Submodules of the mock: `import triton.language as tl`."""
 
@@ -24,8 +29,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec):
         module = sys.modules.get(spec.name) or stubs._MockModule(spec.name)
         if spec.name == "triton.language":
-            module.constexpr = type("constexpr", (), {"__init__": lambda self, value=None: setattr(self, "value", value)})
-            module.dtype = type("dtype", (), {})
+            module.constexpr, module.dtype = constexpr, type("dtype", (), {})
         return module
 
     def exec_module(self, module):

@@ -1,0 +1,128 @@
+"""Scheduler processes under DynaFlow, and the parent's proof that all of them are.
+
+Contract
+- SGLang publishes its arguments early in every process; that is where DynaFlow enters, for errors raised there end the
+  process, while those of plugins are logged and swallowed. Only then are SGLang's classes touched, and only in the
+  processes that need it.
+- A scheduler reports ready only after the ranks have agreed on their plans, and says then that DynaFlow is on. The
+  parent refuses to go on if one does not say so.
+- `dynaflow_report` and `dynaflow_reset` are for `Engine.collective_rpc`, which brings back no result: a report goes to
+  a file per rank. `/server_info` shows rank 0's counts among its internal states.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.sglang.server_args import KEY, active_config
+
+
+def attach() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register("sglang.srt.runtime_context.publish", _published, HookType.AFTER)
+
+
+def _published(context: Any, server_args: Any, *, role: str, **_: Any) -> None:
+    active = active_config(server_args) is not None
+    if role == "scheduler" and active:
+        _enter_scheduler()
+    elif role == "tokenizer" and (active or _parent is not None):
+        _enter_parent(server_args)
+
+
+def _enter_scheduler() -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    if hasattr(Scheduler, "dynaflow_report"):
+        return
+    Scheduler.dynaflow_report, Scheduler.dynaflow_reset = _report, _reset
+    ModelRunner.load_model = _then(ModelRunner.load_model, _loaded)
+    Scheduler.get_init_info = _then(Scheduler.get_init_info, _ready)
+    Scheduler.get_internal_state = _then(Scheduler.get_internal_state, _state)
+
+
+def _then(method: Callable[..., Any], after: Callable[[Any, Any], None]) -> Callable[..., Any]:
+    """`method`, then `after(result, self)`."""
+
+    @functools.wraps(method)
+    def both(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        after(result, self)
+        return result
+
+    return both
+
+
+def _loaded(_: None, runner: Any) -> None:
+    from dynaflow_serving.integrations.sglang.runner import DynaflowRunner
+
+    config = active_config(runner.server_args)
+    if config is not None:  # else the process now runs another, stock engine
+        DynaflowRunner(runner, config).install()
+
+
+def _of(scheduler: Any) -> Any:
+    runner = getattr(scheduler.tp_worker.model_runner, "dynaflow", None)
+    if runner is None:
+        raise InactiveError("this scheduler's model was loaded without DynaFlow; look for errors above")
+    return runner
+
+
+def _ready(info: dict[str, Any], scheduler: Any) -> None:
+    if active_config(scheduler.server_args) is not None:
+        dynaflow = _of(scheduler)
+        dynaflow.check(scheduler.tp_cpu_group)
+        info[KEY] = dynaflow.session.strategy.name
+
+
+def _state(output: Any, scheduler: Any) -> None:
+    if active_config(scheduler.server_args) is not None:
+        report = _of(scheduler).session.report()
+        output.internal_state[KEY] = {name: report[name] for name in ("strategy", "mode", "steps", "plan_hash")}
+
+
+def _report(scheduler: Any, folder: str) -> None:
+    from sglang.srt.runtime_context import get_parallel
+
+    path = Path(folder) / f"rank{get_parallel().tp_rank}.json"
+    path.write_text(json.dumps(_of(scheduler).session.report()))
+
+
+def _reset(scheduler: Any) -> None:
+    _of(scheduler).session.reset()
+
+
+_parent: Any = None  # arguments of the engine that this process starts, or started last
+
+
+def _enter_parent(server_args: Any) -> None:
+    """Look at what the schedulers say when they are ready."""
+    global _parent
+    from sglang.srt.entrypoints import engine
+
+    if _parent is None:
+        engine._wait_for_scheduler_ready = _and_look(engine._wait_for_scheduler_ready)
+    _parent = server_args
+
+
+def _and_look(wait: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(wait)
+    def wait_and_look(*args: Any, **kwargs: Any) -> Any:
+        infos = wait(*args, **kwargs)
+        missing = [rank for rank, info in enumerate(infos) if KEY not in info]
+        if missing and active_config(_parent) is not None:
+            cause = (
+                f"DynaFlow was requested, but the scheduler processes {missing} run without it: SGLang logs errors of "
+                "plugins and goes on; look for 'plugin dynaflow' in the log above"
+            )
+            raise SystemExit(f"dynaflow: error: {cause}") if _parent._dynaflow_cli else InactiveError(cause)
+        return infos
+
+    return wait_and_look
