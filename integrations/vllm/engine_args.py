@@ -24,10 +24,9 @@ from dynaflow_serving.errors import DynaflowError, InactiveError
 
 KEY = "dynaflow"
 PIECE_COMPILER = "dynaflow_piece_compiler"  # mode 2: what vLLM would have compiled the graph with
-RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
-# vLLM reads both while it builds the config and again in every child process. Its ahead-of-time compile would
+# vLLM reads it while it builds the config and again in every child process. Its ahead-of-time compile would
 # bring stock stitching back on the second start.
-ENVIRONMENT = {RUNNER_ENV: "0", "VLLM_USE_AOT_COMPILE": "0"}
+ENVIRONMENT = {"VLLM_USE_AOT_COMPILE": "0"}
 
 logger = logging.getLogger("vllm.dynaflow")
 
@@ -95,8 +94,6 @@ def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
 
     VLLMIntegration().check_release()
     args.additional_config = {**args.additional_config, KEY: config.model_dump()}
-    if os.environ.get(RUNNER_ENV) == "1":
-        raise InactiveError(f"{RUNNER_ENV}=1 asks for Model Runner V2, which DynaFlow does not support yet; unset it")
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ |= ENVIRONMENT
     try:
@@ -111,19 +108,9 @@ def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
             else:
                 os.environ[name] = value
         raise
-    if before[RUNNER_ENV] is None and _default_is_v2(vllm_config):
-        logger.warning("DynaFlow selects Model Runner V1 (vLLM's default here is V2, not supported yet)")
     _redirect(vllm_config, rules)
     logger.info("DynaFlow is on: strategy %s, options %s", config.strategy, config.options or "default")
     return vllm_config
-
-
-def _default_is_v2(vllm_config: Any) -> bool:
-    del os.environ[RUNNER_ENV]
-    try:
-        return bool(vllm_config.use_v2_model_runner)
-    finally:
-        os.environ[RUNNER_ENV] = "0"
 
 
 def _redirect(vllm_config: Any, rules: Iterable[Rule]) -> None:

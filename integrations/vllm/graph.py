@@ -1,8 +1,7 @@
 """What vLLM calls in place of its compiled graph, in both modes.
 
 Contract
-- A split step runs its plan, each micro-batch under a forward context of its own: its attention metadata
-  and slot mapping, no CUDA graph (graphs are keyed by batch and share static outputs).
+- A split step runs its plan, each micro-batch under the forward context that the session has for it.
 - Any other call goes to `whole`: vLLM's own stitching in mode 3, the un-split plan in mode 2.
 """
 
@@ -49,33 +48,6 @@ class MicroBatchedGraph:
         return self.runtime.capture.rebuild(prepared.run(args, (0, self._count(args)), no_context))
 
     def _run_split(self, args: Sequence[Any], split: Split) -> Any:
-        from vllm import forward_context
-
-        contexts = self._contexts(split)
-
-        def enter(micro_batch: int) -> None:
-            # The module global is what every vLLM operator reads; override_forward_context below restores it.
-            forward_context._forward_context = contexts[micro_batch]
-
         prepared = self.runtime.prepare(split.signature)
-        with forward_context.override_forward_context(contexts[0]):
+        with self.session.entering() as enter:
             return self.runtime.capture.rebuild(prepared.run(args, split.bounds, enter))
-
-    def _contexts(self, split: Split) -> list[Any]:
-        from vllm.forward_context import BatchDescriptor, create_forward_context, get_forward_context
-
-        step = get_forward_context()
-        contexts = []
-        for i, part in enumerate(split.micro_batches):
-            start, stop = part.tokens
-            contexts.append(
-                create_forward_context(
-                    step.attn_metadata[i],
-                    self.session.vllm_config,
-                    dp_metadata=step.dp_metadata,
-                    batch_descriptor=BatchDescriptor(num_tokens=stop - start),
-                    slot_mapping=step.slot_mapping[i],
-                    is_padding=None if step.is_padding is None else step.is_padding[start:stop],
-                )
-            )
-        return contexts

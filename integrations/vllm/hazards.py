@@ -25,13 +25,13 @@ def dependences(
     tokens: np.ndarray[Any, Any],
     computed: np.ndarray[Any, Any],
     joined: Sequence[int],
-    tables: Iterable[tuple[int, np.ndarray[Any, Any]]],
+    tables: Iterable[tuple[int, Sequence[Sequence[int]]]],
 ) -> tuple[tuple[int, int], ...]:
     """(writer, reader) pairs of requests.
 
     tokens, computed: per request, new tokens of this step and tokens in the cache before it.
     joined: the requests that are new (or resumed) in this step.
-    tables: per KV-cache group, (block size in tokens, block ids [requests, blocks]).
+    tables: per KV-cache group, (block size in tokens, block ids of each request in order).
     """
     readers = [r for r in joined if computed[r] > 0]
     if not readers or tokens.size < 2:
@@ -42,10 +42,10 @@ def dependences(
         for request in range(tokens.size):
             start = int(computed[request]) // block_size
             stop = -(-(int(computed[request]) + int(tokens[request])) // block_size)
-            for block in table[request, start:stop].tolist():
+            for block in table[request][start:stop]:
                 writers[block].append(request)
         for reader in readers:
             # Whole blocks only: the partly filled last one is private to its request.
-            for block in table[reader, : int(computed[reader]) // block_size].tolist():
+            for block in table[reader][: int(computed[reader]) // block_size]:
                 pairs |= {(w, reader) for w in writers.get(block, ()) if w != reader}
     return tuple(sorted(pairs))

@@ -1,7 +1,7 @@
 """vLLM workers with DynaFlow; named by `engine_args` as `worker_cls`.
 
 Contract
-- The model runner becomes a DynaFlow runner before the model is loaded.
+- The model runner that vLLM selected, V1 or V2, becomes a DynaFlow runner before the model is loaded.
 - After warm-up the worker refuses to serve if vLLM compiled no graph through DynaFlow, or if the ranks
   would run different plans.
 - `dynaflow_report` and `dynaflow_reset` are for `collective_rpc`.
@@ -14,9 +14,9 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.vllm import mode3
-from dynaflow_serving.integrations.vllm.runner import V1RunnerMixin
+from dynaflow_serving.integrations.vllm.runner_v1 import V1RunnerMixin
+from dynaflow_serving.integrations.vllm.runner_v2 import V2RunnerMixin
 from dynaflow_serving.integrations.vllm.session import VLLMSession
 
 
@@ -28,16 +28,16 @@ class DynaflowWorkerMixin:
         self.dynaflow = VLLMSession(self.vllm_config, current_platform.device_type)  # type: ignore[attr-defined]
         mode3.attach()
         runner = self.model_runner  # type: ignore[attr-defined]
-        if getattr(self, "use_v2_model_runner", False):
-            raise InactiveError("Model Runner V2 is not supported yet (VLLM_USE_V2_MODEL_RUNNER=0 selects V1)")
+        mixin = V2RunnerMixin if self.use_v2_model_runner else V1RunnerMixin  # type: ignore[attr-defined]
         runner.dynaflow = self.dynaflow
-        runner.__class__ = type(f"Dynaflow{type(runner).__name__}", (V1RunnerMixin, type(runner)), {})
+        runner.__class__ = type(f"Dynaflow{type(runner).__name__}", (mixin, type(runner)), {})
 
     def compile_or_warm_up_model(self) -> Any:
         from vllm.distributed.parallel_state import get_tp_group
 
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         self.dynaflow.check(get_tp_group().cpu_group)
+        self.dynaflow.serving = True
         return result
 
     def dynaflow_report(self) -> dict[str, Any]:

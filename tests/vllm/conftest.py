@@ -2,6 +2,9 @@
 
 Mode 3 is what CUDA uses by default; CPU rewrites it to mode 2. `MODE3_PLUGIN` undoes the rewrite in every
 process through vLLM's own plugin mechanism, so that VllmBackend and its pieces run as on CUDA.
+
+Model Runner V2, CUDA's default too, needs an active Triton. Where Triton is installed (`nox -s vllm_v2`) its
+kernels are interpreted, and an entry point tells vLLM in every process that there is a backend for CPU.
 """
 
 import gc
@@ -18,6 +21,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    "TRITON_INTERPRET": "1",
 }
 
 MODE3_PLUGIN = '''
@@ -46,6 +50,13 @@ def register():
     VllmConfig._set_compile_ranges = set_compile_ranges
 '''
 
+# An interpreted Triton asks its backend for nothing but whether it is active.
+TRITON_BACKEND = """
+from triton.backends.{module} import {base} as Base
+
+Interpreted = type(Base)("Interpreted", (Base,), dict.fromkeys(Base.__abstractmethods__, lambda *_: False))
+"""
+
 MODES = {
     "mode2-uncompiled": {"mode": 2, "backend": "eager"},
     "mode2-compiled": {},  # what vLLM chooses on CPU: mode 2, Inductor
@@ -64,13 +75,18 @@ class Outcome:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def mode3_plugin(tmp_path_factory):
+def plugins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "mode3_on_cpu.py").write_text(MODE3_PLUGIN)
     info = folder / "mode3_on_cpu-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mode3-on-cpu\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nmode3_on_cpu = mode3_on_cpu:register\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nmode3_on_cpu = mode3_on_cpu:register\n[triton.backends]\ncpu = interpreted\n"
+    )
+    (folder / "interpreted").mkdir()
+    for module, base in (("compiler", "BaseBackend"), ("driver", "DriverBase")):
+        (folder / "interpreted" / f"{module}.py").write_text(TRITON_BACKEND.format(module=module, base=base))
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
 

@@ -127,12 +127,6 @@ def test_wrong_executor(start):
         start({"strategy": "nanoflow", "executor": "cuda"})
 
 
-def test_runner_v2_asked_for(start, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(InactiveError, match="Model Runner V2"):
-        start({"strategy": "nanoflow"})
-
-
 def test_fallback_runs_stock_with_a_warning(start, monkeypatch):
     from dynaflow_serving.integrations.vllm import engine_args
 

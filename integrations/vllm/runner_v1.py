@@ -1,0 +1,65 @@
+"""Model Runner V1: decides each step's split and builds attention metadata per micro-batch.
+
+Contract
+- Only the methods named in `patches.md` are overridden, each calls vLLM's own; outside a live step
+  nothing changes.
+- vLLM builds the metadata itself, given the micro-batches as `ubatch_slices`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynaflow_serving.integrations.vllm.runner import RunnerMixin
+
+
+class V1RunnerMixin(RunnerMixin):
+    """Goes over `vllm.v1.worker.gpu_model_runner.GPUModelRunner` and its CPU subclass."""
+
+    _live: Any = None  # the live step's SchedulerOutput
+
+    def initialize_metadata_builders(self, kv_cache_config: Any, kernel_block_sizes: list[int]) -> None:
+        super().initialize_metadata_builders(kv_cache_config, kernel_block_sizes)  # type: ignore[misc]
+        self.create_metadata_builders(kernel_block_sizes)
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        self._live = scheduler_output
+        try:
+            return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
+        finally:
+            self._live = None
+            self.dynaflow.end()
+
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        if self._live is not None and self.dynaflow.split is None:
+            tokens = kwargs["num_scheduled_tokens_np"]
+            batch = self.input_batch  # type: ignore[attr-defined]
+            tables = ((t.block_size, t.get_numpy_array()) for t in batch.block_table.block_tables)
+            self.begin(tokens, batch.num_computed_tokens_cpu[: len(tokens)], self._joined(), tables)
+        if self.dynaflow.micro_batches:
+            kwargs["force_eager"] = True
+        return super()._determine_batch_execution_and_padding(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
+        if slices := self.ubatch_slices():
+            kwargs["ubatch_slices"] = slices
+        return super()._get_slot_mappings(*args, **kwargs)  # type: ignore[misc]
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if slices := self.ubatch_slices():
+            kwargs["ubatch_slices"] = slices
+        return super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        from vllm.forward_context import get_forward_context
+
+        if self.dynaflow.micro_batches:
+            step = get_forward_context()
+            self.dynaflow.set_contexts(step.attn_metadata, step.slot_mapping, step.is_padding)
+        return super()._model_forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _joined(self) -> list[int]:
+        """Rows of the requests that are new in the live step, or resumed after a preemption."""
+        names = [r.req_id for r in self._live.scheduled_new_reqs]
+        names += self._live.scheduled_cached_reqs.resumed_req_ids
+        return [self.input_batch.req_id_to_index[n] for n in names]  # type: ignore[attr-defined]
