@@ -113,11 +113,13 @@ def _features(view: Any) -> list[str]:
 
 def _model(model: Any) -> list[str]:
     from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
 
     found = {
         "multimodal models": model.is_multimodal,
         "encoder-decoder models": model.is_encoder_decoder,
         "pooling and embedding models": not model.is_generation,
+        "models with multi-head latent attention": model.attention_arch == AttentionArch.MLA,
         "hybrid and state-space models": mambaish_config(model) is not None,
         "sliding-window models with two KV pools": model.is_hybrid_swa,
     }

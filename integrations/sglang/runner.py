@@ -1,9 +1,11 @@
-"""A ModelRunner under DynaFlow: decides each step's split, and runs the model's body in micro-batches.
+"""A ModelRunner under DynaFlow: decides each step's split, and runs the model's body under the plan.
 
 Contract
 - Two methods of two objects are replaced, and nothing of SGLang's classes: `ModelRunner._forward_raw`, which every
   real step passes (warm-up and graph capture call the model directly and run whole), and the forward of the body,
   which is all of the model but the head and sampling.
+- SGLang has no graph of its models: the body is recorded (`dynaflow_serving.segments`) in two of SGLang's own dummy
+  runs, before the scheduler reports ready.
 - A split step uses no CUDA graph: a graph replays the whole batch with its own attention metadata. Un-split steps
   replay as ever.
 """
@@ -15,36 +17,58 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.segmented import SegmentedForward
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.integrations.sglang.limits import reason_to_run_whole
 from dynaflow_serving.integrations.sglang.micro_batches import MicroBatches, check_layout, describe
-from dynaflow_serving.ir import Batch, Split
+from dynaflow_serving.ir import Resource
 from dynaflow_serving.splitting import whole
+
+GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
+# All that a model may call under tensor parallelism: also one that cannot overlap must keep its place in the order.
+COLLECTIVES = (
+    "all_reduce",
+    "quant_all_reduce",
+    "fused_allreduce_rmsnorm",
+    "reduce_scatter_tensor",
+    "reduce_scatter_along_dim",
+    "all_gather_into_tensor",
+    "all_gather",
+)
+# The computation of the experts, without the all-reduce that some models have inside their module of experts.
+EXPERTS = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.run_moe_core"
+DUMMY_SIZES = (2, 3)  # requests of the two recorded runs
 
 logger = logging.getLogger("sglang.dynaflow")
 
 
-class LoopSession(Session):
-    """Until bodies are cut into segments: whole micro-batches one after the other, whatever the strategy schedules."""
-
-    def begin(self, batch: Batch) -> Split:
-        self.split = split = self.strategy.split(batch)
-        self.counts.add(split)
-        return split
+def rules(tensor_parallel: int) -> tuple[Rule, ...]:
+    """Where bodies are cut. With one rank, SGLang's collectives do nothing and are no operators."""
+    collectives = COLLECTIVES if tensor_parallel > 1 else ()
+    return (
+        SplitModule("RadixAttention", "attention", Resource.MEMORY, ("attention",), context=True),
+        SplitFunc(EXPERTS, "experts", Resource.COMPUTE, ("experts",), context=True, required=False),
+        *(SplitFunc(f"{GROUP}.{n}", n, Resource.NETWORK, (n,), "tp", required=False) for n in collectives),
+    )
 
 
 class DynaflowRunner:
     """`session` decides and counts; `backends` are the attention backends, one per micro-batch."""
 
     def __init__(self, runner: Any, config: Config) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
         self.runner, self.body = runner, body_of(runner.model)
         check_layout(self.body)
-        self.session = LoopSession(config, str(runner.device).partition(":")[0], "eager", logger)
+        self.session = Session(config, str(runner.device).partition(":")[0], "segments", logger)
         self.backends: list[Any] = []
-        self._forward_raw, self._forward = runner._forward_raw, self.body.forward
-        self._init_attention_backends = runner.init_attention_backends
+        self._forward_raw, self._init_attention_backends = runner._forward_raw, runner.init_attention_backends
+        self.segmented = SegmentedForward(
+            self.session, self.body.forward, self.body, rules(get_parallel().tp_size), {"attention": "kv"}
+        )
 
     def install(self) -> None:
         self.runner.dynaflow = self
@@ -53,6 +77,7 @@ class DynaflowRunner:
         self.body.forward = self.forward
 
     def init_attention_backends(self) -> None:
+        """In place of `ModelRunner.init_attention_backends`."""
         self._init_attention_backends()
         self.make_backends()
 
@@ -60,13 +85,25 @@ class DynaflowRunner:
         self.backends = [self.runner._get_attention_backend() for _ in range(self.session.max_micro_batches)]
 
     def check(self, group: Any) -> None:
-        """Raise `InactiveError` unless this rank can serve; `group`: of all ranks, for CPU objects."""
+        """Record the model. Raise `InactiveError` unless it can be split and all ranks of `group` (a process group for
+        CPU objects) have the same plans."""
+        eager, backend = self.runner.eager_runner, self.runner.attn_backend
+        try:
+            backend.get_cuda_graph_seq_len_fill_value()
+        except NotImplementedError:  # a backend without CUDA graphs; those that have them all say 1
+            backend.get_cuda_graph_seq_len_fill_value = lambda: 1
+        with eager.model_context():
+            for size in DUMMY_SIZES:
+                eager._dummy_run(size, buffers=eager._alloc_dummy_decode_buffers(size))
+        if not self.session.runtimes:
+            raise InactiveError(f"{type(self.body).__name__} cannot be recorded: {self.segmented.segments.waiting}")
+        self.session.check(group)
 
     def step(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of `ModelRunner._forward_raw`."""
         if forward_batch.batch_size == 0:  # an idle rank
             return self._forward_raw(forward_batch, *args, **kwargs)
-        runner, batch = self.runner, describe(forward_batch)
+        batch = describe(forward_batch)
         if reason := reason_to_run_whole(forward_batch):
             self.session.counts.add(whole(batch, reason))
             return self._forward_raw(forward_batch, *args, **kwargs)
@@ -74,32 +111,42 @@ class DynaflowRunner:
         try:
             if len(split.micro_batches) == 1:
                 return self._forward_raw(forward_batch, *args, **kwargs)
-            graphs = runner.decode_cuda_graph_runner, runner.prefill_cuda_graph_runner
-            runner.decode_cuda_graph_runner = runner.prefill_cuda_graph_runner = None
-            try:
-                return self._forward_raw(forward_batch, *args, **kwargs)
-            finally:
-                runner.decode_cuda_graph_runner, runner.prefill_cuda_graph_runner = graphs
-                # SGLang may have told its scheduler that this step has read the request table once the whole batch
-                # was planned; our backends plan after that. Without the event it waits for the whole step.
-                runner.shared_read_done_event = None
+            return self._without_graphs(forward_batch, *args, **kwargs)
         finally:
             self.session.end()
 
+    def _without_graphs(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        runner = self.runner
+        graphs = runner.decode_cuda_graph_runner, runner.prefill_cuda_graph_runner
+        runner.decode_cuda_graph_runner = runner.prefill_cuda_graph_runner = None
+        try:
+            return self._forward_raw(forward_batch, *args, **kwargs)
+        finally:
+            runner.decode_cuda_graph_runner, runner.prefill_cuda_graph_runner = graphs
+            # SGLang may have told its scheduler that this step has read the request table once the whole batch was
+            # planned; our backends plan after that. Without the event it waits for the whole step.
+            runner.shared_read_done_event = None
+
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of the body's forward."""
-        split = self.session.split
+        split, own = self.session.split, (input_ids, positions, forward_batch)
         if split is None or len(split.micro_batches) == 1:
-            return self._forward(input_ids, positions, forward_batch, *args, **kwargs)
+            return self.segmented(len(positions), (*own, *args), kwargs, _nowhere)
         micro_batches = MicroBatches(forward_batch, split, self.backends)
         try:
-            outputs = []
-            for index in range(len(split.micro_batches)):
-                micro_batches.enter(index)
-                outputs.append(self._forward(*micro_batches.arguments(index), *args, **kwargs))
+            return self.segmented(
+                len(positions),
+                (*own, *args),
+                kwargs,
+                micro_batches.enter,
+                lambda index: ((*micro_batches.arguments(index), *args), kwargs),
+            )
         finally:
             micro_batches.leave()
-        return torch.cat(outputs)
+
+
+def _nowhere(micro_batch: int) -> None:
+    """The `enter` of un-split steps."""
 
 
 def body_of(model: torch.nn.Module) -> torch.nn.Module:

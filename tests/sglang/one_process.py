@@ -75,6 +75,8 @@ def generate(runner, prompts, new_tokens):
 @contextlib.contextmanager
 def dynaflow(runner, config):
     """`runner`, loaded as a stock one, under DynaFlow; stock again after it."""
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
     from dynaflow_serving.config import load as load_config
     from dynaflow_serving.integrations.sglang.runner import DynaflowRunner
 
@@ -82,6 +84,7 @@ def dynaflow(runner, config):
     ours.make_backends()
     ours.install()
     try:
+        ours.check(get_tp_group().cpu_group)
         yield ours
     finally:
         for thing, names in (
@@ -90,4 +93,5 @@ def dynaflow(runner, config):
         ):
             for name in names:
                 delattr(thing, name)
+        ours.segmented.segments.detach()
         ours.session.close()

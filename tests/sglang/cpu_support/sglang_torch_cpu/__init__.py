@@ -1,15 +1,18 @@
-"""Entry point of `sglang.srt.platforms`: plain PyTorch on CPU."""
+"""Entry points: the platform (`sglang.srt.platforms`), and what `import torch` runs (`torch.backends`)."""
 
-import contextlib
-
-import torch
+from importlib.metadata import version
 
 
 def activate():
-    # The torchvision wheel on PyPI is built for CUDA and its C library does not load here; importing its Python
-    # part needs the schemas of two of its operators.
-    for operator in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # defined by a torchvision that does load
+    return "sglang_torch_cpu.platform.TorchCpuPlatform"
+
+
+def define_torchvision_schemas():
+    """The torchvision wheel on PyPI is built for CUDA, so its C library does not load beside a CPU build of torch;
+    importing its Python part, as SGLang and transformers do, then needs the schemas of two of its operators."""
+    import torch
+
+    if not version("torchvision").endswith("+cpu"):
+        for operator in ("nms", "qnms"):
             schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             torch.library.define(f"torchvision::{operator}", schema)
-    return "sglang_torch_cpu.platform.TorchCpuPlatform"
