@@ -26,18 +26,45 @@ KEY = "dynaflow"
 CALLS = ("call_function", "call_method", "call_module")
 
 
+class _Mark(_GeneratorContextManager[None]):
+    """What `mark` returns outside compiled code: the annotation, and a border for computations without a graph."""
+
+    rule: SplitFunc
+
+    def __enter__(self) -> None:
+        from dynaflow_serving.segments.frames import current_frame
+
+        if not torch.compiler.is_compiling() and current_frame() is not None:
+            raise AnnotationError(
+                f"mark({self.rule.name!r}) as a context manager needs a graph; a model that runs without one (capture: "
+                "segments) stops at calls: put the code into a function and use mark as its decorator"
+            )
+        super().__enter__()
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[override]
+        from dynaflow_serving.segments.borders import marked_border
+
+        plain: _GeneratorContextManager[None] = torch.fx.traceback.annotate(*self.args, **self.kwds)
+        return marked_border(plain(function), self.rule)
+
+
 def mark(
     name: str, resource: Resource | str = Resource.COMPUTE, tags: Sequence[str] = ()
 ) -> _GeneratorContextManager[None]:
     """Decorator and context manager: what runs under it becomes an operator called `name`.
 
-    Usable inside code that Dynamo traces. Raises `AnnotationError` for an unknown resource and for
-    a name of several words, which the text form of a Program cannot hold.
+    Usable inside code that Dynamo traces; as a decorator also in models that run without a graph. Raises
+    `AnnotationError` for an unknown resource and for a name of several words, which the text form of a Program cannot
+    hold.
     """
     if name.split() != [name]:
         raise AnnotationError(f"a mark's name must be one word, not {name!r}")
-    region = {"name": name, "resource": _resource(resource).value, "tags": list(tags)}
+    bound = _resource(resource)
+    region = {"name": name, "resource": bound.value, "tags": list(tags)}
     annotation: _GeneratorContextManager[None] = torch.fx.traceback.annotate({KEY: region})
+    if not torch.compiler.is_compiling():
+        annotation.__class__ = _Mark
+        annotation.rule = SplitFunc(name, name, bound, tuple(tags))  # type: ignore[attr-defined]
     return annotation
 
 
@@ -94,7 +121,7 @@ class SplitFunc(Rule):
         if not isinstance(self.target, str) and node.target is self.target:
             return node.name
         names = function_names(node)
-        wanted = {self.target} if isinstance(self.target, str) else set(_target_names(self.target))
+        wanted = {self.target} if isinstance(self.target, str) else set(target_names(self.target))
         return node.name if names & wanted else None
 
     def candidates(self, node: fx.Node) -> str | None:
@@ -160,13 +187,13 @@ def _module_path(source: str) -> str:
 
 def function_names(node: fx.Node) -> set[str]:
     """All the names a call goes by: `aten.mm.default`, `aten.mm`, `aten::mm`, `mm`."""
-    names = set(_target_names(node.target))
+    names = set(target_names(node.target))
     for name, fn in node.meta.get("source_fn_stack") or ():
-        names |= {str(name)} | set(_target_names(fn))
+        names |= {str(name)} | set(target_names(fn))
     return names
 
 
-def _target_names(target: str | Callable[..., Any]) -> Iterable[str]:
+def target_names(target: str | Callable[..., Any]) -> Iterable[str]:
     if isinstance(target, str):
         return (target,)
     if isinstance(target, torch._ops.OpOverload):
@@ -179,5 +206,5 @@ def _target_names(target: str | Callable[..., Any]) -> Iterable[str]:
 
 
 def short_name(target: Any) -> str:
-    names = [target.__name__] if isinstance(target, type) else list(_target_names(target))
+    names = [target.__name__] if isinstance(target, type) else list(target_names(target))
     return names[-1].rpartition(".")[2].rpartition("::")[2]

@@ -30,6 +30,11 @@ class Config(ExecutorOptions):
     executor: Literal["auto", "sequential", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda on CUDA devices, else cpu"
     )
+    capture: Literal["auto", "graph", "segments"] = Field(
+        default="auto",
+        description="what is scheduled: the engine's graph, or, without one, the code between annotated calls; auto: "
+        "the graph where the engine makes one",
+    )
     fallback: bool = Field(
         default=False,
         description="run the stock engine with a warning, instead of an error, where DynaFlow cannot be active",

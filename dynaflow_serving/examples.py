@@ -43,6 +43,12 @@ def combine(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * weight
 
 
+@mark("attention", Resource.MEMORY, ["attention"])
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.softmax(q @ k.transpose(1, 2), dim=-1)
+    return (scores @ v).reshape(-1, HIDDEN)
+
+
 class Norm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -63,10 +69,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).view(-1, 3, HEADS, HIDDEN // HEADS).unbind(1)
-        with mark("attention", Resource.MEMORY, ["attention"]):
-            scores = torch.softmax(q @ k.transpose(1, 2), dim=-1)
-            attended = (scores @ v).reshape(-1, HIDDEN)
-        out: torch.Tensor = self.o_proj(attended)
+        out: torch.Tensor = self.o_proj(attend(q, k, v))
         return out
 
 

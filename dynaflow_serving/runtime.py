@@ -63,13 +63,12 @@ class Runtime:
 
     def decide(self, batch: Batch) -> Split:
         """The strategy's split, or the whole batch with the reason why it cannot be run split."""
-        if self.capture.program.unsplittable:
-            return whole(batch, f"program: {self.capture.program.unsplittable}")
-        split = self.strategy.split(batch)
-        return self.admit(batch, split)
+        return self.admit(batch, self.strategy.split(batch))
 
     def admit(self, batch: Batch, split: Split) -> Split:
-        """`split`, unless its cross-micro-batch dependences leave no valid order."""
+        """`split`, unless the program cannot be split or cross-micro-batch dependences leave no valid order."""
+        if self.capture.program.unsplittable and len(split.micro_batches) > 1:
+            return whole(batch, f"program: {self.capture.program.unsplittable}")
         if not split.depends or split.signature in self._vetoed:
             reason = self._vetoed.get(split.signature)
             return whole(batch, reason) if reason else split

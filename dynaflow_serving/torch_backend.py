@@ -161,7 +161,7 @@ class Backend:
             return gm  # a graph without a batch (set-up between graph breaks) has nothing to split
         capture = partition(gm, tokens=tokens)
         if rows is not None:
-            rows |= {v.name: v.rows for v in capture.program.values.values() if v.rows > 1}
+            rows |= {capture.nodes.get(v.name, v.name): v.rows for v in capture.program.values.values() if v.rows > 1}
         return self._add(gm, capture)
 
     def _add(self, gm: fx.GraphModule, capture: Capture) -> Callable[..., Any]:

@@ -1,9 +1,9 @@
 """One worker process under DynaFlow: the strategy, the runtimes of its graphs, and the step in flight.
 
 Contract
-- Engine-independent: an integration makes one per worker, adds a Runtime per captured graph, and brackets
-  each real step with `begin` and `end`. Calls outside a step (dummy, profiling and capture
-  runs) find `split` None, run whole and are not counted.
+- Engine-independent: an integration makes one per worker, adds a Runtime per captured graph (where the engine has no
+  graph, `segmented.SegmentedForward` does), and brackets each real step with `begin` and `end`. Calls outside a step
+  (dummy, profiling and capture runs) find `split` None, run whole and are not counted.
 - `begin` depends on the batch and the programs only, so all ranks decide alike; `check` compares the plans
   themselves over a process group and raises on a difference.
 """
@@ -20,6 +20,8 @@ from dynaflow_serving.executor import get_executor
 from dynaflow_serving.ir import Batch, Split
 from dynaflow_serving.partition import Capture
 from dynaflow_serving.runtime import Runtime, StepCounts, report
+from dynaflow_serving.segments import Segments
+from dynaflow_serving.splitting import whole
 
 
 class Session:
@@ -31,6 +33,8 @@ class Session:
         self.runtimes: list[Runtime] = []
         self.split: Split | None = None  # of the step in flight
         self.counts = StepCounts()
+        self.segments: Segments | None = None  # where the engine has no graph
+        self._group: Any = None  # of the ranks, once they have compared plans
 
     @property
     def max_micro_batches(self) -> int:
@@ -39,10 +43,23 @@ class Session:
     def add(self, capture: Capture) -> Runtime:
         runtime = Runtime(capture, self.strategy, self.executor)
         self.runtimes.append(runtime)
+        if self._group is not None:  # recorded anew while serving, by all ranks in one step
+            agree([runtime.texts()], self._group)
         return runtime
+
+    def withdraw(self, reason: str) -> None:
+        """The split step in flight was not run under its plan, and the programs do not hold any more."""
+        self.counts.split -= 1
+        self.counts.unsplit[reason] += 1
+        self.runtimes.clear()
+        self.logger.warning("DynaFlow: a step ran without its plan, the model is recorded anew: %s", reason)
 
     def begin(self, batch: Batch) -> Split:
         """Decide the split of the step that begins. Raises `ScheduleError` for too many micro-batches."""
+        if not self.runtimes and self.segments is not None:
+            self.split = whole(batch, self.segments.waiting)
+            self.counts.add(self.split)
+            return self.split
         if not self.runtimes:
             raise InactiveError("the engine has served a step without compiling a graph through DynaFlow")
         split = self.strategy.split(batch)
@@ -72,11 +89,12 @@ class Session:
                 "DynaFlow was requested, but the engine compiled no graph of this model: it has no torch.compile "
                 "support in the engine, or warm-up was skipped; remove the dynaflow option for this model"
             )
+        self._group = group
         agree([runtime.texts() for runtime in self.runtimes], group)
         for runtime in self.runtimes:
             program = runtime.capture.program
             if program.unsplittable and self.max_micro_batches > 1:
-                raise InactiveError(f"this model's graph cannot be split: {program.unsplittable}")
+                raise InactiveError(f"this model cannot be split: {program.unsplittable}")
             self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
 
     def report(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dynaflow_serving.errors import ConfigError, InactiveError, unknown_name
+from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError, unknown_name
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan
 from dynaflow_serving.partition.capture import Capture
 
@@ -105,6 +105,7 @@ class Executor(abc.ABC):
         extra = [s for s in plan.streams if s != COMPUTE_STREAM]
         if extra and (missing := self.options.streams.keys() - extra):  # without extra: an un-split step, or no network
             raise ConfigError(f"streams: {unknown_name('stream', min(missing), extra)} (a plan of {plan.strategy})")
+        _check_one_stream(capture, plan)
         return self._bind(capture, plan, kernels)
 
     @abc.abstractmethod
@@ -116,3 +117,17 @@ class Executor(abc.ABC):
 
     def close(self) -> None:  # noqa: B027  most executors have nothing to stop
         """Stop what the executor has started (threads)."""
+
+
+def _check_one_stream(capture: Capture, plan: Plan) -> None:
+    """What a suspended computation holds, it allocates and drops in its own time: no plan could wait for that."""
+    stream_of: dict[int, str] = {}
+    for step in plan.steps:
+        if capture.one_stream.intersection(step.operators):
+            stream = stream_of.setdefault(step.start, step.stream)
+            if stream != step.stream:
+                raise ScheduleError(
+                    f"{step.operators[0]}@{step.start} is on stream {step.stream!r}, earlier code of its micro-batch "
+                    f"on {stream!r}: without a graph (capture: segments) the code between annotated calls keeps one "
+                    "stream per micro-batch; annotate what is to run elsewhere"
+                )

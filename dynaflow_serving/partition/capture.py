@@ -11,6 +11,7 @@ Contract
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from dynaflow_serving.ir import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.partition.axes import Axes, derived_nodes
 from dynaflow_serving.partition.buffers import buffer_maker, into_variant, merger, permutation
 from dynaflow_serving.partition.effects import EffectTable, fake_value, hidden_edges, piece_effects, storage_id
-from dynaflow_serving.partition.regions import Region, find_regions, piece_region, region_names
+from dynaflow_serving.partition.regions import Region, find_regions, piece_region, region_name, unique_names, value_name
 from dynaflow_serving.partition.sizes import decompose_sizes
 
 # torch's functional collectives, wherever tensor parallelism or DTensor puts them.
@@ -49,6 +50,8 @@ class Capture:
     constants: tuple[Any, ...] = ()  # values of the last program inputs: tensors held by the graph
     rebuild: Callable[[list[Any]], Any] = tuple
     pieces: dict[str, fx.GraphModule] = field(default_factory=dict)  # operator -> its graph, where known
+    nodes: dict[str, str] = field(default_factory=dict)  # value -> the node of the captured graph that it is
+    one_stream: frozenset[str] = frozenset()  # operators that share a stream within a micro-batch: they run one frame
     static_context: bool = False  # the integration's promise: context keeps its addresses and host values over steps
 
     def token_counter(self) -> Callable[[Sequence[Any]], int]:
@@ -116,11 +119,12 @@ class _Reader:
         graphs: dict[str, fx.GraphModule],
     ) -> None:
         self.split, self.axes, self.effects, self.regions, self.graphs = split, axes, effects, regions, graphs
-        self.names = dict(zip(regions, region_names(list(regions.values())), strict=True))
+        self.names = dict(zip(regions, unique_names([region_name(r) for r in regions.values()]), strict=True))
         self.values: dict[str, Value] = {}
         self.storages: dict[int, str] = {}  # of fake tensors -> value that named it
         self.value_of: dict[fx.Node, str] = {}  # nodes of the stitched graph -> values
         self.operators: list[Operator] = []
+        self.nodes: dict[str, str] = {}
         self.functions: dict[str, Callable[..., Any]] = {}
         self.mergers: dict[str, Callable[[Sequence[torch.Tensor]], torch.Tensor]] = {}
 
@@ -131,21 +135,25 @@ class _Reader:
         by_op = {op: [n for n in self.split.graph.nodes if n.op == op] for op in ("placeholder", "get_attr")}
         inputs, constants = by_op.values()
         for n in (*inputs, *constants):
-            self.values[n.name] = self.axes.value(n.name, fake_value(n), self._storage(n, n.name), False, n.name)
-            self.value_of[n] = n.name
+            name = _input_name(n.name)
+            self.nodes[name] = n.name
+            self.values[name] = self.axes.value(name, fake_value(n), self._storage(n, name), False, n.name)
+            self.value_of[n] = name
         calls = {str(n.target): n for n in self.split.graph.nodes if n.op == "call_module"}
         for submodule in self.regions:
             self._operator(calls[submodule], submodule)
-        _own_if_written(self.values, self.operators, {self.values[n.name].storage for n in (*inputs, *constants)})
+        given = [self.value_of[n] for n in (*inputs, *constants)]
+        _own_if_written(self.values, self.operators, {self.values[v].storage for v in given})
         leaves, spec = pytree.tree_flatten(_result(self.split), is_leaf=lambda x: isinstance(x, fx.Node))
         outputs = [self.value_of[leaf] for leaf in leaves if isinstance(leaf, fx.Node)]
         capture = Capture(
-            self._program([n.name for n in inputs], [n.name for n in constants], outputs),
+            self._program(given[: len(inputs)], given[len(inputs) :], outputs),
             self.functions,
             mergers=self.mergers,
             constants=tuple(_attribute(self.split, str(n.target)) for n in constants),
             rebuild=_rebuilder(leaves, spec),
             pieces={self.names[submodule]: self.graphs[submodule] for submodule in self.regions},
+            nodes=self.nodes,
         )
         add_into_variants(capture)
         return capture
@@ -160,12 +168,13 @@ class _Reader:
         derived = derived_nodes(graph, [a.scope is not Scope.SHARED for a in arguments])
         outputs = []
         for i, (port, result) in enumerate(zip(ports, results, strict=True)):
-            value = result.name if isinstance(result, fx.Node) else f"{name}.{i}"
-            value = value if value not in self.values else f"{name}.{value}"
+            value = value_name(name, i, len(results))
+            value = value if value not in self.values else f"{value}.out"  # an input has that name
             outputs.append(value)
             if port is not None:
                 self.value_of[port] = value
             if isinstance(result, fx.Node):
+                self.nodes[value] = result.name
                 storage = self._storage(result, value)
                 fake = fake_value(result)
                 self.values[value] = self.axes.value(value, fake, storage, result in derived, result.name)
@@ -276,6 +285,12 @@ def _result(graph: fx.GraphModule) -> Any:
 def _outputs(graph: fx.GraphModule) -> list[Any]:
     results = _result(graph)
     return list(results) if isinstance(results, tuple | list) else [results]
+
+
+def _input_name(node: str) -> str:
+    """Dynamo calls argument `x` of the model `l_x_`."""
+    found = re.fullmatch(r"l_(?!self_)(\w+)_", node)
+    return found[1] if found else node
 
 
 def _callable(piece: Any, single: bool) -> Callable[..., Any]:

@@ -56,9 +56,14 @@ def find_regions(gm: fx.GraphModule, hidden: dict[fx.Node, set[fx.Node]]) -> lis
     return _order(_absorb(regions))
 
 
-def _name(region: Region) -> str:
-    """`layers.3.attention`: the innermost layer path that the nodes share, and the kind of work."""
-    paths = [[s for s in stack[-1][0].split(".") if s] for n in region.nodes if (stack := module_stack(n))]
+def region_name(region: Region) -> str:
+    paths = [stack[-1][0] for n in region.nodes if (stack := module_stack(n))]
+    return operator_name(paths, region.mark["name"] if region.mark else "")
+
+
+def operator_name(module_paths: list[str], marked: str) -> str:
+    """`layers.3.attention`: the innermost layer path that the calls of an operator share, and the kind of work."""
+    paths = [[s for s in path.split(".") if s] for path in module_paths]
     common: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:
@@ -68,7 +73,6 @@ def _name(region: Region) -> str:
         common = paths[-1][: next((i + 1 for i, p in enumerate(paths[-1]) if p.isdigit()), 2)]
     common = [p for p in common if p not in ("model", "self", "__self__")]
     depth = next((i + 1 for i, p in enumerate(common) if p.isdigit()), len(common))
-    marked = region.mark["name"] if region.mark else ""
     kind = marked or ".".join(common[depth : depth + 1]) or "compute"
     return ".".join([*common[:depth], *([kind] if common[:depth] != [kind] else [])])
 
@@ -88,9 +92,8 @@ def piece_region(graph: fx.GraphModule, index: int) -> Region:
     return Region(nodes, mark, index, index)
 
 
-def region_names(regions: list[Region]) -> list[str]:
-    """A name for each, numbered where several would share one."""
-    listed = [_name(r) for r in regions]
+def unique_names(listed: list[str]) -> list[str]:
+    """Numbered where several would share one."""
     total, seen, unique = Counter(listed), Counter[str](), list[str]()
     for name in listed:
         candidate = name
@@ -99,6 +102,11 @@ def region_names(regions: list[Region]) -> list[str]:
             seen[name] += 1
         unique.append(candidate)
     return unique
+
+
+def value_name(operator: str, position: int, outputs: int) -> str:
+    """A value is called like the operator that makes it, whichever front-end saw it: `mlp`, or `mlp:0`, `mlp:1`."""
+    return operator if outputs == 1 else f"{operator}:{position}"
 
 
 def _marked_runs(nodes: list[fx.Node], index: dict[fx.Node, int]) -> tuple[list[Region], dict[fx.Node, int]]:

@@ -62,7 +62,7 @@ def test_the_plan_is_issued_in_order(strategy: str) -> None:
         run = CUDAExecutor(cuda=cuda).bind(capture, plan, {})
         for _ in range(2):
             cuda.log.clear()
-            run(arguments(taken, {"l_x_": torch.randn(8, HIDDEN)}, 8), [0, 4, 8], no_context)
+            run(arguments(taken, {"x": torch.randn(8, HIDDEN)}, 8), [0, 4, 8], no_context)
             assert cuda.log == issued(plan, {"compute": "default", "network": "stream0"})
     assert cuda.active is cuda.default
 
@@ -98,7 +98,7 @@ def test_every_record_of_a_pooled_event_follows_all_that_waited_for_it_before() 
     capture = example_capture("llama")
     plans = [lower(get_strategy("nanoflow")().record(capture.program, n), "nanoflow") for n in (2, 3)]
     taken = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
-    run_in_turn(capture, plans, arguments(taken, {"l_x_": torch.randn(9, HIDDEN)}, 9))
+    run_in_turn(capture, plans, arguments(taken, {"x": torch.randn(9, HIDDEN)}, 9))
 
     program = program_of(IN_PLACE)
     small = manual(program, make=torch.clone, bump=lambda y: None, read=torch.clone)

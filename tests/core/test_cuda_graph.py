@@ -88,7 +88,7 @@ def test_a_replay_equals_the_model(model: str, strategy: str) -> None:
         for tokens in (8, 12):
             batch = Batch((1,) * tokens)
             x = torch.randn(tokens, HIDDEN)
-            args = [x if n == "l_x_" else tokens for n in names]
+            args = [x if n == "x" else tokens for n in names]
             (expected,) = plain.run(args, whole(batch, "the reference"))
             (out,) = runtime.run(args, cut_evenly(batch, 2))
             torch.testing.assert_close(out, expected)

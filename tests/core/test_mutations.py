@@ -150,7 +150,7 @@ def delayed(capture: Capture, rng: random.Random) -> Capture:
 
 def run(executor: Executor, capture: Capture, plan: Plan) -> torch.Tensor:
     x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1))
-    inputs = {"l_x_": x}
+    inputs = {"x": x}
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     bounds = {1: [0, 9], 2: [0, 2, 9], 3: [0, 2, 5, 9]}[plan.micro_batches]
     with torch.no_grad():

@@ -27,7 +27,7 @@ def test_plans_are_made_once_and_steps_are_counted() -> None:
         for size in (8, 9, 4, 8):
             x = torch.randn(size, HIDDEN)
             split = runtime.decide(Batch((1,) * size))
-            (out,) = runtime.run(arguments(taken, {"l_x_": x}, size), split)
+            (out,) = runtime.run(arguments(taken, {"x": x}, size), split)
             assert out.shape == x.shape
     assert runtime.counts.split == 3
     assert runtime.counts.unsplit == {"a micro-batch would have under 4 tokens": 1}

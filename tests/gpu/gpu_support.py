@@ -42,4 +42,4 @@ def on_gpu(model: str) -> Capture:
 
 def arguments_of(capture: Capture, tokens: int, device: str = "cuda") -> list[Any]:
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
-    return [torch.randn(tokens, HIDDEN, device=device) if n == "l_x_" else tokens for n in names]
+    return [torch.randn(tokens, HIDDEN, device=device) if n == "x" else tokens for n in names]

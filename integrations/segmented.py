@@ -1,0 +1,63 @@
+"""The forward of a model's body under a session, where the engine has no graph of it: `capture: segments`.
+
+Contract
+- Un-split calls run the model's own forward, and are recorded until there is a Program; the session counts such
+  steps with the reason.
+- A split step runs under the session's plan. If a micro-batch takes another path than the recorded one, the step runs
+  again without a plan, micro-batch after micro-batch (each is a batch that the engine could have made), is counted as
+  un-split, and the model is recorded anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from dynaflow_serving.annotations import Rule
+from dynaflow_serving.executor.base import Enter
+from dynaflow_serving.integrations.session import Session
+from dynaflow_serving.segments import Arguments, Diverged, Segments
+
+
+class SegmentedForward:
+    def __init__(
+        self,
+        session: Session,
+        forward: Callable[..., Any],
+        module: torch.nn.Module,
+        rules: Iterable[Rule],
+        states: Mapping[str, str],
+    ) -> None:
+        """rules: the integration's, for its engine's attention and collectives; the strategy's own come first.
+        states: name of a rule -> engine state that it reads and writes. Raises `AnnotationError`."""
+        self.session = session
+        self.segments = session.segments = Segments(forward, module, (*session.strategy.annotations, *rules), states)
+        self.segments.attach()
+
+    def __call__(
+        self,
+        tokens: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        enter: Enter,
+        arguments: Arguments | None = None,
+    ) -> Any:
+        """tokens: of the batch. enter: switches the engine's context to a micro-batch; the caller restores it.
+        arguments: micro-batch -> its (args, kwargs), where they hold more than tensors to cut."""
+        split = self.session.split
+        if split is None or len(split.micro_batches) == 1:
+            return self._whole(tokens, args, kwargs)
+        plan = self.session.runtimes[0].prepare(split.signature).run
+        try:
+            return self.segments.run(plan, split.bounds, args, kwargs, enter, arguments)
+        except Diverged as error:
+            self.session.withdraw(str(error))
+            return self.segments.run_apart(split.bounds, args, kwargs, enter, arguments)
+
+    def _whole(self, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = self.segments.record(tokens, args, kwargs)
+        if self.segments.capture is not None and not self.session.runtimes:
+            self.session.add(self.segments.capture)
+        return result
