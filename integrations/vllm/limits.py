@@ -112,7 +112,7 @@ def _unsplit(vllm_config: Any, config: Config) -> list[str]:
 
 
 def _features(vllm_config: Any) -> list[str]:
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    parallel, model, offload = vllm_config.parallel_config, vllm_config.model_config, vllm_config.offload_config
     found = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
@@ -130,8 +130,24 @@ def _features(vllm_config: Any) -> list[str]:
         "pooling models": model.runner_type == "pooling",
         "prompt embeddings": model.enable_prompt_embeds,
         "KV-sharing fast prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+        # Its hooks give the layer's weight buffer to a later layer after the first micro-batch.
+        "weight offloading with prefetch": offload.offload_backend == "prefetch"
+        or (offload.offload_backend == "auto" and offload.prefetch.offload_group_size > 0),
+        # Keeps one record per step, by a token's row in the batch: micro-batches would write over each other.
+        "returning routed experts": vllm_config.aux_output_config.enabled,
+        "diffusion models": model.is_diffusion,
+        "a model with its own state in Model Runner V2": _has_own_state(vllm_config),
     }
     return [f"{name} is not supported yet" for name, present in found.items() if present]
+
+
+def _has_own_state(vllm_config: Any) -> bool:
+    """Whether the model prepares its inputs itself (`get_model_state_cls`): what it keeps per step is unknown."""
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    if not vllm_config.use_v2_model_runner:
+        return False
+    return hasattr(get_model_architecture(vllm_config.model_config)[0], "get_model_state_cls")
 
 
 def _executor(config: Config) -> list[str]:

@@ -165,5 +165,17 @@ def _run(model, mode, tp, dynaflow, prompts, max_tokens, options):
 
 
 @pytest.fixture
+def start(model_path):
+    """`start(dynaflow, ...)` builds the engine's config as LLM() does, which ends before weights load."""
+    from vllm import EngineArgs
+
+    def create(dynaflow, **options):
+        settings = {"model": model_path("llama"), "max_model_len": 512, **options}
+        return EngineArgs(additional_config={"dynaflow": dynaflow}, **settings).create_engine_config()
+
+    return create
+
+
+@pytest.fixture
 def prompts():
     return mixed_prompts()

@@ -13,18 +13,6 @@ from dynaflow_serving.errors import AnnotationError, ConfigError, InactiveError
 VLLM = Path(sys.executable).with_name("vllm")
 
 
-@pytest.fixture
-def start(model_path):
-    """`start(dynaflow, ...)` builds the engine's config as LLM() does, which ends before weights load."""
-    from vllm import EngineArgs
-
-    def create(dynaflow, **options):
-        settings = {"model": model_path("llama"), "max_model_len": 512, **options}
-        return EngineArgs(additional_config={"dynaflow": dynaflow}, **settings).create_engine_config()
-
-    return create
-
-
 def test_misspelt_strategy(start):
     with pytest.raises(ConfigError, match=r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: .*dual"):
         start({"strategy": "nanoflw"})
