@@ -57,7 +57,8 @@ class TakenOff:
         self._modes = [_C._pop_torch_function_stack() for _ in range(inside.modes - outside.modes)]
         self._inside = inside
         # Guards, for that is the only way to set these two; they restore in any order, not only last in, first out.
-        self._guards = (_C._InferenceMode(outside.inference), _C._ForceDispatchKeyGuard(outside.include, outside.exclude))
+        keys = _C._ForceDispatchKeyGuard(outside.include, outside.exclude)
+        self._guards = (_C._InferenceMode(outside.inference), keys)
         for guard in self._guards:
             guard.__enter__()  # type: ignore[no-untyped-call]
         torch._C._set_grad_enabled(outside.grad)
@@ -66,7 +67,7 @@ class TakenOff:
 
     def put_back(self) -> None:
         for guard in reversed(self._guards):
-            guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            guard.__exit__(None, None, None)
         torch._C._set_grad_enabled(self._inside.grad)
         for device, dtype in self._inside.autocast:
             torch.set_autocast_dtype(device, dtype)

@@ -1,0 +1,482 @@
+"""The second front-end: recorded programs, plans over suspended computations, and torch's state between them."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dynaflow_serving import examples
+from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule, mark
+from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.errors import AnnotationError, ScheduleError
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Resource, Split, StepKind
+from dynaflow_serving.lowering import lower
+from dynaflow_serving.runtime import Runtime, no_context
+from dynaflow_serving.scheduler import OpScheduler, Schedule
+from dynaflow_serving.segments import Diverged, Segments
+from dynaflow_serving.segments.frames import Frame
+from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.verify import verify
+
+WIDTH = 8
+
+
+def reduce(x: torch.Tensor) -> torch.Tensor:
+    """Stands for an all-reduce over two equal ranks."""
+    return x * 2
+
+
+class Cache:
+    """A KV cache: what each micro-batch has appended, in the order of execution."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
+        self.cache = Cache()
+
+    def forward(self, x: torch.Tensor, step: object = None) -> torch.Tensor:
+        self.cache.sizes.append(len(x))
+        return torch.tanh(x @ self.weight)
+
+
+class AddNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = residual + x
+        return residual * self.weight / residual.norm(dim=-1, keepdim=True), residual
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o_proj, self.up = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.attention, self.norm1, self.norm2 = Attention(), AddNorm(), AddNorm()
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, step: object) -> tuple[torch.Tensor, torch.Tensor]:
+        x = reduce(self.o_proj(self.attention(self.qkv(x), step=step)))
+        x, residual = self.norm1(x, residual)
+        out: tuple[torch.Tensor, torch.Tensor] = self.norm2(reduce(torch.relu(self.up(x))), residual)
+        return out
+
+
+class Model(nn.Module):
+    """The residual passes from layer to layer; `step` is an object that is new in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, step: object = None) -> torch.Tensor:
+        x = residual = x * scale[:, None]
+        for layer in self.layers:
+            x, residual = layer(x, residual, step)
+        return x
+
+
+RULES: tuple[Rule, ...] = (
+    SplitModule("Attention", "attention", Resource.MEMORY, ("attention",), context=True),
+    SplitFunc(reduce, "all_reduce", Resource.NETWORK, ("all_reduce",), group="tp"),
+)
+NORM = SplitModule(AddNorm, "norm")
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(tokens, WIDTH), torch.rand(tokens) + 0.5
+
+
+def segments(model: nn.Module, rules: tuple[Rule, ...], make: Callable[[int], tuple[Any, ...]] = inputs) -> Segments:
+    made = Segments(model.forward, model, rules, {"attention": "kv"})
+    made.attach()
+    for tokens in (6, 8):
+        made.record(tokens, make(tokens), {})
+    return made
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    yield Model()
+
+
+class Run:
+    """Recorded segments under a strategy."""
+
+    def __init__(self, made: Segments, strategy: OpScheduler, executor: str = "sequential") -> None:
+        assert made.capture is not None
+        self.made, self.runtime = made, Runtime(made.capture, strategy, get_executor(executor))
+
+    def __call__(self, micro_batches: int, *args: torch.Tensor) -> torch.Tensor:
+        split = cut_evenly(Batch((1,) * len(args[0])), micro_batches)
+        plan = self.runtime.prepare(split.signature).run
+        result: torch.Tensor = self.made.run(plan, split.bounds, args, {}, no_context, None)
+        return result
+
+
+def strategy(name: str, **options: Any) -> OpScheduler:
+    cls = get_strategy(name)
+    return cls(cls.Options(**options))
+
+
+# -- programs and plans --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["sequential", "nanoflow", "dual_batch", "comm_overlap"])
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_both_front_ends_give_the_same_plan_text(name: str, micro_batches: int) -> None:
+    """All but the program's digest in the first line: only the graph's program names weights and sizes as inputs."""
+    captured = examples.example_capture("llama").program
+    made = segments(examples.llama(), (), lambda n: (torch.randn(n, examples.HIDDEN),))
+    assert made.capture is not None
+    texts = []
+    for program in (captured, made.capture.program):
+        plan = lower(get_strategy(name)().record(program, micro_batches), name, zero_copy=False)
+        verify(program, plan)
+        texts.append(plan.to_text().replace(program.digest, "PROGRAM"))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("executor", ["sequential", "cpu"])
+@pytest.mark.parametrize("name", ["sequential", "nanoflow", "comm_overlap"])
+@pytest.mark.parametrize("rules", [RULES, (*RULES, NORM)], ids=["", "norm"])
+def test_split_equals_whole(model: Model, executor: str, name: str, rules: tuple[Rule, ...]) -> None:
+    made = segments(model, rules)
+    run = Run(made, strategy(name), executor)
+    for tokens, micro_batches in ((2, 2), (7, 2), (11, 3), (9, 4)):
+        args = inputs(tokens)
+        want = model.forward(*args)
+        torch.testing.assert_close(run(micro_batches, *args), want, rtol=1e-6, atol=1e-6)  # matmuls of other sizes
+
+
+def test_what_the_program_says(model: Model) -> None:
+    made = segments(model, (*RULES, NORM))
+    assert made.capture is not None
+    program = made.capture.program
+    by_name = program.by_name
+    assert not program.unsplittable
+    assert [o.name for o in program.operators[:5]] == [
+        "layers.0.compute.0", "layers.0.attention", "layers.0.o_proj", "layers.0.all_reduce.0", "layers.0.norm.0",
+    ]  # fmt: skip
+    assert by_name["layers.0.attention"].writes == ("kv:layers.0.attention",)
+    assert by_name["layers.0.attention"].context and by_name["layers.0.o_proj"].context
+    assert not by_name["layers.0.all_reduce.0"].context and by_name["layers.0.all_reduce.0"].group == "tp"
+    assert by_name["layers.0.norm.0"].inputs[-1] == "layers.0.norm1.weight"
+    assert all(program.values[v].axis == 0 for v in (*program.inputs[:2], *program.outputs))
+
+
+def test_micro_batches_advance_in_the_order_of_the_plan(model: Model) -> None:
+    run = Run(segments(model, RULES), strategy("nanoflow"))
+    caches = [layer.attention.cache for layer in model.layers]
+    for cache in caches:
+        cache.sizes.clear()
+    run(2, *inputs(7))
+    assert [cache.sizes for cache in caches] == [[3, 4], [3, 4]]
+
+
+class Fused(OpScheduler):
+    """All-reduce and the norm after it as one kernel."""
+
+    name = "fused"
+
+    def split(self, batch: Batch) -> Split:
+        return cut_evenly(batch, 2)
+
+    def schedule(self, s: Schedule) -> None:
+        while ready := s.get_ready_ops():
+            task = ready[0]
+            norm = next((t for t in s.successors(task) if "norm" in t.name), None) if task.operator.group else None
+            if norm is not None and len(external_ports(s.program, (task.name, norm.name))[1]) == 2:
+                s.execute([task, norm], replace=all_reduce_add_norm)
+            else:
+                s.execute(task)
+
+
+kernel_calls: list[int] = []
+
+
+def all_reduce_add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernel_calls.append(len(x))
+    residual = residual + x * 2
+    return residual * weight / residual.norm(dim=-1, keepdim=True), residual
+
+
+def test_a_kernel_replaces_two_adjacent_borders(model: Model) -> None:
+    run = Run(segments(model, (*RULES, NORM)), Fused())
+    args = inputs(7)
+    want = model.forward(*args)
+    kernel_calls.clear()
+    torch.testing.assert_close(run(2, *args), want, rtol=1e-6, atol=1e-6)
+    assert sorted(kernel_calls) == [3, 3, 3, 4, 4, 4]  # of four; the last norm's residual goes nowhere
+
+
+class MergedReduce(Fused):
+    """The all-reduce of both micro-batches at once."""
+
+    def schedule(self, s: Schedule) -> None:
+        while ready := s.get_ready_ops():
+            network = [t for t in ready if t.operator.group]
+            if len(network) == 2:
+                s.execute(network)
+            else:
+                s.execute(next(t for t in ready if not t.operator.group))
+
+
+def test_a_plain_border_runs_merged(model: Model) -> None:
+    run = Run(segments(model, RULES), MergedReduce())
+    args = inputs(7)
+    torch.testing.assert_close(run(2, *args), model.forward(*args), rtol=1e-6, atol=1e-6)
+    (plan,) = (p for p in run.runtime.plans if p.micro_batches == 2)
+    assert sum(s.kind is StepKind.RUN and s.stop - s.start == 2 for s in plan.steps) == 4
+
+
+class TwoStreams(Fused):
+    def schedule(self, s: Schedule) -> None:
+        while ready := s.get_ready_ops():
+            side = ready[0].name.endswith("o_proj")
+            s.execute(ready[0], stream="side" if side else COMPUTE_STREAM)
+
+
+def test_code_of_one_micro_batch_keeps_one_stream(model: Model) -> None:
+    with pytest.raises(ScheduleError, match=r"layers.0.o_proj@0 is on stream 'side'.*annotate"):
+        Run(segments(model, RULES), TwoStreams())(2, *inputs(6))
+
+
+def test_a_wait_removed_from_a_plan_is_found(model: Model) -> None:
+    from dataclasses import replace
+
+    from dynaflow_serving.errors import PlanError
+
+    made = segments(model, RULES)
+    assert made.capture is not None
+    plan = lower(get_strategy("nanoflow")().record(made.capture.program, 2), "nanoflow")
+    waits = [i for i, s in enumerate(plan.steps) if s.kind is StepKind.WAIT]
+    for i in waits:
+        with pytest.raises(PlanError):
+            verify(made.capture.program, replace(plan, steps=plan.steps[:i] + plan.steps[i + 1 :]))
+
+
+# -- another path --------------------------------------------------------------------------------------------
+class Branching(nn.Module):
+    def __init__(self, condition: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.attention, self.condition = Attention(), condition
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.attention(x + 1)
+        if self.condition(x):
+            x = reduce(x)
+        return x - 1
+
+
+def test_another_path_than_the_recorded_one_is_detected_and_recorded_anew() -> None:
+    model = Branching(lambda x: len(x) >= 6)
+    made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
+    x = torch.randn(8, WIDTH)
+    run = Run(made, strategy("sequential", micro_batches=2))
+    with pytest.raises(Diverged, match="ended where it called all_reduce"):  # micro-batches of 4 take the other branch
+        run(2, x)
+    assert made.capture is None and made.wants_recording and "all_reduce" in made.waiting
+    apart = made.run_apart((0, 4, 8), (x,), {}, no_context)
+    assert torch.equal(apart, torch.cat([model.forward(x[:4]), model.forward(x[4:])]))
+    for tokens in (4, 5):
+        made.record(tokens, (torch.randn(tokens, WIDTH),), {})
+    torch.testing.assert_close(Run(made, strategy("sequential", micro_batches=2))(2, x), apart, rtol=1e-6, atol=1e-6)
+
+
+def test_a_path_that_depends_on_the_number_of_tokens_waits_for_another_recording() -> None:
+    model = Branching(lambda x: len(x) >= 7)
+    made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
+    assert made.capture is None and "number of tokens" in made.waiting
+    made.record(9, (torch.randn(9, WIDTH),), {})
+    assert made.capture is not None
+
+
+def test_a_branch_on_values_cannot_be_split() -> None:
+    model = Branching(lambda x: x.sum() < 1e9)
+    made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
+    assert made.capture is not None
+    assert "reads the value of a tensor" in made.capture.program.unsplittable
+
+
+def test_an_error_in_the_model_reaches_the_caller_and_closes_all_frames(model: Model) -> None:
+    run = Run(segments(model, RULES), strategy("nanoflow"))
+    args = inputs(7)
+    broken = model.layers[1].up.weight.data
+    model.layers[1].up.weight.data = torch.zeros(WIDTH, WIDTH + 1)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(2, *args)
+    model.layers[1].up.weight.data = broken
+    torch.testing.assert_close(run(2, *args), model.forward(*args), rtol=1e-6, atol=1e-6)
+
+
+# -- rules ---------------------------------------------------------------------------------------------------
+def test_torch_functions_by_name(model: Model) -> None:
+    made = segments(model, (*RULES, SplitFunc("relu", "relu")))
+    assert made.capture is not None
+    assert "layers.0.relu" in made.capture.program.by_name
+    args = inputs(7)
+    run = Run(made, strategy("nanoflow"))
+    torch.testing.assert_close(run(2, *args), model.forward(*args), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (SplitModule("Atention"), r"unknown module class 'Atention'. Did you mean 'Attention'\? Valid: AddNorm, "),
+        (SplitFunc("torch_is_not.there.f"), "No module named 'torch_is_not'.*dotted path"),
+        (SplitFunc("dynaflow_serving.examples.nothing"), "has no attribute 'nothing'"),
+        (SplitFunc("gelu"), r"does not call it between its other borders \(all_reduce, attention\)"),
+    ],
+)
+def test_a_rule_that_matches_nothing(model: Model, rule: Rule, message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        segments(model, (*RULES, rule))
+
+
+def test_a_mark_around_a_block_is_refused_by_name() -> None:
+    class Marked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with mark("middle"):
+                return x.sin()
+
+    with pytest.raises(AnnotationError, match=r"mark\('middle'\) as a context manager needs a graph.*decorator"):
+        segments(Marked(), (), lambda n: (torch.randn(n, WIDTH),))
+
+
+# -- torch's thread-local state ------------------------------------------------------------------------------
+STATES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "grad": (torch.enable_grad, torch.is_grad_enabled),
+    "inference": (torch.inference_mode, torch.is_inference_mode_enabled),
+    "autocast": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.is_autocast_enabled("cpu")),
+    "autocast dtype": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.get_autocast_dtype("cpu")),
+    "function mode": (lambda: torch.device("meta"), lambda: torch.empty(1).device),
+    "dispatch keys": (torch._C._AutoDispatchBelowAutograd, lambda: torch._C._dispatch_tls_local_exclude_set()),
+}
+
+
+class InState(nn.Module):
+    """Enters a state, calls a border inside it, and looks at the state before and after."""
+
+    def __init__(self, enter: Callable[[], Any], look: Callable[[], Any]) -> None:
+        super().__init__()
+        self.enter, self.look, self.attention = enter, look, Attention()
+        self.seen: list[Any] = []
+        self.attention.register_forward_pre_hook(lambda *_: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.look()
+        with self.enter():
+            inside = self.look()
+            x = self.attention(x + 0)
+            again = self.look()
+        self.seen.append((before, inside, again, self.look()))
+        return self.attention(x + 1)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_is_kept_apart(name: str) -> None:
+    """Frames enter, suspend inside, and leave in another order than they entered; so does the driver between them."""
+    enter, look = STATES[name]
+    model = InState(enter, look)
+    made = Segments(model.forward, model, RULES[:1])
+    made.attach()
+    outside = look()
+    frames = [Frame(model.forward, made.borders.by_place, 2) for _ in range(3)]
+    calls = [f.start((torch.randn(2, WIDTH),), {}) for f in frames]
+    assert look() == outside
+    within = []
+    for i in (1, 0, 2, 1, 2, 0):
+        call = calls[i]
+        assert call is not None
+        with frames[i].inside():
+            within.append(look())
+        assert look() == outside
+        calls[i] = frames[i].advance(torch.zeros(2, WIDTH, device="cpu"))
+        assert look() == outside
+    assert all(f.dead for f in frames) and len(model.seen) == 3
+    for before, inside, again, after in model.seen:
+        assert before == after == outside != inside == again
+    assert within[:3] == [model.seen[0][1]] * 3 and within[3:] == [outside] * 3
+
+
+def test_a_closed_frame_leaves_its_blocks() -> None:
+    enter, look = STATES["inference"]
+    model = InState(enter, look)
+    made = Segments(model.forward, model, RULES[:1])
+    made.attach()
+    frame = Frame(model.forward, made.borders.by_place, 2)
+    frame.start((torch.randn(2, WIDTH),), {})
+    frame.close()
+    assert frame.dead and not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+
+
+def test_a_border_runs_in_the_state_of_its_caller() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = reduce(self.attention(x + 0))
+            return x.float()
+
+    model = Mixed()
+    made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
+    x = torch.randn(6, WIDTH)
+    for executor in ("sequential", "cpu"):
+        got = Run(made, strategy("sequential", micro_batches=2), executor)(2, x)
+        assert torch.equal(got, torch.cat([model.forward(x[:3]), model.forward(x[3:])]))
+
+
+def test_context_variables_are_each_frames_own() -> None:
+    variable = contextvars.ContextVar("variable", default=0)
+
+    def body(x: int) -> int:
+        variable.set(x)
+        frame.suspend(None, (), {})  # type: ignore[arg-type]
+        return variable.get()
+
+    frames = []
+    for x in (1, 2):
+        frame = Frame(body, {}, 1)
+        frame.start((x,), {})
+        frames.append(frame)
+    assert variable.get() == 0
+    for x, frame in enumerate(frames, 1):
+        frame.advance(None)
+        assert frame.result == x
+
+
+def test_gradients_flow_through_a_split_forward(model: Model) -> None:
+    run = Run(segments(model, RULES), strategy("sequential", micro_batches=2))
+    args = inputs(6)
+    with torch.enable_grad():
+        run(2, *args).sum().backward()
+        got = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        model.forward(*args).sum().backward()
+    want = [p.grad for p in model.parameters() if p.grad is not None]
+    assert got and len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
