@@ -60,7 +60,8 @@ class Frame(greenlet):
         return self._switch(result)
 
     def _switch(self, *args: Any, **kwargs: Any) -> Call | None:
-        self._put_back()
+        if self._taken_off is not None:
+            self._put_back()
         try:
             got = self.switch(*args, **kwargs)
         finally:
@@ -91,7 +92,8 @@ class Frame(greenlet):
     def close(self) -> None:
         """Unwind it, if it has not ended."""
         if self and not self.dead:  # started
-            self._put_back()
+            if self._taken_off is not None:
+                self._put_back()
             try:
                 self.throw(GreenletExit)
             finally:
@@ -99,14 +101,13 @@ class Frame(greenlet):
         self.pending = None
 
     def _put_back(self) -> None:
-        if self._taken_off is not None:
-            self._taken_off.put_back()
-            self._taken_off = None
+        assert self._taken_off is not None
+        self._taken_off.put_back()
+        self._taken_off = None
 
     def _take_off(self) -> None:
-        inside = TorchState.now()
-        if inside != self._outside:
-            self._taken_off = TakenOff(self._outside, self._dtypes, inside)
+        if not self._outside.is_now():
+            self._taken_off = TakenOff(self._outside, self._dtypes, TorchState.now())
 
 
 def current_frame() -> Frame | None:

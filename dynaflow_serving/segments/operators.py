@@ -105,7 +105,10 @@ def _border(model: ModelProgram, driver: Driver, part: Part, event: BorderCall, 
                 args = (*args[:key], inputs[i], *args[key + 1 :])
             else:
                 kwargs = {**kwargs, key: inputs[i]}
-        with frame.inside():
+        if frame.has_own_state:
+            with frame.inside():
+                result = border.function(*args, **kwargs)
+        else:
             result = border.function(*args, **kwargs)
         listed = (result,) if event.shape == "tensor" else result
         found = [listed[i] for i in taken]

@@ -43,6 +43,17 @@ class TorchState:
             autocast,
         )
 
+    def is_now(self) -> bool:
+        """Whether the thread is in this state. Autocast switched on or off shows in the dispatch keys."""
+        return (
+            torch.is_grad_enabled() == self.grad
+            and _C._dispatch_tls_local_include_set() == self.include
+            and _C._dispatch_tls_local_exclude_set() == self.exclude
+            and _C._len_torch_function_stack() == self.modes
+            and torch.is_inference_mode_enabled() == self.inference
+            and (not self.autocast or TorchState.now().autocast == self.autocast)
+        )
+
 
 def autocast_dtypes() -> dict[str, torch.dtype]:
     """What autocast takes where a block names no dtype: it outlives the blocks that change it."""
