@@ -27,7 +27,7 @@ from dynaflow_serving.splitting import whole
 class Session:
     def __init__(self, config: Config, device_type: str, mode: str, logger: logging.Logger) -> None:
         """`mode`: how the engine compiles, for reports; `logger`: the engine's."""
-        self.mode, self.logger = mode, logger
+        self.config, self.mode, self.logger = config, mode, logger
         self.strategy = config.build()
         self.executor = get_executor(config.executor, device_type, config)
         self.runtimes: list[Runtime] = []

@@ -127,6 +127,8 @@ def _redirect(vllm_config: Any, rules: Iterable[Rule]) -> None:
         vllm_config.additional_config[PIECE_COMPILER] = compilation.backend
         compilation.backend = "dynaflow_serving.integrations.vllm.mode2.backend"
         return
+    if compilation.mode != CompilationMode.VLLM_COMPILE:
+        return
     cuts = [str(rule.target) for rule in rules]
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         cuts += collective_names()

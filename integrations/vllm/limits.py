@@ -25,7 +25,7 @@ from dynaflow_serving.errors import AnnotationError, InactiveError
 
 def check(vllm_config: Any, config: Config, rules: Iterable[Rule] = ()) -> None:
     """`rules`: the strategy's annotations."""
-    causes = [*_mode(vllm_config), *_cuts(vllm_config, rules), *_unsplit(vllm_config, config)]
+    causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, rules), *_unsplit(vllm_config, config)]
     if causes := [*causes, *_features(vllm_config), *_executor(config)]:
         raise InactiveError(
             f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {'; '.join(causes)}. "
@@ -68,15 +68,19 @@ def _functions() -> set[str]:
     return names
 
 
-def _mode(vllm_config: Any) -> list[str]:
+def _mode(vllm_config: Any, capture: str) -> list[str]:
     from vllm.config import CompilationMode
 
     compilation = vllm_config.compilation_config
-    if vllm_config.model_config.enforce_eager:
-        return ["enforce_eager leaves no graph to capture (drop --enforce-eager)"]
+    if compilation.mode == CompilationMode.NONE:
+        if capture == "graph":
+            return ["capture: graph needs a compilation mode with a graph (drop --enforce-eager, or set capture: auto)"]
+        return []
+    if capture == "segments":
+        return ["capture: segments runs the model without a graph (add --enforce-eager, or set capture: auto)"]
     if compilation.mode not in (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE):
         mode = getattr(compilation.mode, "name", compilation.mode)
-        return [f"compilation mode {mode} captures no graph for plugins (modes 2 and 3 are supported)"]
+        return [f"compilation mode {mode} captures no graph for plugins (modes 0, 2 and 3 are supported)"]
     causes = []
     if compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE and compilation.backend not in ("eager", "inductor"):
         causes.append(f"compilation backend {compilation.backend!r} (mode 2 supports 'inductor' and 'eager')")

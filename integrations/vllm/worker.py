@@ -2,8 +2,9 @@
 
 Contract
 - The model runner that vLLM selected, V1 or V2, becomes a DynaFlow runner before the model is loaded.
-- After warm-up the worker refuses to serve if vLLM compiled no graph through DynaFlow, or if the ranks
-  would run different plans.
+- A model without a graph is put under DynaFlow when it is loaded (`eager`).
+- After warm-up the worker refuses to serve if DynaFlow has no program of the model, or if the ranks would run
+  different plans.
 - `dynaflow_report` and `dynaflow_reset` are for `collective_rpc`.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from dynaflow_serving.integrations.vllm import mode3
+from dynaflow_serving.integrations.vllm import eager, mode3
 from dynaflow_serving.integrations.vllm.runner_v1 import V1RunnerMixin
 from dynaflow_serving.integrations.vllm.runner_v2 import V2RunnerMixin
 from dynaflow_serving.integrations.vllm.session import VLLMSession
@@ -32,9 +33,15 @@ class DynaflowWorkerMixin:
         runner.dynaflow = self.dynaflow
         runner.__class__ = type(f"Dynaflow{type(runner).__name__}", (mixin, type(runner)), {})
 
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_model(*args, **kwargs)  # type: ignore[misc]
+        eager.attach(self.dynaflow, self.model_runner)  # type: ignore[attr-defined]
+        return result
+
     def compile_or_warm_up_model(self) -> Any:
         from vllm.distributed.parallel_state import get_tp_group
 
+        eager.record(self.dynaflow, self.model_runner)  # type: ignore[attr-defined]
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         self.dynaflow.check(get_tp_group().cpu_group)
         self.dynaflow.serving = True

@@ -1,0 +1,86 @@
+"""Models that vLLM runs without a graph: `--enforce-eager`, compilation mode 0, and models that it cannot compile.
+
+Contract
+- The model's own forward runs once per micro-batch as a suspended computation (`dynaflow_serving.segments`) that stops
+  at attention, at the expert layers and at collectives, and at what the strategy's own annotations name.
+- It is recorded in two dummy runs of vLLM's, after the model is loaded and before the ranks compare their plans.
+- A collective that none of the rules names would run wherever the code between borders does, out of the common order
+  of the ranks: every method of vLLM's `GroupCoordinator` that the model's code calls is therefore a border.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.segmented import SegmentedForward
+from dynaflow_serving.integrations.vllm.session import VLLMSession
+from dynaflow_serving.ir import Resource
+
+ATTENTION = ("Attention", "MLAAttention", "ChunkedLocalAttention")
+EXPERTS = ("MoERunner",)  # its forward ends with an all-reduce, which keeps its place among the others
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
+_GROUP = "vllm.distributed.parallel_state.GroupCoordinator"
+RECORDED_TOKENS = (16, 24)
+
+
+def rules() -> tuple[Rule, ...]:
+    network = Resource.NETWORK
+    return (
+        *(SplitModule(n, "attention", Resource.MEMORY, ("attention",), "", True, False) for n in ATTENTION),
+        *(SplitModule(n, "experts", Resource.COMPUTE, ("experts",), "tp", True, False) for n in EXPERTS),
+        *(SplitFunc(f"{_GROUP}.{n}", n, network, (n,), "tp", required=False) for n in COLLECTIVES),
+    )
+
+
+def has_graph(vllm_config: Any, model: torch.nn.Module) -> bool:
+    """Whether vLLM compiles `model`, or a part of it."""
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+    from vllm.config import CompilationMode
+
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        return False
+    compiled = [m for m in model.modules() if isinstance(m, TorchCompileWithNoGuardsWrapper)]
+    return any(not getattr(m, "do_not_compile", False) for m in compiled)
+
+
+def attach(session: VLLMSession, runner: Any) -> None:
+    """Put the model's forward under `session`, if there is no graph. Raises `AnnotationError`, `InactiveError`."""
+    model = runner.get_model()
+    if has_graph(session.vllm_config, model):
+        return
+    if session.config.capture == "graph":
+        raise InactiveError(
+            f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
+        )
+    stock = model.forward
+    session.mode = session.mode.replace("(vLLM pieces)", "(no graph: segments)")
+    segmented = SegmentedForward(session, stock, model, rules(), {"attention": "kv"})
+
+    @functools.wraps(stock)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tokens = next(t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        if not session.micro_batches:
+            return segmented(tokens, args, kwargs, _no_micro_batch)
+        with session.entering() as enter:
+            return segmented(tokens, args, kwargs, enter)
+
+    model.forward = forward
+
+
+def record(session: VLLMSession, runner: Any) -> None:
+    """Have the model's path recorded. Raises `InactiveError` if it is another one for each number of tokens."""
+    if session.segments is None:
+        return
+    for tokens in RECORDED_TOKENS:
+        runner._dummy_run(tokens)
+    if session.segments.capture is None:
+        raise InactiveError(f"DynaFlow cannot schedule this model: {session.segments.waiting}")
+
+
+def _no_micro_batch(micro_batch: int) -> None:
+    """The step runs whole."""
