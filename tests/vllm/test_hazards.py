@@ -85,6 +85,24 @@ def test_metadata_is_built_per_micro_batch_by_builders_that_update_block_tables(
     assert ours.tokens == stock.tokens and ours.split > 0
 
 
+def test_each_micro_batch_has_a_builder_of_its_own(generate, monkeypatch):
+    """Some builders keep what they prepared on themselves (MLA's); the CPU builder takes it back here when it
+    builds again."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder as Builder
+
+    stock, build = generate("llama"), Builder.build
+
+    def build_and_take_back(self, *args, **kwargs):
+        if hasattr(self, "last"):
+            self.last.block_table = None
+        self.last = build(self, *args, **kwargs)
+        return self.last
+
+    monkeypatch.setattr(Builder, "build", build_and_take_back)
+    ours = generate("llama", dynaflow={"strategy": "nanoflow", "options": {"min_tokens": 1}})
+    assert ours.tokens == stock.tokens and ours.split > 0
+
+
 def test_dependences_of_block_tables():
     table = np.array([[1, 2, 3], [1, 2, 4], [5, 6, 0]])
     tokens, computed = np.array([40, 8, 16]), np.array([0, 32, 16])
