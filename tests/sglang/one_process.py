@@ -43,7 +43,9 @@ def load(model, **options):
 
 def unload():
     from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+    from sglang.srt.eplb.expert_location import set_global_expert_location_metadata
 
+    set_global_expert_location_metadata(None, allow_overwrite=True)
     destroy_model_parallel()
     destroy_distributed_environment()
 
@@ -75,7 +77,7 @@ def generate(runner, prompts, new_tokens):
 @contextlib.contextmanager
 def dynaflow(runner, config):
     """`runner`, loaded as a stock one, under DynaFlow; stock again after it."""
-    from sglang.srt.distributed.parallel_state import get_tp_group
+    from sglang.srt.runtime_context import get_parallel
 
     from dynaflow_serving.config import load as load_config
     from dynaflow_serving.integrations.sglang.runner import DynaflowRunner
@@ -84,7 +86,7 @@ def dynaflow(runner, config):
     ours.make_backends()
     ours.install()
     try:
-        ours.check(get_tp_group().cpu_group)
+        ours.check(get_parallel().tp_group.cpu_group)
         yield ours
     finally:
         for thing, names in (

@@ -1,0 +1,73 @@
+"""Real SGLang on CPU with plain PyTorch kernels (`cpu_support`).
+
+Most tests drive a ModelRunner in this process (`one_process.py`); those that need the scheduler run an Engine or a
+server in a process of its own, for an Engine takes over its process's signals.
+"""
+
+import importlib.util
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"sglang_tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def one_process():
+    return _load("one_process")
+
+
+@pytest.fixture(scope="session")
+def model_path():
+    """`model_path(kind)`: a tiny model made locally."""
+    from dynaflow_serving.bench.tiny_models import make_tiny_model
+
+    return lambda kind: str(make_tiny_model(kind))
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Token ids of mixed lengths; every third request shares a long prefix with the first."""
+    draw = random.Random(0)
+    shared = [draw.randrange(10, 2000) for _ in range(48)]
+    return [
+        (shared if i % 3 == 0 else []) + [draw.randrange(10, 2000) for _ in range(draw.choice([3, 9, 17, 33, 70]))]
+        for i in range(12)
+    ]
+
+
+@pytest.fixture(scope="session")
+def loaded(one_process, model_path):
+    """`loaded(kind)`: a stock ModelRunner. One lives at a time; another kind takes a second to load."""
+    live = {}
+
+    def load(kind):
+        if kind not in live:
+            if live:
+                live.clear()
+                one_process.unload()
+            live[kind] = one_process.load(model_path(kind))
+        return live[kind]
+
+    return load
+
+
+@pytest.fixture
+def runner(request, loaded):
+    """A stock ModelRunner; `one_process.dynaflow(runner, config)` puts it under DynaFlow for a while."""
+    return loaded(getattr(request, "param", "llama"))
+
+
+@pytest.fixture
+def stock(one_process, runner, prompts):
+    """Greedy tokens of the stock runner."""
+    return one_process.generate(runner, prompts, 12)[0].tolist()
