@@ -58,7 +58,7 @@ def attach(session: VLLMSession, runner: Any) -> None:
             f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
         )
     stock = model.forward
-    session.mode = session.mode.replace("(vLLM pieces)", "(no graph: segments)")
+    session.mode = "segments (no graph)," + session.mode.partition(",")[2]
     segmented = SegmentedForward(session, stock, model, rules(), {"attention": "kv"})
 
     @functools.wraps(stock)

@@ -61,6 +61,7 @@ MODES = {
     "mode2-uncompiled": {"mode": 2, "backend": "eager"},
     "mode2-compiled": {},  # what vLLM chooses on CPU: mode 2, Inductor
     "mode3": {},
+    "none": {"mode": 0},  # what --enforce-eager gives
 }
 
 
@@ -148,7 +149,7 @@ def _run(model, mode, tp, dynaflow, prompts, max_tokens, options):
     llm = None
     try:
         llm = LLM(model, **settings | options)
-        expected = 3 if mode == "mode3" else 2
+        expected = {"mode3": 3, "none": 0}.get(mode, 2)
         assert int(llm.llm_engine.vllm_config.compilation_config.mode) == expected
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], sampling, use_tqdm=False)

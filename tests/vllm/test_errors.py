@@ -98,7 +98,6 @@ def test_unsupported_release(start, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ({"enforce_eager": True}, "enforce_eager leaves no graph"),
         ({"compilation_config": {"mode": 1}}, "compilation mode STOCK_TORCH_COMPILE"),
         ({"compilation_config": {"mode": 2, "backend": "aot_eager"}}, "compilation backend 'aot_eager'"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline parallelism"),
@@ -122,11 +121,11 @@ def test_fallback_runs_stock_with_a_warning(start, monkeypatch):
     monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: warnings.append(text % args))
     for name in engine_args.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    config = start({"strategy": "nanoflow", "fallback": True}, enforce_eager=True)
+    config = start({"strategy": "nanoflow", "fallback": True}, enable_prompt_embeds=True)
     assert "dynaflow" not in config.additional_config
     assert "dynaflow" not in config.parallel_config.worker_cls
     assert not engine_args.ENVIRONMENT.keys() & os.environ.keys()
-    assert "DynaFlow is NOT active" in warnings[0] and "enforce_eager" in warnings[0]
+    assert "DynaFlow is NOT active" in warnings[0] and "prompt embeddings" in warnings[0]
 
 
 def test_path_name_and_mapping_are_the_same(start, tmp_path):
