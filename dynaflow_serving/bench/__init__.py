@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from dynaflow_serving.errors import ConfigError, unknown_name
 
-DRIVERS: dict[str, str] = {"vllm": "dynaflow_serving.bench.vllm_driver:VLLMDriver"}
+DRIVERS: dict[str, str] = {
+    "vllm": "dynaflow_serving.bench.vllm_driver:VLLMDriver",
+    "sglang": "dynaflow_serving.bench.sglang_driver:SGLangDriver",
+}
 
 
 def driver_path(engine: str) -> str:

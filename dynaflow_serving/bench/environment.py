@@ -27,7 +27,7 @@ def device_name() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    return f"CPU: {_processor()}, {len(_cores())} cores"
+    return f"CPU: {_processor()}, {len(usable_cores())} cores"
 
 
 def vllm_environment(
@@ -44,7 +44,7 @@ def vllm_environment(
     if not gpu:
         wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; two engines are alive at once
         wanted["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads take ten times as long when the machine is busy
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(_cores(), tensor_parallel)
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(usable_cores(), tensor_parallel)
         if tensor_parallel == 1:
             wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: starts in seconds instead of a minute
     return {key: value for key, value in wanted.items() if key not in given}
@@ -60,7 +60,7 @@ def cores_of_ranks(cores: list[int], ranks: int) -> str:
     return "|".join(",".join(map(str, cores[r * share : (r + 1) * share])) for r in range(ranks))
 
 
-def _cores() -> list[int]:
+def usable_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

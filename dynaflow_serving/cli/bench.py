@@ -20,12 +20,13 @@ import typer
 from rich.console import Console
 
 from dynaflow_serving.cli.options import MicroBatchesOption, OptionOption, StrategyOption
+from dynaflow_serving.errors import ConfigError
 
 GPU_SHARE = 0.9  # of a GPU's memory, for both engines together; vLLM's own default for one
 
 
 def bench(
-    engine: Annotated[str, typer.Argument(help="Engine to benchmark: vllm.")],
+    engine: Annotated[str, typer.Argument(help="Engine to benchmark: vllm or sglang.")],
     model: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +47,7 @@ def bench(
         bool | None,
         typer.Option(
             "--compiled/--uncompiled",
-            help="Both engines with or without compilation and CUDA graphs. Default: compiled on GPU only.",
+            help="vLLM: both engines with or without compilation and CUDA graphs. Default: compiled on GPU only.",
             show_default=False,
         ),
     ] = None,
@@ -67,10 +68,16 @@ def bench(
     from dynaflow_serving.bench.report import CPU_NOTE, progress, tables
     from dynaflow_serving.bench.result import failures, noise, record, write_json
     from dynaflow_serving.bench.settings import EngineSettings, Traffic
+    from dynaflow_serving.bench.sglang_driver import sglang_environment
     from dynaflow_serving.cli.options import configure, resolve_model, strategy_facts
 
     out, err = Console(), Console(stderr=True)
     driver = driver_path(engine)
+    if engine == "sglang" and compiled is not None:
+        raise ConfigError(
+            "--compiled and --uncompiled are for vllm: DynaFlow needs no graph of SGLang's models, and declines its "
+            "--enable-torch-compile; both engines keep SGLang's own CUDA graphs. Leave the option out."
+        )
     config = configure(strategy or DEFAULT_CONFIG, micro_batches, option)
     gpu = has_gpu()
     traffic = Traffic(requests, input_len, output_len, seed)
@@ -79,12 +86,15 @@ def bench(
         model=model_path,
         dtype=dtype or default_dtype(),
         tensor_parallel=tensor_parallel,
-        compiled=default_compiled() if compiled is None else compiled,
+        compiled=engine == "vllm" and (default_compiled() if compiled is None else compiled),
         max_model_len=-(-traffic.longest // 64) * 64,
         max_batched_tokens=max_batched_tokens,
         memory_share=GPU_SHARE / 2,
     )
-    environment = vllm_environment(tensor_parallel, gpu=gpu, compiled=settings.compiled, local_model=local)
+    if engine == "sglang":
+        environment = sglang_environment(tensor_parallel, gpu=gpu, local_model=local)
+    else:
+        environment = vllm_environment(tensor_parallel, gpu=gpu, compiled=settings.compiled, local_model=local)
     logs = Path(tempfile.mkdtemp(prefix="dynaflow-bench-"))
     contest = Contest(
         driver=driver,
@@ -94,13 +104,13 @@ def bench(
         pairs=pairs,
         environment=environment,
         logs=logs,
-        settle_seconds=1.5 if tensor_parallel > 1 and not gpu else 0.0,
+        settle_seconds=1.5 if engine == "vllm" and tensor_parallel > 1 and not gpu else 0.0,
     )
     options = ", ".join(f"{name}={value}" for name, value in strategy_facts(config).items()) or "no options"
     chosen = " (default of this command; --strategy chooses another)" if strategy is None else ""
     _say(err, f"strategy {config.strategy}: {options}{chosen}")
-    compilation = "compiled" if settings.compiled else "not compiled (Dynamo's graph as it is)"
-    _say(err, f"model {model_path}, {settings.dtype}, both engines {compilation}")
+    graph = "as SGLang runs it" if engine == "sglang" else "not compiled (Dynamo's graph as it is)"
+    _say(err, f"model {model_path}, {settings.dtype}, both engines {'compiled' if settings.compiled else graph}")
     with progress(err, contest.stages) as tell:
         comparison = compare(contest, tell)
 

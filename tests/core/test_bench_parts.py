@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dynaflow_serving.bench import DRIVERS, driver_path
+from dynaflow_serving.bench import DRIVERS, driver_path, sglang_driver
 from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, Comparison, Engagement, Mismatch, Pair
-from dynaflow_serving.bench.environment import cores_of_ranks, vllm_environment
+from dynaflow_serving.bench.environment import cores_of_ranks, usable_cores, vllm_environment
 from dynaflow_serving.bench.result import failures, noise, ratios, record, throughput, write_json
 from dynaflow_serving.bench.settings import EngineSettings, Traffic, requests_of_pass
 from dynaflow_serving.bench.vllm_driver import engine_arguments
@@ -71,6 +71,24 @@ def test_vllm_arguments_differ_in_additional_config_only() -> None:
     assert dynaflow == stock
     assert stock["compilation_config"]["backend"] == "eager"
     assert "compilation_config" not in engine_arguments(EngineSettings(model="m"))
+
+
+def test_sglang_arguments_differ_in_the_model_overrides_only() -> None:
+    settings = EngineSettings(model="m", tensor_parallel=2, max_model_len=64, max_batched_tokens=96)
+    stock = sglang_driver.engine_arguments(settings, gpu=False)
+    asked = replace(settings, dynaflow={"strategy": "nanoflow"})
+    dynaflow = sglang_driver.engine_arguments(asked, gpu=False)
+    assert dynaflow.pop("json_model_override_args") == '{"dynaflow": {"strategy": "nanoflow"}}'
+    assert dynaflow == stock
+    assert (stock["tp_size"], stock["context_length"], stock["chunked_prefill_size"]) == (2, 64, 96)
+    assert "device" not in sglang_driver.engine_arguments(settings, gpu=True)
+
+
+def test_sglang_environment() -> None:
+    given = {"OMP_NUM_THREADS": "2"}
+    cpu = sglang_driver.sglang_environment(1, gpu=False, local_model=True, given=given)
+    assert cpu == {"HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": ",".join(map(str, usable_cores()))}
+    assert sglang_driver.sglang_environment(1, gpu=True, local_model=False, given={}) == {}
 
 
 def test_figures() -> None:

@@ -24,7 +24,8 @@ def dynaflow(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "foo"], "unknown engine 'foo'. Valid: vllm."),
+        (["bench", "foo"], "unknown engine 'foo'. Valid: sglang, vllm."),
+        (["bench", "sglang", "--compiled"], "--compiled and --uncompiled are for vllm"),
         (["bench", "vllm", "--model", "no/such/model"], "model 'no/such/model' does not exist"),
         (["bench", "vllm", "--model", "lama"], "Did you mean 'llama'"),
         (["bench", "vllm", "--model", "."], "has no config.json"),
