@@ -222,6 +222,11 @@ def make_backend(
     if config is not None:
         strategy = {"strategy": strategy, "options": dict(config)}
     loaded = load(strategy)
+    if loaded.capture == "segments":
+        raise ConfigError(
+            "capture: segments is for engines that run models without a graph (vLLM, SGLang); here torch.compile makes "
+            "one: set capture: auto"
+        )
     executor = loaded.executor if executor == "auto" else executor
     return Backend(loaded.build(), executor, loaded, batch_dim, level)
 

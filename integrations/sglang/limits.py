@@ -55,6 +55,8 @@ def _device(view: Any, config: Config) -> list[str]:
         return [f"executor {config.executor!r} does not fit device {device!r}"]
     if config.graph != "off":
         return [f"graph {config.graph!r}: attention reads metadata that SGLang makes anew each step (set graph: off)"]
+    if config.capture == "graph":
+        return ["capture: graph: SGLang makes no graph of its models (set capture: auto, or segments)"]
     strategy = config.build()
     if strategy.max_micro_batches < 2:
         return [f"strategy {config.strategy!r} never splits, and un-split steps run as SGLang runs them"]

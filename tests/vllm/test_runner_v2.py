@@ -17,7 +17,7 @@ NANOFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
 
 @pytest.mark.parametrize(
     ("mode", "tp"),
-    [("mode2-uncompiled", 1), ("mode2-uncompiled", 2), ("mode2-compiled", 1), ("mode3", 1), ("mode3", 2)],
+    [("mode2-uncompiled", 1), ("mode2-compiled", 1), ("mode3", 1), ("mode3", 2), ("none", 1), ("none", 2)],
 )
 def test_tokens_equal_stock(generate, mode, tp):
     stock = generate("llama", mode, tp)
