@@ -123,7 +123,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ConfigError, match="unknown option 'min_token'"):
         dynaflow.compile(Net(), "nanoflow", config={"min_token": 3})
     with pytest.raises(ConfigError, match="capture: segments is for engines that run models without a graph"):
-        dynaflow_serving.compile(torch.sin, {"strategy": "nanoflow", "capture": "segments"})
+        dynaflow.compile(torch.sin, {"strategy": "nanoflow", "capture": "segments"})
     with pytest.raises(ConfigError, match="unknown executor 'gpu'"):
         dynaflow.compile(Net(), SPLIT, executor="gpu")
 
