@@ -33,7 +33,7 @@ class SGLangDriver:
         import sglang
 
         self.engine = sglang.Engine(**engine_arguments(settings, gpu=has_gpu()))
-        if settings.dynaflow is not None and "dynaflow" not in self.engine.get_server_info():
+        if settings.dynaflow is not None and not self.engine.get_server_info().get("dynaflow"):
             raise InactiveError(
                 "DynaFlow was requested, but this SGLang runs without it. SGLang logs errors of plugins and goes on: "
                 "look for 'plugin dynaflow' in the engine's log, and check that dynaflow-serving is installed in "

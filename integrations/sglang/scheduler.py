@@ -4,8 +4,8 @@ Contract
 - SGLang publishes its arguments early in every process; that is where DynaFlow enters, for errors raised there end the
   process, while those of plugins are logged and swallowed. Only then are SGLang's classes touched, and only in the
   processes that need it.
-- A scheduler reports ready only after the ranks have agreed on their plans, and says then that DynaFlow is on. The
-  parent refuses to go on if one does not say so.
+- A scheduler reports ready only after the ranks have agreed on their plans, and says then which strategy is on, "" if
+  the config let it fall back. The parent refuses to go on if one says nothing.
 - `dynaflow_report` and `dynaflow_reset` are for `Engine.collective_rpc`, which brings back no result: a report goes to
   a file per rank. `/server_info` shows rank 0's counts among its internal states.
 """
@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.sglang.server_args import KEY, active_config
+
+logger = logging.getLogger("sglang.dynaflow")
 
 
 def attach() -> None:
@@ -64,27 +68,44 @@ def _loaded(_: None, runner: Any) -> None:
     from dynaflow_serving.integrations.sglang.runner import DynaflowRunner
 
     config = active_config(runner.server_args)
-    if config is not None:  # else the process now runs another, stock engine
+    if config is None:  # the process now runs another, stock engine
+        return
+    try:
         DynaflowRunner(runner, config).install()
-
-
-def _of(scheduler: Any) -> Any:
-    runner = getattr(scheduler.tp_worker.model_runner, "dynaflow", None)
-    if runner is None:
-        raise InactiveError("this scheduler's model was loaded without DynaFlow; look for errors above")
-    return runner
+    except InactiveError as error:
+        _give_up(config, error)
 
 
 def _ready(info: dict[str, Any], scheduler: Any) -> None:
-    if active_config(scheduler.server_args) is not None:
-        dynaflow = _of(scheduler)
-        dynaflow.check(scheduler.tp_cpu_group)
-        info[KEY] = dynaflow.session.strategy.name
+    config = active_config(scheduler.server_args)
+    if config is None:
+        return
+    ours = _of(scheduler)
+    try:
+        if ours is not None:
+            ours.check(scheduler.tp_cpu_group)
+    except InactiveError as error:
+        _give_up(config, error)
+        ours.remove()
+        ours = None
+    info[KEY] = "" if ours is None else config.strategy
+
+
+def _give_up(config: Config, error: InactiveError) -> None:
+    """Called by all ranks alike: what is refused depends on the model, and on plans that all have compared."""
+    if not config.fallback:
+        raise error
+    logger.warning("DynaFlow is NOT active, SGLang runs as it is (fallback: true): %s", error)
+
+
+def _of(scheduler: Any) -> Any:
+    """The DynaflowRunner, or None."""
+    return getattr(scheduler.tp_worker.model_runner, "dynaflow", None)
 
 
 def _state(output: Any, scheduler: Any) -> None:
-    if active_config(scheduler.server_args) is not None:
-        report = _of(scheduler).session.report()
+    if (ours := _of(scheduler)) is not None:
+        report = ours.session.report()
         output.internal_state[KEY] = {name: report[name] for name in ("strategy", "mode", "steps", "plan_hash")}
 
 

@@ -89,11 +89,4 @@ def dynaflow(runner, config):
         ours.check(get_parallel().tp_group.cpu_group)
         yield ours
     finally:
-        for thing, names in (
-            (runner, ("_forward_raw", "init_attention_backends", "dynaflow")),
-            (ours.body, ("forward",)),
-        ):
-            for name in names:
-                delattr(thing, name)
-        ours.segmented.segments.detach()
-        ours.session.close()
+        ours.remove()

@@ -87,6 +87,29 @@ def test_split_steps_use_no_graph_and_others_do(one_process, runner, prompts, st
     assert tokens.tolist() == stock
 
 
+def test_runs_outside_a_step_are_not_recorded(one_process, runner):
+    """Nor may they be: SGLang captures CUDA graphs in such runs."""
+    with one_process.dynaflow(runner, CONFIGS["two"]) as ours:
+        ours.session.runtimes.clear()
+        ours.segmented.segments.capture = None
+        eager = runner.eager_runner
+        for size in (2, 3):
+            eager._dummy_run(size, buffers=eager._alloc_dummy_decode_buffers(size))
+        assert not ours.session.runtimes
+
+
+def test_model_that_takes_another_path_is_recorded_anew(one_process, runner, prompts, stock, monkeypatch):
+    """A border that is not called any more: the step in flight runs without its plan, and its tokens are right."""
+    attention = runner.model.model.layers[1].self_attn.attn
+    with one_process.dynaflow(runner, CONFIGS["two"]) as ours:
+        wrapped = attention.forward
+        monkeypatch.setattr(attention, "forward", wrapped.__wrapped__)
+        tokens, _ = one_process.generate(runner, prompts, 12)
+        monkeypatch.setattr(attention, "forward", wrapped)
+        assert ours.session.counts.split == 0
+    assert tokens.tolist() == stock
+
+
 def test_steps_that_only_some_requests_make_unsplittable():
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -137,3 +160,33 @@ def test_strategy_runs_a_module_of_the_model_as_an_operator(one_process, runner,
         tokens, _ = one_process.generate(runner, prompts, 12)
         assert "layers.1.mlp" in ours.session.runtimes[0].capture.program.by_name
     assert tokens.tolist() == stock
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_model_that_cannot_be_split_is_refused_before_ready(runner, monkeypatch, fallback):
+    from dynaflow_serving.config import load
+    from dynaflow_serving.integrations.sglang import scheduler
+    from dynaflow_serving.integrations.sglang.runner import DynaflowRunner
+
+    def check(self, group):
+        raise InactiveError("this model cannot be split: for a test")
+
+    config = load(CONFIGS["two"] | {"fallback": fallback})
+    monkeypatch.setattr(scheduler, "active_config", lambda arguments: config)
+    monkeypatch.setattr(DynaflowRunner, "check", check)
+    worker = SimpleNamespace(model_runner=runner)
+    stand_in = SimpleNamespace(server_args=None, tp_cpu_group=None, tp_worker=worker)
+    scheduler._loaded(None, runner)
+    ours, info = runner.dynaflow, {}
+    try:
+        if fallback:
+            scheduler._ready(info, stand_in)
+            assert info == {"dynaflow": ""}
+            assert not {"dynaflow", "_forward_raw", "init_attention_backends"} & vars(runner).keys()
+            assert "forward" not in vars(ours.body)
+        else:
+            with pytest.raises(InactiveError, match="cannot be split"):
+                scheduler._ready(info, stand_in)
+            assert info == {}
+    finally:
+        ours.remove()
