@@ -1,8 +1,8 @@
 """The forward of a model's body under a session, where the engine has no graph of it: `capture: segments`.
 
 Contract
-- Un-split calls run the model's own forward, and are recorded until there is a Program; the session counts such
-  steps with the reason.
+- Un-split calls run the model's own forward. They are recorded, until there is a Program, inside `recording` and in
+  steps that the session counts; other dummy runs (memory profiling, warm-up, graph capture) are left alone.
 - A split step runs under the session's plan. If a micro-batch takes another path than the recorded one, the step runs
   again without a plan, micro-batch after micro-batch (each is a batch that the engine could have made), is counted as
   un-split, and the model is recorded anew.
@@ -10,12 +10,14 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from dynaflow_serving.annotations import Rule
+from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.executor.base import Enter
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.segments import Arguments, Diverged, Segments
@@ -35,6 +37,19 @@ class SegmentedForward:
         self.session = session
         self.segments = session.segments = Segments(forward, module, (*session.strategy.annotations, *rules), states)
         self.segments.attach()
+        self._recording = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """The integration's dummy runs in this block are recorded: two, with different numbers of tokens. Raises
+        `InactiveError` if they do not give a Program."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+        if not self.session.runtimes:
+            raise InactiveError(f"DynaFlow cannot schedule this model: {self.segments.waiting}")
 
     def __call__(
         self,
@@ -57,6 +72,8 @@ class SegmentedForward:
             return self.segments.run_apart(split.bounds, args, kwargs, enter, arguments)
 
     def _whole(self, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.session.split is None and not self._recording:
+            return self.segments.forward(*args, **kwargs)
         result = self.segments.record(tokens, args, kwargs)
         if self.segments.capture is not None and not self.session.runtimes:
             self.session.add(self.segments.capture)

@@ -88,6 +88,8 @@ class ModelProgram:
         self.constants: dict[str, Any] = {}
         self.value_of: dict[Seen, str] = {}
         self.program = self._make_program()
+        for s in (*self.twins, *self.twins.values()):
+            s.tensor = None  # of no use any more, and perhaps large
 
     def border(self, event: int) -> BorderCall:
         found = self.a.events[event]

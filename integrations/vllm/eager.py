@@ -11,6 +11,7 @@ Contract
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ ATTENTION = ("Attention", "MLAAttention", "ChunkedLocalAttention")
 EXPERTS = ("MoERunner",)  # its forward ends with an all-reduce, which keeps its place among the others
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 _GROUP = "vllm.distributed.parallel_state.GroupCoordinator"
-RECORDED_TOKENS = (16, 24)
+RECORDED_TOKENS = 16
 
 
 def rules() -> tuple[Rule, ...]:
@@ -59,9 +60,12 @@ def attach(session: VLLMSession, runner: Any) -> None:
         )
     stock = model.forward
     session.mode = "segments (no graph)," + session.mode.partition(",")[2]
-    segmented = SegmentedForward(session, stock, model, rules(), {"attention": "kv"})
+    session.segmented = SegmentedForward(session, stock, model, rules(), {"attention": "kv"})
+    model.forward = _under(session, session.segmented)
 
-    @functools.wraps(stock)
+
+def _under(session: VLLMSession, segmented: SegmentedForward) -> Callable[..., Any]:
+    @functools.wraps(segmented.segments.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         tokens = next(t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
         if not session.micro_batches:
@@ -69,17 +73,16 @@ def attach(session: VLLMSession, runner: Any) -> None:
         with session.entering() as enter:
             return segmented(tokens, args, kwargs, enter)
 
-    model.forward = forward
+    return forward
 
 
 def record(session: VLLMSession, runner: Any) -> None:
-    """Have the model's path recorded. Raises `InactiveError` if it is another one for each number of tokens."""
-    if session.segments is None:
-        return
-    for tokens in RECORDED_TOKENS:
-        runner._dummy_run(tokens)
-    if session.segments.capture is None:
-        raise InactiveError(f"DynaFlow cannot schedule this model: {session.segments.waiting}")
+    """Have the model recorded, if it is one without a graph. Raises `InactiveError` if that gives no Program."""
+    if session.segmented is not None:
+        with session.segmented.recording():
+            most = session.vllm_config.scheduler_config.max_num_batched_tokens
+            for tokens in (min(RECORDED_TOKENS, most - 1), min(2 * RECORDED_TOKENS, most)):
+                runner._dummy_run(tokens)
 
 
 def _no_micro_batch(micro_batch: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.segmented import SegmentedForward
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.integrations.vllm.engine_args import KEY, PIECE_COMPILER
 from dynaflow_serving.ir import MicroBatch
@@ -40,6 +41,7 @@ class VLLMSession(Session):
             f"{mode} ({self.piece_compiler or 'vLLM pieces'}), Model Runner {runner}",
             logging.getLogger("vllm.dynaflow"),
         )
+        self.segmented: SegmentedForward | None = None  # of a model without a graph
         _current = self
 
     @property
