@@ -65,11 +65,9 @@ class DynaflowRunner:
         check_layout(self.body)
         self.session = Session(config, str(runner.device).partition(":")[0], "segments", logger)
         self.backends: list[Any] = []
-        self._recording = False
-        self._forward = self.body.forward
         self._forward_raw, self._init_attention_backends = runner._forward_raw, runner.init_attention_backends
         self.segmented = SegmentedForward(
-            self.session, self._forward, self.body, rules(get_parallel().tp_size), {"attention": "kv"}
+            self.session, self.body.forward, self.body, rules(get_parallel().tp_size), {"attention": "kv"}
         )
 
     def install(self) -> None:
@@ -105,13 +103,9 @@ class DynaflowRunner:
             backend.get_cuda_graph_seq_len_fill_value()
         except NotImplementedError:  # a backend without CUDA graphs; those that have them all say 1
             backend.get_cuda_graph_seq_len_fill_value = lambda: 1
-        self._recording = True
-        with eager.model_context():
+        with self.segmented.recording(), eager.model_context():
             for size in DUMMY_SIZES:
                 eager._dummy_run(size, buffers=eager._alloc_dummy_decode_buffers(size))
-        self._recording = False
-        if not self.session.runtimes:
-            raise InactiveError(f"{type(self.body).__name__} cannot be recorded: {self.segmented.segments.waiting}")
         self.session.check(group)
 
     def step(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,8 +139,6 @@ class DynaflowRunner:
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of the body's forward."""
         split, own = self.session.split, (input_ids, positions, forward_batch)
-        if split is None and not self._recording:  # a graph is being captured, or kernels warmed up
-            return self._forward(*own, *args, **kwargs)
         if split is None or len(split.micro_batches) == 1:
             return self.segmented(len(positions), (*own, *args), kwargs, _nowhere)
         micro_batches = MicroBatches(forward_batch, split, self.backends)
