@@ -46,7 +46,7 @@ from dynaflow_serving.strategies import get_strategy
 
 MODEL, UNSPLIT = "model", "un-split plan"
 MODES = ("eager", "inductor", "graph")
-INPUTS = ("l_x_", "l_other_")  # what Dynamo calls the arguments of `models.Stack`; their order is its own
+INPUTS = ("x", "other")  # the arguments of `models.Stack`; their order in a graph is its own
 TOLERANCE = 0.05  # bfloat16, and other kernels for other numbers of tokens
 LAYERS = 4
 MIXED = Batch((1,) * 64 + (1024,) * 2, (2048,) * 64 + (0,) * 2)  # decode requests, then prompts
