@@ -84,7 +84,7 @@ def record(
     watch = _Watch()
     leaves, _ = pytree.tree_flatten((args, kwargs))
     inputs = {i: watch.note(leaf, -1) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-    stream = _stream_of(leaves)
+    stream = torch.cuda.current_stream() if on_cuda(leaves) else None
     with watch, watch.modules(borders.module):
         frame = Frame(borders.entry(forward), borders.by_place, tokens)  # for which the watch is the thread's own state
         try:
@@ -104,9 +104,8 @@ def tensors_of(values: Iterable[Any]) -> list[Seen]:
     return [v for v in values if isinstance(v, Seen)]
 
 
-def _stream_of(leaves: Iterable[Any]) -> Any:
-    device = next((t.device for t in leaves if isinstance(t, torch.Tensor)), None)
-    return torch.cuda.current_stream() if device is not None and device.type == "cuda" else None
+def on_cuda(leaves: Iterable[Any]) -> bool:
+    return any(isinstance(t, torch.Tensor) and t.is_cuda for t in leaves)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Resource, Split, StepKind
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.runtime import Runtime, no_context
 from dynaflow_serving.scheduler import OpScheduler, Schedule
-from dynaflow_serving.segments import Diverged, Segments
+from dynaflow_serving.segments import Diverged, Segments, recording
 from dynaflow_serving.segments.frames import Frame
 from dynaflow_serving.splitting import cut_evenly
 from dynaflow_serving.strategies import get_strategy
@@ -316,6 +316,29 @@ def test_a_branch_on_values_cannot_be_split() -> None:
     made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
     assert made.capture is not None
     assert "reads the value of a tensor" in made.capture.program.unsplittable
+
+
+def test_a_border_in_a_block_of_another_stream_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the device: what counts is the current stream at a border, against that of the caller."""
+    current = ["caller's"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(recording, "on_cuda", lambda leaves: True)
+
+    class OwnStream(nn.Module):
+        def __init__(self, inside: bool) -> None:
+            super().__init__()
+            self.attention, self.inside = Attention(), inside
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            current[0] = "own"
+            x = self.attention(x) if self.inside else x + 1
+            current[0] = "caller's"
+            return self.attention(x) + 1
+
+    for inside in (True, False):
+        made = segments(OwnStream(inside), RULES, lambda n: (torch.randn(n, WIDTH),))
+        assert made.capture is not None
+        assert ("attention is called inside a CUDA stream block" in made.capture.program.unsplittable) is inside
 
 
 def test_an_error_in_the_model_reaches_the_caller_and_closes_all_frames(model: Model) -> None:
