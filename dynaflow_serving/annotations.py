@@ -100,9 +100,19 @@ class Rule(abc.ABC):
     def candidates(self, node: fx.Node) -> str | None:
         """What a rule of this kind could have named at `node`."""
 
+    @property
+    def label(self) -> str:
+        """What operators of this rule are called."""
+        return self.name or short_name(self.target)
+
+    @property
+    def target_name(self) -> str:
+        """The target, in errors."""
+        return self.target if isinstance(self.target, str) else short_name(self.target)
+
     def region(self, instance: str) -> dict[str, Any]:
         return {
-            "name": self.name or short_name(self.target),
+            "name": self.label,
             "resource": self.resource.value,
             "tags": list(self.tags),
             "group": self.group,
@@ -118,11 +128,13 @@ class SplitFunc(Rule):
     def instance(self, node: fx.Node) -> str | None:
         if node.op == "call_module":
             return None
-        if not isinstance(self.target, str) and node.target is self.target:
-            return node.name
-        names = function_names(node)
-        wanted = {self.target} if isinstance(self.target, str) else set(target_names(self.target))
-        return node.name if names & wanted else None
+        return node.name if self.matches(node.target, function_names(node)) else None
+
+    def matches(self, function: Any, names: set[str]) -> bool:
+        """`names`: all that `function` goes by."""
+        if isinstance(self.target, str):
+            return self.target in names
+        return function is self.target or bool(names & set(target_names(self.target)))
 
     def candidates(self, node: fx.Node) -> str | None:
         return max(function_names(node), key=len, default=None)
@@ -133,9 +145,13 @@ class SplitModule(Rule):
 
     def instance(self, node: fx.Node) -> str | None:
         for path, cls in module_stack(node):
-            if cls is self.target or getattr(cls, "__name__", str(cls)).rpartition(".")[2] == self.target:
+            if self.matches(cls):
                 return path
         return None
+
+    def matches(self, cls: Any) -> bool:
+        """`cls`: a class, or the dotted name of one."""
+        return cls is self.target or getattr(cls, "__name__", str(cls)).rpartition(".")[2] == self.target
 
     def candidates(self, node: fx.Node) -> str | None:
         stack = module_stack(node)
@@ -159,8 +175,8 @@ def apply_rules(gm: fx.GraphModule, rules: Iterable[Rule]) -> None:
                 node.meta["custom"] = {**custom, KEY: rule.region(instance)}
         if not matched and rule.required:
             valid = {c for n in nodes if (c := rule.candidates(n))}
-            name = rule.target if isinstance(rule.target, str) else short_name(rule.target)
-            raise AnnotationError(f"{type(rule).__name__} matches nothing: {unknown_name('target', name, valid)}")
+            missing = unknown_name("target", rule.target_name, valid)
+            raise AnnotationError(f"{type(rule).__name__} matches nothing: {missing}")
 
 
 def calls(graph: fx.GraphModule) -> list[fx.Node]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule, short_name, target_names
+from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule, target_names
 from dynaflow_serving.errors import AnnotationError, unknown_name
 from dynaflow_serving.segments.frames import current_frame
 
@@ -42,7 +42,7 @@ class Border:
 
     @property
     def name(self) -> str:
-        return self.rule.name or short_name(self.rule.target)
+        return self.rule.label
 
 
 class Borders:
@@ -85,12 +85,8 @@ class Borders:
         """The border that `function`, which torch is about to call, is."""
         if function not in self._torch_borders:
             names = set(target_names(function))
-            self._torch_borders[function] = None
-            for rule in self.torch_rules:
-                wanted = {rule.target} if isinstance(rule.target, str) else set(target_names(rule.target))
-                if function is rule.target or names & wanted:
-                    self._torch_borders[function] = Border(rule, function)
-                    break
+            rule = next((r for r in self.torch_rules if r.matches(function, names)), None)
+            self._torch_borders[function] = None if rule is None else Border(rule, function)
         border = self._torch_borders[function]
         if border is not None:
             self.seen_torch_rules.add(id(border.rule))
@@ -112,7 +108,7 @@ class Borders:
             if module is self.module:
                 continue
             classes.add(type(module).__name__)
-            if type(module) is not rule.target and type(module).__name__ != rule.target:
+            if not rule.matches(type(module)):
                 continue
             found = True
             if module in self.by_place:
@@ -121,8 +117,8 @@ class Borders:
             module.forward = _wrapper(module, module.forward)
             self._undo.append(functools.partial(module.__dict__.pop, "forward", None))
         if not found and rule.required:
-            name = rule.target if isinstance(rule.target, str) else short_name(rule.target)
-            raise AnnotationError(f"SplitModule matches nothing: {unknown_name('module class', name, classes)}")
+            missing = unknown_name("module class", rule.target_name, classes)
+            raise AnnotationError(f"SplitModule matches nothing: {missing}")
 
     def _place_function(self, rule: SplitFunc) -> None:
         if _is_torch(rule.target):

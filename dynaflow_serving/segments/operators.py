@@ -38,7 +38,7 @@ def build_capture(model: ModelProgram, driver: Driver) -> Capture:
     program = model.program
     leaves, spec = list(model.a.outputs), model.a.spec
     position = {v: i for i, v in enumerate(program.outputs)}
-    slots = [position[model.value_of[model.stand_for.get(s, s)]] if isinstance(s, Seen) else None for s in leaves]
+    slots = [position[model.value_of[model.given(s)]] if isinstance(s, Seen) else None for s in leaves]
 
     def rebuild(values: Sequence[Any]) -> Any:
         merged = [leaf if i is None else values[i] for i, leaf in zip(slots, leaves)]
@@ -73,14 +73,10 @@ def _stretch(model: ModelProgram, driver: Driver, part: Part, outputs: int) -> C
         return start
     event = model.border(part.event - 1)
     results = _results_from(model, event, part)
-    is_plain = any(p.event == part.event - 1 and p.plain for p in model.parts)
 
     def go_on(*inputs: Any) -> Any:
         frame = driver.frame
-        if is_plain or not frame.handed:
-            result = results(inputs, frame.tokens)
-        else:
-            result = frame.handed.pop()
+        result = frame.handed.pop() if frame.handed else results(inputs, frame.tokens)
         return _bare(follow(frame, frame.advance(result)))
 
     return go_on
@@ -105,11 +101,7 @@ def _border(model: ModelProgram, driver: Driver, part: Part, event: BorderCall, 
                 args = (*args[:key], inputs[i], *args[key + 1 :])
             else:
                 kwargs = {**kwargs, key: inputs[i]}
-        if frame.has_own_state:
-            with frame.inside():
-                result = border.function(*args, **kwargs)
-        else:
-            result = border.function(*args, **kwargs)
+        result = frame.call(border.function, *args, **kwargs)
         listed = (result,) if event.shape == "tensor" else result
         found = [listed[i] for i in taken]
         if follow is None:
@@ -121,12 +113,9 @@ def _border(model: ModelProgram, driver: Driver, part: Part, event: BorderCall, 
 
 
 def _plain_border(model: ModelProgram, part: Part, event: BorderCall) -> Callable[..., Any]:
-    given = part.inputs
     function = event.border.function
-    position = {s: i for i, s in enumerate(given)}
-    listed = [
-        (k, position.get(_given(model, v)) if isinstance(v, Seen) else None, v) for k, v in event.arguments.items()
-    ]
+    position = {s: i for i, s in enumerate(part.inputs)}
+    listed = [(k, position.get(model.given(v)) if isinstance(v, Seen) else None, v) for k, v in event.arguments.items()]
     taken = [event.results.index(s) for s in part.outputs]
 
     def call(*inputs: Any) -> Any:
@@ -136,10 +125,6 @@ def _plain_border(model: ModelProgram, part: Part, event: BorderCall) -> Callabl
         return result if event.shape == "tensor" else _bare([result[i] for i in taken])
 
     return call
-
-
-def _given(model: ModelProgram, s: Seen) -> Seen:
-    return model.stand_for.get(s, s)
 
 
 def _results_from(model: ModelProgram, event: BorderCall, part: Part) -> Callable[[Sequence[Any], int], Any]:
@@ -154,7 +139,7 @@ def _results_from(model: ModelProgram, event: BorderCall, part: Part) -> Callabl
             r if not isinstance(r, Seen) else inputs[position[r]] if r in position else stand_in.tensor(r, tokens)
             for r in event.results
         ]
-        return made[0] if event.shape == "tensor" else tuple(made) if event.shape == "tuple" else made
+        return event.returned(made)
 
     return results
 
@@ -175,18 +160,20 @@ class _StandIns:
     def __call__(self, tokens: int) -> tuple[Any, list[Any]]:
         """What to return to the frame, and its tensors in the order of the event's results."""
         made = [self.tensor(r, tokens) if isinstance(r, Seen) else r for r in self.event.results]
-        return made[0] if self.event.shape == "tensor" else tuple(made) if self.event.shape == "tuple" else made, made
+        return self.event.returned(made), made
 
 
 class _Stop:
     """A border that a frame must come to, and what its call must look like."""
 
-    def __init__(self, model: ModelProgram, i: int, previous: int | None, plain: bool) -> None:
+    def __init__(self, model: ModelProgram, i: int, previous: int | None) -> None:
         self.event = model.border(i)
+        self.name = self.event.border.name
         keys = list(self.event.arguments)
         self.positions = sum(isinstance(k, int) for k in keys)
         self.keywords = {k for k in keys if isinstance(k, str)}
-        self.constants = [(k, v) for k, v in self.event.arguments.items() if plain and not isinstance(v, Seen)]
+        constants = [(k, v) for k, v in self.event.arguments.items() if not isinstance(v, Seen)]
+        self.constants = constants if model.plain[i] else []  # another border's may be made in each step
         self.tensors = [k for k, v in self.event.arguments.items() if isinstance(v, Seen)]
         results = model.border(previous).results if previous is not None else []
         self.late = [
@@ -195,7 +182,7 @@ class _Stop:
         self.stand_ins = _StandIns(model, self.event)
 
     def check(self, call: Call | None, made: list[Any]) -> Call:
-        name = self.event.border.name
+        name = self.name
         if call is None:
             raise Diverged(f"the model ended where it called {name} when it was recorded")
         if call.border is not self.event.border:
@@ -218,26 +205,22 @@ class _Follow:
     """Leads a frame past the stops of one operator, and picks the operator's outputs."""
 
     def __init__(self, model: ModelProgram, part: Part, outputs: int) -> None:
-        plain = {p.event: p.plain for p in model.parts}
-        self.stops = [
-            _Stop(model, i, part.stops[n - 1] if n else None, plain[i]) for n, i in enumerate(part.stops)
-        ]  # fmt: skip
+        self.stops = [_Stop(model, i, part.stops[n - 1] if n else None) for n, i in enumerate(part.stops)]
         self.spec = model.a.spec
         event = model.a.events[part.event]
         own = [s for s in part.outputs if not (isinstance(event, BorderCall) and s in event.results)]
         self.picks: list[tuple[int, Any] | None] = [self._place(model, part, s) for s in own]
-        results = len(part.outputs) - len(own)
-        self.picks += [None] * (outputs - results - len(own))  # frame.N
+        self.picks += [None] * (outputs - len(part.outputs))  # frame.N
 
     def _place(self, model: ModelProgram, part: Part, s: Seen) -> tuple[int, Any] | None:
         """(stop, argument) or (-1, leaf of the result) where the tensor shows; None if it stays in the frame."""
         for n, i in enumerate(part.stops):
             for key, v in model.border(i).arguments.items():
-                if isinstance(v, Seen) and (v is s or model.stand_for.get(v) is s):
+                if isinstance(v, Seen) and s in (v, model.given(v)):
                     return n, key
         if not part.stops:
             for leaf, v in enumerate(model.a.outputs):
-                if isinstance(v, Seen) and (v is s or model.stand_for.get(v) is s):
+                if isinstance(v, Seen) and s in (v, model.given(v)):
                     return -1, leaf
         return None
 

@@ -81,6 +81,8 @@ class ModelProgram:
             self.readers[s].add(len(a.events))
         self.inputs = {leaf: s for leaf, s in a.inputs.items() if self.axis(s)}
         self.not_plain: set[int] = set()
+        self.plain: dict[int, bool] = {}  # borders, by event
+        self.stand_for: dict[Seen, Seen] = {}  # tensor that a frame holds -> as what it was handed to the plan
         self.parts = self._make_parts()
         while loose := [q.event for p, q in pairwise(self.parts) if q.plain and not {*p.outputs} & {*q.inputs}]:
             self.not_plain.update(loose)  # nothing but the model's own order says that it comes later
@@ -127,65 +129,64 @@ class ModelProgram:
         )
 
     def _make_parts(self) -> list[Part]:
-        events, last = self.a.events, len(self.a.events) - 1
-        plain = {i: self._is_plain(i) for i in range(1, last, 2)}
-        skipped = {i + 1 for i in plain if self._can_skip(i, plain)}  # stretches that are no operators
+        self.plain = {i: self._is_plain(i) for i in range(1, len(self.a.events) - 1, 2)}
+        self.stand_for = {}
+        skipped = {i + 1 for i in self.plain if self._can_skip(i)}  # stretches that are no operators
         parts: list[Part] = []
         at_hand = set(self.inputs.values())  # what the plan holds; the rest is known to the frame only
-        stand_for: dict[Seen, Seen] = {}  # tensor -> the name under which it was handed to the plan
-
-        def given(s: Seen) -> Seen:
-            return stand_for.get(s, s)
-
-        for i, event in enumerate(events):
+        for i, event in enumerate(self.a.events):
             if i in skipped:
                 continue
+            part = Part(i)
             if isinstance(event, Stretch):
-                before = tensors_of(self.border(i - 1).results) if i else self.inputs.values()
+                results = tensors_of(self.border(i - 1).results) if i else []
+                before = [r for r in results if self.readers[r]] if i else [*self.inputs.values()]
                 reads = [s for s in event.reads if s.producer >= 0 or s in at_hand]
-                part = Part(
-                    i,
-                    moves=True,
-                    inputs=list(dict.fromkeys((*(s for s in before if self.readers[s] or not i), *reads))),
-                )
+                part.inputs = list(dict.fromkeys((*before, *reads)))
+                part.moves = True
             else:
-                arguments = [given(s) for s in tensors_of(event.arguments.values())]
-                part = Part(
-                    i, plain=plain[i], moves=not plain[i] and i + 1 in skipped, inputs=list(dict.fromkeys(arguments))
-                )
+                part.inputs = list(dict.fromkeys(map(self.given, tensors_of(event.arguments.values()))))
                 part.outputs = list(dict.fromkeys(tensors_of(event.results)))
+                part.plain = self.plain[i]
+                part.moves = not part.plain and i + 1 in skipped
+            if part.moves:
+                self._move(part, i if isinstance(event, Stretch) else i + 1, skipped, at_hand)
             parts.append(part)
-            if not part.moves:
-                continue
-            own = i if isinstance(event, Stretch) else i + 1  # the stretch that runs now
-            part.outputs += [
-                s
-                for s, readers in self.readers.items()
-                if s.producer == own and readers - {own} and not self.is_constant(s)
-            ]
-            part.stops = self._stops(own, plain, skipped)
-            wanted = [s for j in part.stops for s in tensors_of(self.border(j).arguments.values())]
-            wanted += [] if part.stops else tensors_of(self.a.outputs)
-            at_hand |= {s for s in wanted if s.producer == own}
-            at_hand |= {r for j in part.stops for r in tensors_of(self.border(j).results)}
-            for s in dict.fromkeys(wanted):
-                if s not in at_hand and s not in stand_for and not self.is_constant(s):
-                    stand_for[s] = alias = Seen(i, s.shape, s.dtype, s.storage)
-                    if s in self.twins:
-                        self.twins[alias] = self.twins[s]
-                    part.outputs.append(alias)
-                    if s.producer >= 0 and s not in part.inputs:
-                        part.inputs.append(s)
-        self.stand_for = stand_for
         return parts
 
-    def _can_skip(self, i: int, plain: Mapping[int, bool]) -> bool:
+    def given(self, s: Seen) -> Seen:
+        """`s`, as the plan knows it."""
+        return self.stand_for.get(s, s)
+
+    def _move(self, part: Part, own: int, skipped: set[int], at_hand: set[Seen]) -> None:
+        """Fill in where `part`, running the stretch `own`, leads its frame, and what it hands to the plan there."""
+        part.outputs += [
+            s
+            for s, readers in self.readers.items()
+            if s.producer == own and readers - {own} and not self.is_constant(s)
+        ]
+        part.stops = self._stops(own, skipped)
+        wanted = [s for j in part.stops for s in tensors_of(self.border(j).arguments.values())]
+        wanted += [] if part.stops else tensors_of(self.a.outputs)
+        at_hand |= {s for s in wanted if s.producer == own}
+        at_hand |= {r for j in part.stops for r in tensors_of(self.border(j).results)}
+        for s in dict.fromkeys(wanted):
+            if s in at_hand or s in self.stand_for or self.is_constant(s):
+                continue
+            self.stand_for[s] = alias = Seen(part.event, s.shape, s.dtype, s.storage)
+            if s in self.twins:
+                self.twins[alias] = self.twins[s]
+            part.outputs.append(alias)
+            if s.producer >= 0 and s not in part.inputs:
+                part.inputs.append(s)
+
+    def _can_skip(self, i: int) -> bool:
         """Whether the code after border `i` needs no operator: it calls nothing, and its frame goes on with another."""
         after, last = self.a.events[i + 1], len(self.a.events) - 1
         assert isinstance(after, Stretch)
         if after.paths:
             return False
-        if not plain[i]:
+        if not self.plain[i]:
             return True
         if i + 1 == last:
             return all(s.producer % 2 == 1 for s in tensors_of(self.a.outputs))  # results of borders
@@ -194,12 +195,12 @@ class ModelProgram:
         )
         return not fresh and all(self.readers[r] <= {i + 2} for r in tensors_of(self.border(i).results))
 
-    def _stops(self, stretch: int, plain: Mapping[int, bool], skipped: set[int]) -> list[int]:
+    def _stops(self, stretch: int, skipped: set[int]) -> list[int]:
         stops: list[int] = []
         i = stretch + 1
         while i < len(self.a.events):
             stops.append(i)
-            if not plain[i] or i + 1 not in skipped:
+            if not self.plain[i] or i + 1 not in skipped:
                 break
             i += 2
         return stops
@@ -230,7 +231,7 @@ class ModelProgram:
             for i, s in enumerate(part.outputs):
                 add(s, value_name(part.name, i, len(part.outputs)))
             operators.append(self._operator(part, values, storages))
-        results = [self.value_of[self.stand_for.get(s, s)] for s in tensors_of(self.a.outputs)]
+        results = [self.value_of[self.given(s)] for s in tensors_of(self.a.outputs)]
         inputs = tuple(self.value_of[s] for s in self.inputs.values())
         outputs = tuple(dict.fromkeys(results))
         program = Program((*inputs, *self.constants), outputs, values, tuple(operators), self._problem(values, outputs))

@@ -60,13 +60,17 @@ class BorderCall:
     own_state: bool = False  # whether it is called in another torch state (autocast, grad mode) than the model
     writes: set[int] = field(default_factory=set)
 
+    def returned(self, listed: list[Any]) -> Any:
+        """What the call returns, of `listed` in place of `results`."""
+        return listed[0] if self.shape == "tensor" else tuple(listed) if self.shape == "tuple" else listed
+
 
 @dataclass(slots=True)
 class Run:
     tokens: int
     events: list[Stretch | BorderCall]
     inputs: dict[int, Seen]  # leaf of (args, kwargs) -> tensor
-    names: dict[int, str]  # leaf -> argument's name
+    names: list[str]  # of the leaves
     outputs: list[Any]  # leaves of the result: Seen or anything else
     spec: Any  # pytree of the result
     problem: str = ""  # why a model that does this cannot be split
@@ -96,7 +100,7 @@ def record(
             frame.close()
     out, spec = pytree.tree_flatten(frame.result)
     outputs = [watch.find(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in out]
-    run = Run(tokens, watch.events, inputs, dict(enumerate(names)), outputs, spec, watch.problem)
+    run = Run(tokens, watch.events, inputs, names, outputs, spec, watch.problem)
     return frame.result, run
 
 
@@ -130,8 +134,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         arguments = {k: self.find(v) if isinstance(v, torch.Tensor) else v for k, v in passed}
         event = BorderCall(border, own, arguments, [], "object", frame.has_own_state)
         self.events.append(event)
-        with frame.inside():
-            result = border.function(*call.args, **call.kwargs)
+        result = frame.call(border.function, *call.args, **call.kwargs)
         listed = [result] if isinstance(result, torch.Tensor) else result
         if type(listed) in (list, tuple):
             event.shape = "tensor" if listed is not result else type(listed).__name__

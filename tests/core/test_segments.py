@@ -431,8 +431,7 @@ def test_state_is_kept_apart(name: str) -> None:
     for i in (1, 0, 2, 1, 2, 0):
         call = calls[i]
         assert call is not None
-        with frames[i].inside():
-            within.append(look())
+        within.append(frames[i].call(look))
         assert look() == outside
         calls[i] = frames[i].advance(torch.zeros(2, WIDTH, device="cpu"))
         assert look() == outside
