@@ -62,7 +62,7 @@ class SegmentedForward:
         """tokens: of the batch. enter: switches the engine's context to a micro-batch; the caller restores it.
         arguments: micro-batch -> its (args, kwargs), where they hold more than tensors to cut."""
         split = self.session.split
-        if split is None or len(split.micro_batches) == 1:
+        if split is None or not self.session.micro_batches:
             return self._whole(tokens, args, kwargs)
         plan = self.session.runtimes[0].prepare(split.signature).run
         try:

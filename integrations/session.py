@@ -17,7 +17,7 @@ from dynaflow_serving.agreement import agree
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError, ScheduleError
 from dynaflow_serving.executor import get_executor
-from dynaflow_serving.ir import Batch, Split
+from dynaflow_serving.ir import Batch, MicroBatch, Split
 from dynaflow_serving.partition import Capture
 from dynaflow_serving.runtime import Runtime, StepCounts, report
 from dynaflow_serving.segments import Segments
@@ -40,6 +40,12 @@ class Session:
     def max_micro_batches(self) -> int:
         return self.strategy.max_micro_batches
 
+    @property
+    def micro_batches(self) -> tuple[MicroBatch, ...]:
+        """Those of the step in flight; () if it runs whole, or if there is none."""
+        parts = () if self.split is None else self.split.micro_batches
+        return parts if len(parts) > 1 else ()
+
     def add(self, capture: Capture) -> Runtime:
         runtime = Runtime(capture, self.strategy, self.executor)
         self.runtimes.append(runtime)
@@ -56,13 +62,12 @@ class Session:
 
     def begin(self, batch: Batch) -> Split:
         """Decide the split of the step that begins. Raises `ScheduleError` for too many micro-batches."""
-        if not self.runtimes and self.segments is not None:
-            self.split = whole(batch, self.segments.waiting)
-            self.counts.add(self.split)
-            return self.split
-        if not self.runtimes:
+        if self.runtimes:
+            split = self.strategy.split(batch)
+        elif self.segments is not None:
+            split = whole(batch, self.segments.waiting)
+        else:
             raise InactiveError("the engine has served a step without compiling a graph through DynaFlow")
-        split = self.strategy.split(batch)
         if len(split.micro_batches) > self.max_micro_batches:
             raise ScheduleError(
                 f"strategy {self.strategy.name!r} made {len(split.micro_batches)} micro-batches, more than its "

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
 
 # ForwardBatch fields that only some requests set and that a micro-batch would need its own part of.
 PER_REQUEST = {
@@ -31,11 +31,7 @@ def check(server_args: Any, config: Config) -> None:
 
     view, model = resolving_view(server_args), model_config_of(server_args)
     causes = [*_device(view, config), *_graphs(view), *_features(view), *_model(model)]
-    if causes:
-        raise InactiveError(
-            f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {'; '.join(causes)}. "
-            "Change these, or remove the dynaflow option; with 'fallback: true' SGLang runs without it."
-        )
+    refuse("SGLang", config, causes)
 
 
 def reason_to_run_whole(forward_batch: Any) -> str:
@@ -48,13 +44,8 @@ def reason_to_run_whole(forward_batch: Any) -> str:
 
 
 def _device(view: Any, config: Config) -> list[str]:
-    device = str(view.device).partition(":")[0]
-    if device not in ("cpu", "cuda"):
-        return [f"device {device!r} is not supported (cpu and cuda are)"]
-    if config.executor not in ("auto", "sequential", device):
-        return [f"executor {config.executor!r} does not fit device {device!r}"]
-    if config.graph != "off":
-        return [f"graph {config.graph!r}: attention reads metadata that SGLang makes anew each step (set graph: off)"]
+    if causes := executor_causes("SGLang", config, str(view.device).partition(":")[0]):
+        return causes
     if config.capture == "graph":
         return ["capture: graph: SGLang makes no graph of its models (set capture: auto, or segments)"]
     strategy = config.build()
@@ -110,7 +101,7 @@ def _features(view: Any) -> list[str]:
         ),
         "Ray": view.use_ray,
     }
-    return [f"{name} is not supported yet" for name, present in found.items() if present]
+    return unsupported(found)
 
 
 def _model(model: Any) -> list[str]:
@@ -125,4 +116,4 @@ def _model(model: Any) -> list[str]:
         "hybrid and state-space models": mambaish_config(model) is not None,
         "sliding-window models with two KV pools": model.is_hybrid_swa,
     }
-    return [f"{name} are not supported yet" for name, present in found.items() if present]
+    return unsupported(found, "are")

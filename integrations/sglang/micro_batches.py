@@ -13,12 +13,13 @@ Contract
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Any
 
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.ir import Batch, MicroBatch, Split
+from dynaflow_serving.ir import Batch, MicroBatch
 
 BODY_ARGUMENTS = ("input_ids", "positions", "forward_batch")
 _FILTER_ARGUMENTS = (
@@ -46,12 +47,12 @@ def describe(forward_batch: Any) -> Batch:
 class MicroBatches:
     """The micro-batches of one split step. `backends`: at least as many attention backends."""
 
-    def __init__(self, forward_batch: Any, split: Split, backends: list[Any]) -> None:
+    def __init__(self, forward_batch: Any, parts: Sequence[MicroBatch], backends: list[Any]) -> None:
         from sglang.srt.model_executor.forward_context import get_forward_context, set_forward_context
 
         self._set_context = set_forward_context
         self._outer = get_forward_context()
-        self.batches = [_cut(forward_batch, part) for part in split.micro_batches]
+        self.batches = [_cut(forward_batch, part) for part in parts]
         self._contexts = [
             replace(self._outer, attn_backend=backend, moe_num_token_non_padded=batch.moe_num_token_non_padded)
             for batch, backend in zip(self.batches, backends)

@@ -25,6 +25,7 @@ from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.integrations.sglang.limits import reason_to_run_whole
 from dynaflow_serving.integrations.sglang.micro_batches import MicroBatches, check_layout, describe
 from dynaflow_serving.ir import Resource
+from dynaflow_serving.runtime import no_context
 from dynaflow_serving.splitting import whole
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
@@ -116,11 +117,10 @@ class DynaflowRunner:
         if reason := reason_to_run_whole(forward_batch):
             self.session.counts.add(whole(batch, reason))
             return self._forward_raw(forward_batch, *args, **kwargs)
-        split = self.session.begin(batch)
+        self.session.begin(batch)
         try:
-            if len(split.micro_batches) == 1:
-                return self._forward_raw(forward_batch, *args, **kwargs)
-            return self._without_graphs(forward_batch, *args, **kwargs)
+            run = self._without_graphs if self.session.micro_batches else self._forward_raw
+            return run(forward_batch, *args, **kwargs)
         finally:
             self.session.end()
 
@@ -138,10 +138,10 @@ class DynaflowRunner:
 
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of the body's forward."""
-        split, own = self.session.split, (input_ids, positions, forward_batch)
-        if split is None or len(split.micro_batches) == 1:
-            return self.segmented(len(positions), (*own, *args), kwargs, _nowhere)
-        micro_batches = MicroBatches(forward_batch, split, self.backends)
+        own = (input_ids, positions, forward_batch)
+        if not self.session.micro_batches:
+            return self.segmented(len(positions), (*own, *args), kwargs, no_context)
+        micro_batches = MicroBatches(forward_batch, self.session.micro_batches, self.backends)
         try:
             return self.segmented(
                 len(positions),
@@ -152,10 +152,6 @@ class DynaflowRunner:
             )
         finally:
             micro_batches.leave()
-
-
-def _nowhere(micro_batch: int) -> None:
-    """The `enter` of un-split steps."""
 
 
 def body_of(model: torch.nn.Module) -> torch.nn.Module:

@@ -11,7 +11,6 @@ Contract
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.segmented import SegmentedForward
 from dynaflow_serving.integrations.vllm.session import VLLMSession
 from dynaflow_serving.ir import Resource
+from dynaflow_serving.runtime import no_context
 
 ATTENTION = ("Attention", "MLAAttention", "ChunkedLocalAttention")
 EXPERTS = ("MoERunner",)  # its forward ends with an all-reduce, which keeps its place among the others
@@ -49,41 +49,34 @@ def has_graph(vllm_config: Any, model: torch.nn.Module) -> bool:
     return any(not getattr(m, "do_not_compile", False) for m in compiled)
 
 
-def attach(session: VLLMSession, runner: Any) -> None:
+def attach(session: VLLMSession, runner: Any) -> SegmentedForward | None:
     """Put the model's forward under `session`, if there is no graph. Raises `AnnotationError`, `InactiveError`."""
     model = runner.get_model()
     if has_graph(session.vllm_config, model):
-        return
+        return None
     if session.config.capture == "graph":
         raise InactiveError(
             f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
         )
     stock = model.forward
     session.mode = "segments (no graph)," + session.mode.partition(",")[2]
-    session.segmented = SegmentedForward(session, stock, model, rules(), {"attention": "kv"})
-    model.forward = _under(session, session.segmented)
+    segmented = SegmentedForward(session, stock, model, rules(), {"attention": "kv"})
 
-
-def _under(session: VLLMSession, segmented: SegmentedForward) -> Callable[..., Any]:
-    @functools.wraps(segmented.segments.forward)
+    @functools.wraps(stock)
     def forward(*args: Any, **kwargs: Any) -> Any:
         tokens = next(t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
         if not session.micro_batches:
-            return segmented(tokens, args, kwargs, _no_micro_batch)
+            return segmented(tokens, args, kwargs, no_context)
         with session.entering() as enter:
             return segmented(tokens, args, kwargs, enter)
 
-    return forward
+    model.forward = forward
+    return segmented
 
 
-def record(session: VLLMSession, runner: Any) -> None:
-    """Have the model recorded, if it is one without a graph. Raises `InactiveError` if that gives no Program."""
-    if session.segmented is not None:
-        with session.segmented.recording():
-            most = session.vllm_config.scheduler_config.max_num_batched_tokens
-            for tokens in (min(RECORDED_TOKENS, most - 1), min(2 * RECORDED_TOKENS, most)):
-                runner._dummy_run(tokens)
-
-
-def _no_micro_batch(micro_batch: int) -> None:
-    """The step runs whole."""
+def record(segmented: SegmentedForward, runner: Any) -> None:
+    """Have the model recorded. Raises `InactiveError` if that gives no Program."""
+    most = runner.vllm_config.scheduler_config.max_num_batched_tokens
+    with segmented.recording():
+        for tokens in (min(RECORDED_TOKENS, most - 1), min(2 * RECORDED_TOKENS, most)):
+            runner._dummy_run(tokens)

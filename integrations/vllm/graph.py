@@ -39,9 +39,7 @@ class MicroBatchedGraph:
 
     def __call__(self, *args: Any) -> Any:
         split = self.session.split
-        if split is None or len(split.micro_batches) == 1:
-            return self._whole(*args)
-        return self._run_split(args, split)
+        return self._run_split(args, split) if split and self.session.micro_batches else self._whole(*args)
 
     def _run_whole(self, *args: Any) -> Any:
         prepared = self.runtime.prepare((1, ()))

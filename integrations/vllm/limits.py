@@ -20,17 +20,17 @@ import torch
 
 from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import AnnotationError, InactiveError
+from dynaflow_serving.errors import AnnotationError
+from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
 
 
 def check(vllm_config: Any, config: Config, rules: Iterable[Rule] = ()) -> None:
     """`rules`: the strategy's annotations."""
+    from vllm.platforms import current_platform
+
     causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, rules), *_unsplit(vllm_config, config)]
-    if causes := [*causes, *_features(vllm_config), *_executor(config)]:
-        raise InactiveError(
-            f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {'; '.join(causes)}. "
-            "Change these, or remove the dynaflow option; with 'fallback: true' vLLM runs without it."
-        )
+    causes += [*_features(vllm_config), *executor_causes("vLLM", config, current_platform.device_type)]
+    refuse("vLLM", config, causes)
 
 
 def check_annotations(vllm_config: Any, rules: Iterable[Rule]) -> None:
@@ -142,7 +142,7 @@ def _features(vllm_config: Any) -> list[str]:
         "diffusion models": model.is_diffusion,
         "a model with its own state in Model Runner V2": _has_own_state(vllm_config),
     }
-    return [f"{name} is not supported yet" for name, present in found.items() if present]
+    return unsupported(found)
 
 
 def _has_own_state(vllm_config: Any) -> bool:
@@ -152,16 +152,3 @@ def _has_own_state(vllm_config: Any) -> bool:
     if not vllm_config.use_v2_model_runner:
         return False
     return hasattr(get_model_architecture(vllm_config.model_config)[0], "get_model_state_cls")
-
-
-def _executor(config: Config) -> list[str]:
-    from vllm.platforms import current_platform
-
-    device = current_platform.device_type
-    if device not in ("cpu", "cuda"):
-        return [f"device {device!r} is not supported (cpu and cuda are)"]
-    if config.executor not in ("auto", "sequential", device):
-        return [f"executor {config.executor!r} does not fit device {device!r}"]
-    if config.graph != "off":
-        return [f"graph {config.graph!r}: attention reads metadata that vLLM makes anew each step (set graph: off)"]
-    return []

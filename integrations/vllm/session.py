@@ -17,10 +17,8 @@ from typing import Any
 
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.integrations.segmented import SegmentedForward
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.integrations.vllm.engine_args import KEY, PIECE_COMPILER
-from dynaflow_serving.ir import MicroBatch
 
 _current: VLLMSession | None = None
 
@@ -41,14 +39,7 @@ class VLLMSession(Session):
             f"{mode} ({self.piece_compiler or 'vLLM pieces'}), Model Runner {runner}",
             logging.getLogger("vllm.dynaflow"),
         )
-        self.segmented: SegmentedForward | None = None  # of a model without a graph
         _current = self
-
-    @property
-    def micro_batches(self) -> tuple[MicroBatch, ...]:
-        """Those of the live step; () if it runs whole, or if there is none."""
-        parts = () if self.split is None else self.split.micro_batches
-        return parts if len(parts) > 1 else ()
 
     def set_contexts(self, metadata: Sequence[Any], slot_mappings: Sequence[Any], is_padding: Any) -> None:
         """Make the forward context of each micro-batch of the live step.

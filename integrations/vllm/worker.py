@@ -35,13 +35,14 @@ class DynaflowWorkerMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_model(*args, **kwargs)  # type: ignore[misc]
-        eager.attach(self.dynaflow, self.model_runner)  # type: ignore[attr-defined]
+        self.segmented = eager.attach(self.dynaflow, self.model_runner)  # type: ignore[attr-defined]
         return result
 
     def compile_or_warm_up_model(self) -> Any:
         from vllm.distributed.parallel_state import get_tp_group
 
-        eager.record(self.dynaflow, self.model_runner)  # type: ignore[attr-defined]
+        if self.segmented is not None:
+            eager.record(self.segmented, self.model_runner)  # type: ignore[attr-defined]
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         self.dynaflow.check(get_tp_group().cpu_group)
         self.dynaflow.serving = True

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from dynaflow_serving.ir import Plan, Program, Step, StepKind
 from dynaflow_serving.lowering import lower
@@ -54,6 +54,18 @@ op other network
   outputs a
 outputs z a
 """
+
+
+class AddNorm(nn.Module):
+    """Residual add and a scale, element by element: `(x, residual) -> (normed, residual)`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = residual + x
+        return residual * self.weight, residual
 
 
 def trace(fn: Callable[..., Any], *examples: torch.Tensor, dim: int = 0) -> fx.GraphModule:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import AddNorm
 from torch import nn
 
 from dynaflow_serving.annotations import SplitFunc, SplitModule
@@ -28,16 +29,6 @@ class Attend(nn.Module):
 
     def forward(self, x: torch.Tensor, step: object) -> torch.Tensor:
         return torch.tanh(x)
-
-
-class AddNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        residual = residual + x
-        return residual * self.weight, residual
 
 
 class InPlace(nn.Module):
@@ -62,7 +53,7 @@ class RandomModel(nn.Module):
         torch.manual_seed(seed)
         self.steps = [(draw.choice(self.KINDS), draw.randrange(3), draw.randrange(3)) for _ in range(size)]
         self.attend, self.in_place = Attend(), InPlace()
-        self.norm = AddNorm()
+        self.norm = AddNorm(WIDTH)
         self.result = draw.randrange(3)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

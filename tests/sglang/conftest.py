@@ -6,7 +6,6 @@ server in a process of its own, for an Engine takes over its process's signals.
 
 import importlib.util
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -24,25 +23,6 @@ def _load(name):
 @pytest.fixture(scope="session")
 def one_process():
     return _load("one_process")
-
-
-@pytest.fixture(scope="session")
-def model_path():
-    """`model_path(kind)`: a tiny model made locally."""
-    from dynaflow_serving.bench.tiny_models import make_tiny_model
-
-    return lambda kind: str(make_tiny_model(kind))
-
-
-@pytest.fixture(scope="session")
-def prompts():
-    """Token ids of mixed lengths; every third request shares a long prefix with the first."""
-    draw = random.Random(0)
-    shared = [draw.randrange(10, 2000) for _ in range(48)]
-    return [
-        (shared if i % 3 == 0 else []) + [draw.randrange(10, 2000) for _ in range(draw.choice([3, 9, 17, 33, 70]))]
-        for i in range(12)
-    ]
 
 
 @pytest.fixture(scope="session")

@@ -2,36 +2,26 @@
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
-SETTINGS = dict(
-    device="cpu",
-    dtype="float32",
-    attention_backend="strict",
-    max_total_tokens=4096,
-    max_running_requests=16,
-    mem_fraction_static=0.3,
-    disable_cuda_graph=True,
-    chunked_prefill_size=96,
-    enable_mixed_chunk=True,
-    random_seed=0,
-)
+from one_process import COMMON  # the folder of a script is where it imports from
+
+SETTINGS = COMMON | dict(chunked_prefill_size=96, enable_mixed_chunk=True)
 
 
 def main():
     import sglang
+
+    from dynaflow_serving.bench.sglang_driver import SGLangDriver
 
     request, out = json.loads(sys.argv[1]), sys.argv[2]
     engine = sglang.Engine(model_path=request["model"], **SETTINGS | request["options"])
     sampling = dict(temperature=0, max_new_tokens=12, ignore_eos=True)
     for _ in range(2):  # the second time, all prompts are in the radix cache
         outputs = engine.generate(input_ids=request["prompts"], sampling_params=sampling)
-    reports = []
-    if "json_model_override_args" in request["options"]:
-        with tempfile.TemporaryDirectory() as folder:
-            engine.collective_rpc("dynaflow_report", folder=folder)
-            reports = [json.loads(p.read_text()) for p in sorted(Path(folder).iterdir())]
+    driver = SGLangDriver()
+    driver.engine = engine
+    reports = driver.report() if "json_model_override_args" in request["options"] else []
     state = engine.get_server_info()["internal_states"][0]
     engine.shutdown()
     outcome = {

@@ -6,19 +6,17 @@ from array import array
 
 import torch
 
-SETTINGS = dict(
+COMMON = dict(  # to engines too (`engine_run.py`)
     device="cpu",
     dtype="float32",  # in bfloat16 a micro-batch may take another CPU kernel than the whole batch, and near-ties flip
     attention_backend="strict",
-    sampling_backend="pytorch",
     max_total_tokens=4096,
     max_running_requests=16,
     mem_fraction_static=0.3,
     disable_cuda_graph=True,
-    disable_overlap_schedule=True,
-    disable_radix_cache=True,
     random_seed=0,
 )
+SETTINGS = COMMON | dict(sampling_backend="pytorch", disable_overlap_schedule=True, disable_radix_cache=True)
 
 
 def load(model, **options):

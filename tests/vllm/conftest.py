@@ -9,7 +9,6 @@ kernels are interpreted, and an entry point tells vLLM in every process that the
 
 import gc
 import os
-import random
 import sys
 from dataclasses import dataclass, field
 
@@ -93,38 +92,19 @@ def plugins(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def model_path():
-    """`model_path(kind)`: a tiny model made locally."""
-    from dynaflow_serving.bench.tiny_models import make_tiny_model
-
-    return lambda kind: str(make_tiny_model(kind))
-
-
-def mixed_prompts(count=12, seed=0):
-    """Token ids of mixed lengths; every third request shares a long prefix with the first."""
-    rng = random.Random(seed)
-    shared = [rng.randrange(10, 2000) for _ in range(48)]
-    prompts = []
-    for i in range(count):
-        own = [rng.randrange(10, 2000) for _ in range(rng.choice([3, 9, 17, 33, 70]))]
-        prompts.append((shared if i % 3 == 0 else []) + own)
-    return prompts
-
-
-@pytest.fixture(scope="session")
-def generate(model_path):
+def generate(model_path, prompts):
     """`generate(kind, mode, tp, dynaflow, ...) -> Outcome`: one engine, greedy tokens, then shut down.
 
     float32: in bfloat16 micro-batches of other sizes pick other CPU kernels, and near-ties flip.
     Stock outcomes (dynaflow None) are cached.
     """
-    stock = {}
+    stock, mixed = {}, prompts
 
     def run(kind, mode="mode2-uncompiled", tp=1, dynaflow=None, prompts=None, max_tokens=12, **options):
         key = (kind, mode, tp, str(prompts), max_tokens, str(sorted(options.items())))
         if dynaflow is None and key in stock:
             return stock[key]
-        outcome = _run(model_path(kind), mode, tp, dynaflow, prompts or mixed_prompts(), max_tokens, options)
+        outcome = _run(model_path(kind), mode, tp, dynaflow, prompts or mixed, max_tokens, options)
         if dynaflow is None:
             stock[key] = outcome
         return outcome
@@ -175,8 +155,3 @@ def start(model_path):
         return EngineArgs(additional_config={"dynaflow": dynaflow}, **settings).create_engine_config()
 
     return create
-
-
-@pytest.fixture
-def prompts():
-    return mixed_prompts()

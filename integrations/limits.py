@@ -1,0 +1,37 @@
+"""What the limits of all serving engines say alike.
+
+Contract
+- An engine's own `limits` collects causes, each a phrase with the remedy where there is one; `refuse` raises them
+  together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.errors import InactiveError
+
+
+def refuse(engine: str, config: Config, causes: Iterable[str]) -> None:
+    """Raise `InactiveError` if there are any `causes`. `engine`: as it spells itself."""
+    if listed := "; ".join(causes):
+        raise InactiveError(
+            f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {listed}. "
+            f"Change these, or remove the dynaflow option; with 'fallback: true' {engine} runs without it."
+        )
+
+
+def unsupported(found: Mapping[str, object], verb: str = "is") -> list[str]:
+    """A cause for each feature that is there."""
+    return [f"{name} {verb} not supported yet" for name, present in found.items() if present]
+
+
+def executor_causes(engine: str, config: Config, device: str) -> list[str]:
+    if device not in ("cpu", "cuda"):
+        return [f"device {device!r} is not supported (cpu and cuda are)"]
+    if config.executor not in ("auto", "sequential", device):
+        return [f"executor {config.executor!r} does not fit device {device!r}"]
+    if config.graph != "off":
+        return [f"graph {config.graph!r}: attention reads metadata that {engine} makes anew each step (set graph: off)"]
+    return []

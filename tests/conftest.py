@@ -1,0 +1,24 @@
+"""What the tests of several engines share."""
+
+import random
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model_path():
+    """`model_path(kind)`: a tiny model made locally."""
+    from dynaflow_serving.bench.tiny_models import make_tiny_model
+
+    return lambda kind: str(make_tiny_model(kind))
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Token ids of 12 mixed lengths; every third request shares a long prefix with the first."""
+    draw = random.Random(0)
+    shared = [draw.randrange(10, 2000) for _ in range(48)]
+    return [
+        (shared if i % 3 == 0 else []) + [draw.randrange(10, 2000) for _ in range(draw.choice([3, 9, 17, 33, 70]))]
+        for i in range(12)
+    ]
