@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from dynaflow_serving.annotations import SplitModule
-from dynaflow_serving.ir import Resource
+from dynaflow_serving.ir import Resource, Signature
 from dynaflow_serving.runtime import no_context
 from dynaflow_serving.segments import Segments
 from dynaflow_serving.segments.frames import Frame
@@ -125,7 +125,7 @@ def planned() -> Callable[[], None]:
     for tokens in (4, 6):
         made.record(tokens, (torch.zeros(tokens, 2),), {})
     assert made.capture is not None
-    plan = Runtime(made.capture, get_strategy("sequential")(), get_executor("cpu")).prepare((2, ())).run
+    plan = Runtime(made.capture, get_strategy("sequential")(), get_executor("cpu")).prepare(Signature(2)).run
     x = torch.zeros(8, 2)
 
     def run() -> None:

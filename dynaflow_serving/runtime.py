@@ -16,15 +16,15 @@ from typing import Any
 
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.executor import BoundPlan, Executor
-from dynaflow_serving.ir import Batch, Plan, Split
+from dynaflow_serving.executor.tracing import Tracer, measured
+from dynaflow_serving.ir import Batch, Plan, Signature, Split
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition.capture import Capture
 from dynaflow_serving.scheduler import OpScheduler
 from dynaflow_serving.splitting import whole
 from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.timeline import Timeline
 from dynaflow_serving.verify import verify
-
-Signature = tuple[int, tuple[tuple[int, int], ...]]
 
 
 @dataclass
@@ -43,8 +43,11 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class Prepared:
+    """A plan, bound. With `tracer` each run is timed step by step."""
+
     plan: Plan
     run: BoundPlan
+    tracer: Tracer | None = None
 
 
 def no_context(micro_batch: int) -> None:
@@ -58,7 +61,7 @@ class Runtime:
         self.capture, self.strategy, self.executor = capture, strategy, executor
         self.zero_copy = zero_copy
         self.counts = StepCounts()
-        self._prepared: dict[tuple[Signature, bool], Prepared] = {}
+        self._prepared: dict[tuple[Signature, bool, bool], Prepared] = {}
         self._vetoed: dict[Signature, str] = {}
 
     def decide(self, batch: Batch) -> Split:
@@ -75,34 +78,48 @@ class Runtime:
         try:
             self.prepare(split.signature)
         except ScheduleError as e:
-            self.prepare((split.signature[0], ()))  # an error of the strategy itself is raised here
+            self.prepare(split.signature._replace(depends=()))  # an error of the strategy itself is raised here
             self._vetoed[split.signature] = f"micro-batches depend on each other: {e}"
             return whole(batch, self._vetoed[split.signature])
         return split
 
-    def prepare(self, signature: Signature, zero_copy: bool | None = None) -> Prepared:
+    def prepare(self, signature: Signature, zero_copy: bool | None = None, traced: bool = False) -> Prepared:
         """The verified, bound Plan for a signature. Raises `ScheduleError`, `PlanError`."""
         zero_copy = self.zero_copy if zero_copy is None else zero_copy
-        key = (signature, zero_copy)
+        key = (signature, zero_copy, traced)
         if key not in self._prepared:
-            strategy = self.strategy if signature[0] > 1 or self.strategy.schedules_unsplit else Sequential()
-            recorded = strategy.record(self.capture.program, *signature)
+            strategy = self.strategy.of(signature.candidate)
+            if signature.micro_batches == 1 and not strategy.schedules_unsplit:
+                strategy = Sequential()
+            recorded = strategy.record(self.capture.program, signature.micro_batches, signature.depends)
             plan = lower(recorded, strategy.name, zero_copy)
             verify(self.capture.program, plan)
-            self._prepared[key] = Prepared(plan, self.executor.bind(self.capture, plan, recorded.kernels))
+            tracer = self.executor.tracer() if traced else None
+            run = self.executor.bind(self.capture, plan, recorded.kernels, tracer)
+            self._prepared[key] = Prepared(plan, run, tracer)
         return self._prepared[key]
+
+    def timeline(self, signature: Signature, zero_copy: bool | None = None) -> Timeline:
+        """Of the latest traced run of that signature."""
+        prepared = self.prepare(signature, zero_copy, traced=True)
+        assert prepared.tracer is not None
+        return measured(self.capture.program, prepared.plan, prepared.tracer)
 
     @property
     def plans(self) -> list[Plan]:
         """All plans made so far, un-split first."""
-        return [p.plan for _, p in sorted(self._prepared.items(), key=lambda item: item[0])]
+        made = {key[:2]: p.plan for key, p in sorted(self._prepared.items(), key=lambda item: item[0])}
+        return list(made.values())
 
     def texts(self) -> str:
         """What ranks compare before the first step: the plans of every number of micro-batches."""
         program = self.capture.program
-        most = 1 if program.unsplittable else self.strategy.max_micro_batches
-        numbers = range(1 if self.strategy.schedules_unsplit else 2, most + 1)
-        return "\n".join(self.prepare((n, ())).plan.to_text() for n in numbers) or program.to_text()
+        signatures = []
+        for candidate in self.strategy.candidates:
+            strategy = self.strategy.of(candidate)
+            most = 1 if program.unsplittable else strategy.max_micro_batches
+            signatures += [Signature(n, (), candidate) for n in range(1 if strategy.schedules_unsplit else 2, most + 1)]
+        return "\n".join(self.prepare(s).plan.to_text() for s in signatures) or program.to_text()
 
     def run(
         self,

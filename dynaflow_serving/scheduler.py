@@ -201,6 +201,15 @@ class OpScheduler(abc.ABC):
         """How many micro-batches `split` makes at most: engines prepare for as many."""
         return int(getattr(self.options, "micro_batches", 2))
 
+    def of(self, candidate: str) -> OpScheduler:
+        """The strategy behind `Split.candidate`: of one that chooses among several, the chosen one."""
+        return self
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """All that `Split.candidate` may be."""
+        return ("",)
+
     @abc.abstractmethod
     def split(self, batch: Batch) -> Split:
         """Cut one step's batch. Called every step: keep it to microseconds (see `splitting`)."""

@@ -22,7 +22,7 @@ from benchmarks.gpu.limits import Limits, Work
 from benchmarks.gpu.report import Row, rows_of
 from benchmarks.gpu.timing import Timer, in_turn
 from dynaflow_serving.executor import Executor, ExecutorOptions, StreamOptions
-from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Operator, Program, Resource, Scope, Split, Value
+from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Operator, Program, Resource, Scope, Signature, Split, Value
 from dynaflow_serving.partition import Capture
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.scheduler import OpScheduler, Schedule
@@ -122,7 +122,7 @@ def _variants(
     for variant, (side, options) in wanted.items():
         try:
             runtime = Runtime(capture, CoRun(side), make_executor(options))
-            prepared = runtime.prepare((1, ()))
+            prepared = runtime.prepare(Signature(1))
         except Exception as e:  # no green contexts here
             facts[variant] = {"error": f"{type(e).__name__}: {e}"}
             continue

@@ -59,7 +59,8 @@ def simulate(
     """Simulate one step: un-split, sequential micro-batches, and the strategy's plan. No GPU needed, none measured."""
     from dynaflow_serving.bench.result import is_small
     from dynaflow_serving.simulate import Device, Link, Shape, Topology, compare, find, parse_requests
-    from dynaflow_serving.simulate.picture import chrome_trace, strip
+    from dynaflow_serving.simulate.picture import strip
+    from dynaflow_serving.timeline import chrome_trace
 
     requests = parse_requests(batch)
     config = configure(strategy or "nanoflow", micro_batches, option)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError, unknown_name
+from dynaflow_serving.executor.tracing import ClockTracer, Tracer
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan
 from dynaflow_serving.partition.capture import Capture
 
@@ -96,8 +97,15 @@ class Executor(abc.ABC):
                     "config, or use executor: cuda on a CUDA device"
                 )
 
-    def bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
-        """Compile `plan`; `kernels` are the replacements that it names.
+    def bind(
+        self,
+        capture: Capture,
+        plan: Plan,
+        kernels: Mapping[str, Callable[..., Any]],
+        tracer: Tracer | None = None,
+    ) -> BoundPlan:
+        """Compile `plan`; `kernels` are the replacements that it names. With a `tracer` (one of `self.tracer()`) each
+        run tells it the time of every step.
 
         Raises `ConfigError` for options of a stream that the plan does not have, `ScheduleError` for what this
         executor cannot run.
@@ -106,10 +114,15 @@ class Executor(abc.ABC):
         if extra and (missing := self.options.streams.keys() - extra):  # without extra: an un-split step, or no network
             raise ConfigError(f"streams: {unknown_name('stream', min(missing), extra)} (a plan of {plan.strategy})")
         _check_one_stream(capture, plan)
-        return self._bind(capture, plan, kernels)
+        return self._bind(capture, plan, kernels, tracer)
 
     @abc.abstractmethod
-    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan: ...
+    def _bind(
+        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+    ) -> BoundPlan: ...
+
+    def tracer(self) -> Tracer:
+        return ClockTracer()
 
     def report(self) -> dict[str, Any]:
         """What `Session.report` adds about the executor; plain data."""

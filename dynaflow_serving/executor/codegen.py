@@ -3,7 +3,8 @@
 Contract
 - The text is plain Python that a person can read: `Emitter.source` is kept on the bound function.
 - Only RECORD, WAIT, the switch of streams and FREE differ between executors: they override `Emitter`.
-- Of our own nothing is left at run time but the calls: no look-ups, no hand-off per operator.
+- Of our own nothing is left at run time but the calls: no look-ups, no hand-off per operator. Only a plan that is
+  bound with a tracer takes the time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.executor.tracing import Tracer
 from dynaflow_serving.ir import Instance, Plan, Scope, Step, StepKind
 from dynaflow_serving.kernels import Composed
 from dynaflow_serving.partition.capture import Capture
@@ -22,9 +24,18 @@ from dynaflow_serving.partition.capture import Capture
 class Emitter:
     """Writes the body of a plan in issue order, as one function."""
 
-    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        plan: Plan,
+        kernels: Mapping[str, Callable[..., Any]],
+        tracer: Tracer | None = None,
+    ) -> None:
         self.capture, self.program, self.plan = capture, capture.program, plan
         self.names: dict[str, Any] = {"cat": torch.cat}  # globals of the generated function
+        self.tracer = tracer
+        if tracer is not None:
+            self.names |= {"stamp": tracer.stamp, "mark": tracer.mark}
         self.variables: dict[Instance, str] = {}
         self.buffer_of: dict[tuple[str, int], Instance] = {}  # value @ micro-batch -> merge buffer
         self.in_place: set[Instance] = set()  # parts that their operator wrote into the buffer
@@ -64,8 +75,12 @@ class Emitter:
         """Lines before any step (a switch of streams)."""
         return []
 
+    def stream(self, step: Step) -> str:
+        """The step's stream as a tracer takes it."""
+        return "None"
+
     def body(self) -> list[str]:
-        return [line for step in self.plan.steps for line in (*self.before(step), *self.step(step))]
+        return [line for i, step in enumerate(self.plan.steps) for line in (*self.before(step), *self.traced(i, step))]
 
     # -- shared --------------------------------------------------------------------------------------
     def build(self) -> Callable[..., list[Any]]:
@@ -98,6 +113,14 @@ class Emitter:
         if scope in (Scope.TOKENS, Scope.SHARED) and value in self.arguments:
             return self.arguments[value]
         return self.variable(Instance(value, start, stop))
+
+    def traced(self, index: int, step: Step) -> list[str]:
+        """The lines of a step, with the time taken around those that do work."""
+        lines = self.step(step)
+        if self.tracer is None or not lines or step.kind not in (StepKind.RUN, StepKind.REPLACE, StepKind.MERGE):
+            return lines
+        stamp = f"stamp({self.stream(step)})"
+        return [f"begun = {stamp}", *lines, f"mark({index}, begun, {stamp})"]
 
     def step(self, step: Step) -> list[str]:
         match step.kind:

@@ -26,6 +26,7 @@ import torch
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.executor.base import BoundPlan, Executor, ExecutorOptions
 from dynaflow_serving.executor.codegen import Emitter
+from dynaflow_serving.executor.tracing import Tracer
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step
 from dynaflow_serving.partition.capture import Capture
 
@@ -135,8 +136,8 @@ class _ThreadEmitter(Emitter):
 
     def body(self) -> list[str]:
         blocks: dict[str, list[str]] = {s: [] for s in self.plan.streams}
-        for step in self.plan.steps:
-            blocks[step.stream] += self.step(step)
+        for i, step in enumerate(self.plan.steps):
+            blocks[step.stream] += self.traced(i, step)
         if len(blocks) == 1:
             return blocks[COMPUTE_STREAM]
         events = [f"e{i}" for i in sorted({s.event for s in self.plan.steps if s.event >= 0})]
@@ -168,7 +169,9 @@ class CPUExecutor(Executor):
         super().__init__(options)
         self._workers: dict[str, Worker] = {}
 
-    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
+    def _bind(
+        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+    ) -> BoundPlan:
         for step in plan.steps:
             for name in step.operators:
                 if step.stream != COMPUTE_STREAM and capture.program.by_name[name].context:
@@ -177,7 +180,7 @@ class CPUExecutor(Executor):
                         f"not share: schedule it on stream {COMPUTE_STREAM!r} (not {step.stream!r}), or use executor: "
                         "cuda or sequential"
                     )
-        emitter = _ThreadEmitter(capture, plan, kernels)
+        emitter = _ThreadEmitter(capture, plan, kernels, tracer)
         for i, stream in enumerate(s for s in plan.streams if s != COMPUTE_STREAM):
             if stream not in self._workers:
                 self._workers[stream] = Worker(stream)

@@ -30,13 +30,20 @@ from dynaflow_serving.executor.base import BoundPlan, Executor, ExecutorOptions
 from dynaflow_serving.executor.codegen import Emitter
 from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
 from dynaflow_serving.executor.cuda_streams import StreamPool
+from dynaflow_serving.executor.tracing import EventTracer, Tracer
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step, StepKind
 from dynaflow_serving.partition.capture import Capture
 
 
 class _StreamEmitter(Emitter):
-    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
-        super().__init__(capture, plan, kernels)
+    def __init__(
+        self,
+        capture: Capture,
+        plan: Plan,
+        kernels: Mapping[str, Callable[..., Any]],
+        tracer: Tracer | None = None,
+    ) -> None:
+        super().__init__(capture, plan, kernels, tracer)
         self.stream_names = {s: f"s{i}" for i, s in enumerate(plan.streams)}
         self.active = COMPUTE_STREAM
 
@@ -45,6 +52,9 @@ class _StreamEmitter(Emitter):
 
     def wait(self, step: Step) -> list[str]:
         return [f"{self.stream_names[step.stream]}.wait_event(e{step.event})"]
+
+    def stream(self, step: Step) -> str:
+        return self.stream_names[step.stream]
 
     def before(self, step: Step) -> list[str]:
         if step.stream == self.active or step.event >= 0 or step.kind in (StepKind.SPLIT, StepKind.FREE):
@@ -55,7 +65,7 @@ class _StreamEmitter(Emitter):
     def body(self) -> list[str]:
         steps = super().body()
         if len(self.stream_names) == 1:
-            return steps
+            return steps if self.tracer is None else ["s0 = current_stream()", *steps]
         lines = ["s0 = current_stream()", "try:", *(f"    {line}" for line in steps)]
         return [*lines, "except BaseException:", "    set_stream(s0)", "    rejoin(s0)", "    raise", "set_stream(s0)"]
 
@@ -73,12 +83,21 @@ class CUDAExecutor(Executor):
         self._streams = StreamPool(cuda, self.options.streams)
         self._graphs = WholePlanGraphs(cuda, self.options.max_graphs) if self.options.graph == "whole" else None
 
-    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
-        bind = functools.partial(self._emit, capture, kernels)
-        return bind(plan) if self._graphs is None else self._graphs.bind(capture, plan, bind)
+    def tracer(self) -> Tracer:
+        return EventTracer(self._cuda)
 
-    def _emit(self, capture: Capture, kernels: Mapping[str, Callable[..., Any]], plan: Plan) -> BoundPlan:
-        emitter = _StreamEmitter(capture, plan, kernels)
+    def _bind(
+        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+    ) -> BoundPlan:
+        bind = functools.partial(self._emit, capture, kernels, tracer)
+        if self._graphs is None or tracer is not None:  # a replay has no steps that could be timed
+            return bind(plan)
+        return self._graphs.bind(capture, plan, bind)
+
+    def _emit(
+        self, capture: Capture, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None, plan: Plan
+    ) -> BoundPlan:
+        emitter = _StreamEmitter(capture, plan, kernels, tracer)
         extra = {v: self._streams.stream(s) for s, v in emitter.stream_names.items() if s != COMPUTE_STREAM}
 
         def rejoin(current: Any) -> None:

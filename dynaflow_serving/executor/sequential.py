@@ -16,6 +16,7 @@ import torch
 
 from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.codegen import Emitter
+from dynaflow_serving.executor.tracing import Tracer
 from dynaflow_serving.ir import Instance, Plan, Step, StepKind
 from dynaflow_serving.partition.capture import Capture
 
@@ -27,8 +28,14 @@ def poison(tensor: Any) -> None:
 
 
 class _PoisonEmitter(Emitter):
-    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
-        super().__init__(capture, plan, kernels)
+    def __init__(
+        self,
+        capture: Capture,
+        plan: Plan,
+        kernels: Mapping[str, Callable[..., Any]],
+        tracer: Tracer | None = None,
+    ) -> None:
+        super().__init__(capture, plan, kernels, tracer)
         self.names["poison"] = poison
         count = Counter(v.storage for v in self.program.values.values())
         viewed = {s.instances[0] for s in plan.steps if s.kind is StepKind.SPLIT}
@@ -49,5 +56,7 @@ class _PoisonEmitter(Emitter):
 class SequentialExecutor(Executor):
     name = "sequential"
 
-    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
-        return _PoisonEmitter(capture, plan, kernels).build()
+    def _bind(
+        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+    ) -> BoundPlan:
+        return _PoisonEmitter(capture, plan, kernels, tracer).build()

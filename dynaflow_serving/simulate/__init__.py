@@ -9,7 +9,7 @@ from __future__ import annotations
 from dynaflow_serving.simulate.catalogue import find, names
 from dynaflow_serving.simulate.cost import Demand, Measured, Roofline
 from dynaflow_serving.simulate.device import Device, Link, Topology
-from dynaflow_serving.simulate.engine import Timeline, simulate
+from dynaflow_serving.simulate.engine import Simulation, simulate
 from dynaflow_serving.simulate.model import Shape, decoder
 from dynaflow_serving.simulate.scenario import Row, compare, parse_requests
 
@@ -21,7 +21,7 @@ __all__ = [
     "Roofline",
     "Row",
     "Shape",
-    "Timeline",
+    "Simulation",
     "Topology",
     "compare",
     "decoder",

@@ -20,39 +20,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dynaflow_serving.errors import PlanError
-from dynaflow_serving.ir import Plan, Resource, Step, StepKind
+from dynaflow_serving.ir import Plan, Resource, StepKind
 from dynaflow_serving.simulate.cost import Demand
+from dynaflow_serving.timeline import Span, Timeline
 
 Shares = Mapping[Resource, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One step that took time; seconds from the start of the plan."""
-
-    index: int  # of the step in the plan
-    step: Step
-    start: float
-    end: float
-
-
 @dataclass(frozen=True)
-class Timeline:
+class Simulation(Timeline):
     """What `simulate` found; everything in seconds, everything simulated."""
 
-    plan: Plan
-    spans: tuple[Span, ...]  # by start
-    makespan: float
+    ended: float  # when the host and all streams were done
     busy: dict[Resource, float]  # device-seconds used of each resource
-    overlapped: float  # time in which two operators or more ran
-    exposed_network: float  # time in which nothing but network operators ran
     critical: tuple[int, ...]  # steps of the longest chain, each operator as long as alone
     critical_path: float  # its length
 
     @property
-    def overlap(self) -> float:
-        """Share of the makespan in which streams overlapped, 0 to 1."""
-        return self.overlapped / self.makespan if self.makespan else 0.0
+    def makespan(self) -> float:  # type: ignore[override]
+        """Seconds."""
+        return self.ended
 
 
 @dataclass(slots=True)
@@ -101,12 +88,11 @@ class _State:
         return wake
 
 
-def simulate(plan: Plan, demands: Sequence[Demand | None]) -> Timeline:
+def simulate(plan: Plan, demands: Sequence[Demand | None]) -> Simulation:
     """Run `plan`, one demand per step (`CostModel.demands`). Raises `PlanError` for a plan that never ends."""
     queues = {s: [i for i, step in enumerate(plan.steps) if step.stream == s][::-1] for s in plan.streams}
     state = _State(plan, demands, queues, list(_issue_times(demands)))
     spans: list[Span] = []
-    overlapped = exposed = 0.0
     while True:
         wake = state.start_ready()
         running = state.running
@@ -115,9 +101,6 @@ def simulate(plan: Plan, demands: Sequence[Demand | None]) -> Timeline:
         rates = dict(zip(running, share([r.demand.shares if not r.latency else {} for r in running.values()])))
         ends = {s: r.left / rates[s] for s, r in running.items()}
         elapsed = min([*ends.values(), wake - state.now])
-        overlapped += elapsed * (len(running) > 1)
-        network = [Resource.NETWORK in r.demand.shares for r in running.values()]
-        exposed += elapsed * (bool(network) and all(network))
         state.now = wake if elapsed == wake - state.now else state.now + elapsed
         for stream, r in list(running.items()):
             done = ends[stream] <= elapsed * (1 + 1e-12)
@@ -135,7 +118,9 @@ def simulate(plan: Plan, demands: Sequence[Demand | None]) -> Timeline:
     path, length = _critical(plan, demands, state.issued)
     busy = {r: sum(d.seconds * d.shares.get(r, 0.0) for d in demands if d is not None) for r in Resource}
     spans.sort(key=lambda s: (s.start, s.index))
-    return Timeline(plan, tuple(spans), state.now, busy, overlapped, exposed, path, length)
+    on_network = [i for i, d in enumerate(demands) if d is not None and Resource.NETWORK in d.shares]
+    network = frozenset(name for i in on_network for name in plan.steps[i].operators)
+    return Simulation(plan, tuple(spans), network, True, state.now, busy, path, length)
 
 
 def share(wanted: Sequence[Shares]) -> list[float]:

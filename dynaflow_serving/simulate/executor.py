@@ -1,9 +1,9 @@
-"""The executor that runs no tensor: it returns the Timeline that the plan would have.
+"""The executor that runs no tensor: it returns the Simulation that the plan would have.
 
 Contract
 - It is bound and called like every other executor, so a Runtime drives it: what is simulated is time only, while the
   strategy's split, the recording, the lowering and the proof are the real ones.
-- Its program's only argument is the `Batch`, its only result the `Timeline`.
+- Its program's only argument is the `Batch`, its only result the `Simulation`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dynaflow_serving.executor.base import BoundPlan, Enter, Executor
+from dynaflow_serving.executor.tracing import Tracer
 from dynaflow_serving.ir import Batch, Plan
 from dynaflow_serving.partition.capture import Capture
 from dynaflow_serving.simulate.cost import Roofline, loads
 from dynaflow_serving.simulate.device import Topology
-from dynaflow_serving.simulate.engine import Timeline, simulate
+from dynaflow_serving.simulate.engine import Simulation, simulate
 from dynaflow_serving.simulate.model import Model
 
 
@@ -27,8 +28,10 @@ class SimulatedExecutor(Executor):
         super().__init__()
         self._model, self._topology, self._graphs = model, topology, graphs
 
-    def _bind(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> BoundPlan:
-        def run(args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> list[Timeline]:
+    def _bind(
+        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+    ) -> BoundPlan:
+        def run(args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> list[Simulation]:
             batch: Batch = args[0]
             work, widths = self._model.work, self._model.widths
             costs = Roofline(self._topology, work, widths, loads(batch, bounds), self._graphs)

@@ -19,7 +19,7 @@ from dynaflow_serving.partition.capture import Capture
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.scheduler import OpScheduler
 from dynaflow_serving.simulate.device import Topology
-from dynaflow_serving.simulate.engine import Timeline
+from dynaflow_serving.simulate.engine import Simulation
 from dynaflow_serving.simulate.executor import SimulatedExecutor
 from dynaflow_serving.simulate.model import Shape, decoder
 from dynaflow_serving.splitting import whole
@@ -34,7 +34,7 @@ class Row:
 
     schedule: str
     tokens: tuple[int, ...]  # of each micro-batch
-    timeline: Timeline
+    timeline: Simulation
     speed_up: float
     reason: str = ""
 
@@ -57,7 +57,7 @@ class Row:
         }
 
 
-def busy(timeline: Timeline, resource: Resource) -> float:
+def busy(timeline: Simulation, resource: Resource) -> float:
     """Share of the makespan that the resource was used, 0 to 1."""
     return timeline.busy[resource] / timeline.makespan if timeline.makespan else 0.0
 
@@ -90,9 +90,9 @@ def compare(
     model = decoder(shape, topology)
     executor = SimulatedExecutor(model, topology, graphs)
 
-    def timeline(strategy: OpScheduler, split: Split) -> Timeline:
+    def timeline(strategy: OpScheduler, split: Split) -> Simulation:
         runtime = Runtime(Capture(model.program, {}), strategy, executor)
-        result: Timeline = runtime.run([batch], split)[0]
+        result: Simulation = runtime.run([batch], split)[0]
         return result
 
     plain = timeline(Sequential(), whole(batch, ""))

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from dynaflow_serving.integrations.vllm.session import VLLMSession
-from dynaflow_serving.ir import Split
+from dynaflow_serving.ir import Signature, Split
 from dynaflow_serving.partition.effects import fake_value
 from dynaflow_serving.partition.rows import expression
 from dynaflow_serving.runtime import Runtime, no_context
@@ -42,7 +42,7 @@ class MicroBatchedGraph:
         return self._run_split(args, split) if split and self.session.micro_batches else self._whole(*args)
 
     def _run_whole(self, *args: Any) -> Any:
-        prepared = self.runtime.prepare((1, ()))
+        prepared = self.runtime.prepare(Signature(1))
         return self.runtime.capture.rebuild(prepared.run(args, (0, self._count(args)), no_context))
 
     def _run_split(self, args: Sequence[Any], split: Split) -> Any:

@@ -9,7 +9,7 @@ from support import arguments
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.examples import HIDDEN, example_capture
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import Batch, Split
+from dynaflow_serving.ir import Batch, Signature, Split
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.scheduler import OpScheduler, Schedule
 from dynaflow_serving.splitting import cut_evenly
@@ -83,7 +83,7 @@ def test_a_strategy_that_is_wrong_by_itself_is_an_error() -> None:
     with pytest.raises(ScheduleError, match=r"strategy 'lazy' left \d+ operators unexecuted \(ready but not executed"):
         runtime.decide(Batch((3, 5)))
     with pytest.raises(ScheduleError, match="'lazy' left"):
-        runtime.prepare((2, ()))
+        runtime.prepare(Signature(2))
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,10 @@ from dynaflow_serving.simulate import (
 )
 from dynaflow_serving.simulate.collectives import KINDS, transfer
 from dynaflow_serving.simulate.cost import Attention, Collective, Gemm, Load, Streaming, loads
-from dynaflow_serving.simulate.engine import Timeline, share
-from dynaflow_serving.simulate.picture import WIDTH, chrome_trace, strip
+from dynaflow_serving.simulate.engine import Simulation, share
+from dynaflow_serving.simulate.picture import WIDTH, strip
 from dynaflow_serving.strategies import get_strategy, strategy_names
+from dynaflow_serving.timeline import chrome_trace
 from dynaflow_serving.verify import happens_before, verify
 
 MODELS = names(Shape)
@@ -279,7 +280,7 @@ def test_loads_of_a_request_that_straddles() -> None:
 # -- models ------------------------------------------------------------------------------------------
 
 
-def timeline_of(model: str, where: Topology, strategy: str, requests: str, **options: object) -> Timeline:
+def timeline_of(model: str, where: Topology, strategy: str, requests: str, **options: object) -> Simulation:
     cls = get_strategy(strategy)
     return compare(find(Shape, model), where, parse_requests(requests), [cls(cls.Options(**options))])[-1].timeline
 
