@@ -29,7 +29,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Contest:
-    """What `compare` is to run. `settle_seconds` of rest come before each pass (vLLM's idle workers spin for 1 s)."""
+    """What `compare` is to run. `settle_seconds` of rest come before each pass (idle workers of vLLM spin for 1 s)."""
 
     driver: str
     settings: EngineSettings

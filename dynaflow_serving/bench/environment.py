@@ -1,4 +1,4 @@
-"""Environment variables of a vLLM child process, and what this machine has.
+"""Environment variables of an engine's processes, and what this machine has.
 
 Contract
 - A variable that the user has set is left alone.
@@ -48,6 +48,27 @@ def vllm_environment(
         if tensor_parallel == 1:
             wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: starts in seconds instead of a minute
     return {key: value for key, value in wanted.items() if key not in given}
+
+
+def sglang_environment(
+    tensor_parallel: int, *, gpu: bool, compiled: bool, local_model: bool, given: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """What to add to `given`; the same, compiled or not. Raises `ConfigError` if there are fewer cores than ranks."""
+    wanted = {}
+    if local_model:
+        wanted["HF_HUB_OFFLINE"] = "1"
+    if not gpu:
+        wanted["OMP_NUM_THREADS"] = "1"  # more threads than cores that are free: up to 50 times slower
+        cores = usable_cores()
+        wanted["SGLANG_CPU_OMP_THREADS_BIND"] = (
+            cores_of_ranks(cores, tensor_parallel) if tensor_parallel > 1 else ",".join(map(str, cores))
+        )
+    return {key: value for key, value in wanted.items() if key not in given}
+
+
+def no_environment(tensor_parallel: int, *, gpu: bool, compiled: bool, local_model: bool) -> dict[str, str]:
+    """For an engine that needs no variable."""
+    return {}
 
 
 def cores_of_ranks(cores: list[int], ranks: int) -> str:

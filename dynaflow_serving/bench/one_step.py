@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dynaflow_serving.bench import driver_path
 from dynaflow_serving.bench.defaults import default_dtype
-from dynaflow_serving.bench.environment import has_gpu, vllm_environment
+from dynaflow_serving.bench.engines import find_engine
+from dynaflow_serving.bench.environment import has_gpu
 from dynaflow_serving.bench.process import EngineProcess
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.config import Config
@@ -23,8 +23,8 @@ def one_step(
 
     Raises `EngineProcessError`; the engine's log is kept then.
     """
-    driver = driver_path(engine)
-    environment = vllm_environment(tensor_parallel, gpu=has_gpu(), compiled=False, local_model=True)
+    entry = find_engine(engine)
+    environment = entry.environment(tensor_parallel, gpu=has_gpu(), compiled=False, local_model=True)
     settings = EngineSettings(
         model=model,
         dtype=dtype or default_dtype(),
@@ -35,7 +35,7 @@ def one_step(
         dynaflow=config.model_dump(),
     )
     logs = Path(tempfile.mkdtemp(prefix="dynaflow-explain-"))
-    process = EngineProcess("engine", driver, environment, logs / "engine.log")
+    process = EngineProcess("engine", entry.driver, environment, logs / "engine.log")
     try:
         vocabulary = process.start(settings).vocabulary
         process.reset()

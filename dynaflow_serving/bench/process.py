@@ -78,9 +78,7 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End the child and all that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        end_group(self._process)
         self._pipe.close()
 
     def _ask(self, action: str, **arguments: Any) -> Any:
@@ -92,28 +90,40 @@ class EngineProcess:
                     raise EOFError
             reply = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
-            raise EngineProcessError(f"{self._died(action)}\n{self._from_log()}") from None
+            how = how_it_ended(self._process)
+            raise EngineProcessError(
+                f"the process of {self.name} {how} during {action!r}.\n{excerpt(self.log)}"
+            ) from None
         if "error" in reply:
             error = reply["error"]
             if error["expected"]:
                 raise EngineProcessError(f"{self.name}: {error['message']} (engine log: {self.log})")
             what = f"{self.name} could not {action}: {error['type']}: {error['message']}"
-            raise EngineProcessError(f"{what}\n{self._from_log()}")
+            raise EngineProcessError(f"{what}\n{excerpt(self.log)}")
         return reply["result"]
 
-    def _died(self, action: str) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-        code = self._process.poll()
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        return f"the process of {self.name} {how} during {action!r}."
 
-    def _from_log(self) -> str:
-        """Where the log is, its first errors (the root cause is often far above the end), and its last lines."""
-        lines = [line.rstrip() for line in self.log.read_text(errors="replace").splitlines()] or ["(empty)"]
-        errors = list(dict.fromkeys(line.strip() for line in lines[:-LOG_LINES] if ERROR.search(line)))[:LOG_ERRORS]
-        parts = [f"Engine log: {self.log}"]
-        if errors:
-            parts += ["Its first errors:", *(f"    {line}" for line in errors)]
-        parts += ["Its last lines:", *(f"    {line}" for line in lines[-LOG_LINES:])]
-        return "\n".join(parts)
+def how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    """In words; waits a little for a process that is about to end."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    code = process.poll()
+    return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End the process, which leads a group of its own, and all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def excerpt(log: Path) -> str:
+    """Where the log is, its first errors (the root cause is often far above the end), and its last lines."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines()] or ["(empty)"]
+    errors = list(dict.fromkeys(line.strip() for line in lines[:-LOG_LINES] if ERROR.search(line)))[:LOG_ERRORS]
+    parts = [f"Log: {log}"]
+    if errors:
+        parts += ["Its first errors:", *(f"    {line}" for line in errors)]
+    parts += ["Its last lines:", *(f"    {line}" for line in lines[-LOG_LINES:])]
+    return "\n".join(parts)

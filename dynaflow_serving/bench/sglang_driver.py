@@ -11,14 +11,12 @@ Contract
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.drivers import EngineInfo
-from dynaflow_serving.bench.environment import cores_of_ranks, device_name, has_gpu, usable_cores
+from dynaflow_serving.bench.environment import device_name, has_gpu
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.errors import InactiveError
 
@@ -82,19 +80,3 @@ def engine_arguments(settings: EngineSettings, *, gpu: bool) -> dict[str, Any]:
     if settings.dynaflow is not None:
         arguments["json_model_override_args"] = json.dumps({"dynaflow": settings.dynaflow})
     return arguments
-
-
-def sglang_environment(
-    tensor_parallel: int, *, gpu: bool, local_model: bool, given: Mapping[str, str] = os.environ
-) -> dict[str, str]:
-    """What to add to `given`. Raises `ConfigError` if there are fewer cores than ranks."""
-    wanted = {}
-    if local_model:
-        wanted["HF_HUB_OFFLINE"] = "1"
-    if not gpu:
-        wanted["OMP_NUM_THREADS"] = "1"  # more threads than cores that are free: up to 50 times slower
-        cores = usable_cores()
-        wanted["SGLANG_CPU_OMP_THREADS_BIND"] = (
-            cores_of_ranks(cores, tensor_parallel) if tensor_parallel > 1 else ",".join(map(str, cores))
-        )
-    return {key: value for key, value in wanted.items() if key not in given}

@@ -20,7 +20,6 @@ import typer
 from rich.console import Console
 
 from dynaflow_serving.cli.options import MicroBatchesOption, OptionOption, StrategyOption
-from dynaflow_serving.errors import ConfigError
 
 GPU_SHARE = 0.9  # of a GPU's memory, for both engines together; vLLM's own default for one
 
@@ -61,23 +60,18 @@ def bench(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Compare an engine with itself under DynaFlow: same requests, in turn, several pairs."""
-    from dynaflow_serving.bench import driver_path
     from dynaflow_serving.bench.compare import Contest, compare
-    from dynaflow_serving.bench.defaults import DEFAULT_CONFIG, default_compiled, default_dtype
-    from dynaflow_serving.bench.environment import has_gpu, vllm_environment
+    from dynaflow_serving.bench.defaults import DEFAULT_CONFIG, default_dtype
+    from dynaflow_serving.bench.engines import find_engine
+    from dynaflow_serving.bench.environment import has_gpu
     from dynaflow_serving.bench.report import CPU_NOTE, progress, tables
     from dynaflow_serving.bench.result import failures, noise, record, write_json
     from dynaflow_serving.bench.settings import EngineSettings, Traffic
-    from dynaflow_serving.bench.sglang_driver import sglang_environment
     from dynaflow_serving.cli.options import configure, resolve_model, strategy_facts
 
     out, err = Console(), Console(stderr=True)
-    driver = driver_path(engine)
-    if engine == "sglang" and compiled is not None:
-        raise ConfigError(
-            "--compiled and --uncompiled are for vllm: DynaFlow needs no graph of SGLang's models, and declines its "
-            "--enable-torch-compile; both engines keep SGLang's own CUDA graphs. Leave the option out."
-        )
+    entry = find_engine(engine)
+    graph = entry.compiled(compiled)
     config = configure(strategy or DEFAULT_CONFIG, micro_batches, option)
     gpu = has_gpu()
     traffic = Traffic(requests, input_len, output_len, seed)
@@ -86,31 +80,27 @@ def bench(
         model=model_path,
         dtype=dtype or default_dtype(),
         tensor_parallel=tensor_parallel,
-        compiled=engine == "vllm" and (default_compiled() if compiled is None else compiled),
+        compiled=graph,
         max_model_len=-(-traffic.longest // 64) * 64,
         max_batched_tokens=max_batched_tokens,
         memory_share=GPU_SHARE / 2,
     )
-    if engine == "sglang":
-        environment = sglang_environment(tensor_parallel, gpu=gpu, local_model=local)
-    else:
-        environment = vllm_environment(tensor_parallel, gpu=gpu, compiled=settings.compiled, local_model=local)
+    environment = entry.environment(tensor_parallel, gpu=gpu, compiled=graph, local_model=local)
     logs = Path(tempfile.mkdtemp(prefix="dynaflow-bench-"))
     contest = Contest(
-        driver=driver,
+        driver=entry.driver,
         settings=settings,
         dynaflow=config.model_dump(),
         traffic=traffic,
         pairs=pairs,
         environment=environment,
         logs=logs,
-        settle_seconds=1.5 if engine == "vllm" and tensor_parallel > 1 and not gpu else 0.0,
+        settle_seconds=entry.spin_seconds if tensor_parallel > 1 and not gpu else 0.0,
     )
     options = ", ".join(f"{name}={value}" for name, value in strategy_facts(config).items()) or "no options"
     chosen = " (default of this command; --strategy chooses another)" if strategy is None else ""
     _say(err, f"strategy {config.strategy}: {options}{chosen}")
-    graph = "as SGLang runs it" if engine == "sglang" else "not compiled (Dynamo's graph as it is)"
-    _say(err, f"model {model_path}, {settings.dtype}, both engines {'compiled' if settings.compiled else graph}")
+    _say(err, f"model {model_path}, {settings.dtype}, both engines {'compiled' if graph else entry.uncompiled}")
     with progress(err, contest.stages) as tell:
         comparison = compare(contest, tell)
 

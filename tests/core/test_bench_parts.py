@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from dynaflow_serving.bench import DRIVERS, driver_path, sglang_driver
+from dynaflow_serving.bench import sglang_driver
 from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, Comparison, Engagement, Mismatch, Pair
-from dynaflow_serving.bench.environment import cores_of_ranks, usable_cores, vllm_environment
+from dynaflow_serving.bench.engines import ENGINES, find_engine
+from dynaflow_serving.bench.environment import cores_of_ranks, sglang_environment, usable_cores, vllm_environment
 from dynaflow_serving.bench.result import failures, noise, ratios, record, throughput, write_json
 from dynaflow_serving.bench.settings import EngineSettings, Traffic, requests_of_pass
 from dynaflow_serving.bench.vllm_driver import engine_arguments
@@ -86,9 +87,9 @@ def test_sglang_arguments_differ_in_the_model_overrides_only() -> None:
 
 def test_sglang_environment() -> None:
     given = {"OMP_NUM_THREADS": "2"}
-    cpu = sglang_driver.sglang_environment(1, gpu=False, local_model=True, given=given)
+    cpu = sglang_environment(1, gpu=False, compiled=False, local_model=True, given=given)
     assert cpu == {"HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": ",".join(map(str, usable_cores()))}
-    assert sglang_driver.sglang_environment(1, gpu=True, local_model=False, given={}) == {}
+    assert sglang_environment(1, gpu=True, compiled=False, local_model=False, given={}) == {}
 
 
 def test_figures() -> None:
@@ -138,10 +139,13 @@ def test_json_is_complete_or_absent(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["engine"] == "fake"
 
 
-def test_drivers_and_the_default_config() -> None:
+def test_engines_and_the_default_config() -> None:
     from dynaflow_serving.bench.defaults import DEFAULT_CONFIG
 
-    assert driver_path("vllm") == DRIVERS["vllm"]
+    assert find_engine("vllm") is ENGINES["vllm"]
     with pytest.raises(ConfigError, match=r"unknown engine 'vlm'. Did you mean 'vllm'"):
-        driver_path("vlm")
+        find_engine("vlm")
+    assert find_engine("vllm").compiled(True) and not find_engine("sglang").compiled(None)
+    with pytest.raises(ConfigError, match="not for sglang"):
+        find_engine("sglang").compiled(False)
     assert load(DEFAULT_CONFIG).options == {"micro_batches": 2, "min_tokens": 1}

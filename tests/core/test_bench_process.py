@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from dynaflow_serving.bench import DRIVERS
+from dynaflow_serving.bench.engines import ENGINES, Engine
 from dynaflow_serving.bench.process import EngineProcess, EngineProcessError
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.cli import app
@@ -63,7 +63,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fake_driver.py").write_text(FAKE)
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setitem(DRIVERS, "fake", "fake_driver:Fake")
+    monkeypatch.setitem(ENGINES, "fake", Engine("fake_driver:Fake"))
     monkeypatch.setattr("dynaflow_serving.bench.environment.has_gpu", lambda: False)
     return tmp_path
 
@@ -116,7 +116,7 @@ def test_an_inactive_engine_is_an_error(engine: Path, monkeypatch: pytest.Monkey
 def test_a_dead_child_is_noticed_though_its_worker_lives(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "dies at start")
     begin = time.monotonic()
-    process = EngineProcess("stock", DRIVERS["fake"], {}, engine / "logs" / "stock.log")
+    process = EngineProcess("stock", ENGINES["fake"].driver, {}, engine / "logs" / "stock.log")
     try:
         with pytest.raises(EngineProcessError) as error:
             process.start(EngineSettings(model="m"))
@@ -128,7 +128,7 @@ def test_a_dead_child_is_noticed_though_its_worker_lives(engine: Path, monkeypat
 
 
 def test_an_exception_in_the_engine_is_told_with_the_log(engine: Path) -> None:
-    process = EngineProcess("stock", DRIVERS["fake"], {"FAKE": "raises"}, engine / "stock.log")
+    process = EngineProcess("stock", ENGINES["fake"].driver, {"FAKE": "raises"}, engine / "stock.log")
     try:
         assert process.start(EngineSettings(model="m")).vocabulary == 50
         with pytest.raises(EngineProcessError, match="stock could not generate: RuntimeError: no memory"):

@@ -1,0 +1,70 @@
+"""The engines that can be benchmarked; a new one is one entry of `ENGINES`.
+
+Contract
+- An entry names its driver and its serving tool as `module:class`: a driver is imported in a child process only, a
+  tool when servers are benchmarked. Reading this table imports no engine.
+- `environment` adds nothing that the user has set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dynaflow_serving.bench.defaults import default_compiled
+from dynaflow_serving.bench.environment import no_environment, sglang_environment, vllm_environment
+from dynaflow_serving.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the benchmark must know of an engine beside its own API.
+
+    driver: `module:class` of a `drivers.Driver`.
+    tool: `module:class` of a `serving.tool.ServingTool`; "" if its servers cannot be benchmarked.
+    environment: variables of its processes, called as `vllm_environment` is.
+    fixed_graph: why --compiled and --uncompiled choose nothing here; "" if they do.
+    uncompiled: what runs when nothing is compiled, in words.
+    spin_seconds: after this rest, idle ranks of a tensor-parallel engine on CPUs no longer spin.
+    """
+
+    driver: str
+    tool: str = ""
+    environment: Callable[..., dict[str, str]] = no_environment
+    fixed_graph: str = ""
+    uncompiled: str = "not compiled"
+    spin_seconds: float = 0.0
+
+    def compiled(self, asked: bool | None) -> bool:
+        """Whether the engine compiles its graph. Raises `ConfigError` if that is not the user's to choose."""
+        if not self.fixed_graph:
+            return default_compiled() if asked is None else asked
+        if asked is not None:
+            raise ConfigError(f"{self.fixed_graph} Leave --compiled and --uncompiled out.")
+        return False
+
+
+ENGINES: dict[str, Engine] = {
+    "vllm": Engine(
+        driver="dynaflow_serving.bench.vllm_driver:VLLMDriver",
+        tool="dynaflow_serving.bench.serving.vllm_tool:VLLMTool",
+        environment=vllm_environment,
+        uncompiled="not compiled (Dynamo's graph as it is)",
+        spin_seconds=1.5,
+    ),
+    "sglang": Engine(
+        driver="dynaflow_serving.bench.sglang_driver:SGLangDriver",
+        tool="dynaflow_serving.bench.serving.sglang_tool:SGLangTool",
+        environment=sglang_environment,
+        fixed_graph="--compiled and --uncompiled are not for sglang: DynaFlow needs no graph of SGLang's models, and "
+        "declines its --enable-torch-compile; both engines keep SGLang's own CUDA graphs.",
+        uncompiled="as SGLang runs it",
+    ),
+}
+
+
+def find_engine(name: str) -> Engine:
+    """The entry of that name. Raises `ConfigError` that lists the engines."""
+    if name not in ENGINES:
+        raise ConfigError(unknown_name("engine", name, ENGINES))
+    return ENGINES[name]
