@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from dynaflow_serving.examples import example_capture
 from dynaflow_serving.ir import Plan, Program, Step, StepKind
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition import Capture, partition
@@ -54,6 +56,10 @@ op other network
   outputs a
 outputs z a
 """
+
+
+# An embedded example, captured once for all tests: nothing may be changed in it.
+example = cache(example_capture)
 
 
 class AddNorm(nn.Module):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support import example
 from typer.testing import CliRunner, Result
 
 from dynaflow_serving.cli import app
@@ -15,6 +16,11 @@ from dynaflow_serving.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def examples_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynaflow_serving.examples.example_capture", example)
 
 
 def dynaflow(*arguments: str) -> Result:

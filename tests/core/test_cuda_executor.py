@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_standin import FakeCuda, FakeEvent, FakeStream
-from support import IN_PLACE, TWO_STREAMS, arguments, lowered, manual, no_context, program_of, without
+from support import IN_PLACE, TWO_STREAMS, arguments, example, lowered, manual, no_context, program_of, without
 
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError
@@ -84,7 +84,7 @@ def test_after_an_exception_the_callers_stream_is_current_and_waits_for_the_othe
 
 def test_the_plans_of_an_executor_share_streams_and_events() -> None:
     cuda = FakeCuda()
-    capture = example_capture("llama")
+    capture = example("llama")
     executor = CUDAExecutor(cuda=cuda)
     plans = [lower(get_strategy("nanoflow")().record(capture.program, n), "nanoflow") for n in (2, 3)]
     for plan in plans:
@@ -95,7 +95,7 @@ def test_the_plans_of_an_executor_share_streams_and_events() -> None:
 
 def test_every_record_of_a_pooled_event_follows_all_that_waited_for_it_before() -> None:
     """The argument in `cuda_streams`, checked on what is issued: two plans of one executor in turn."""
-    capture = example_capture("llama")
+    capture = example("llama")
     plans = [lower(get_strategy("nanoflow")().record(capture.program, n), "nanoflow") for n in (2, 3)]
     taken = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     run_in_turn(capture, plans, arguments(taken, {"x": torch.randn(9, HIDDEN)}, 9))

@@ -11,11 +11,11 @@ import torch
 from cuda_standin import FakeCuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import lowered, manual, program_of
+from support import example, lowered, manual, program_of
 from test_random_graphs import WIDTH, RandomGraph, random_schedule
 
 from dynaflow_serving.errors import ScheduleError
-from dynaflow_serving.examples import HIDDEN, example_capture
+from dynaflow_serving.examples import HIDDEN
 from dynaflow_serving.executor import ExecutorOptions
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
@@ -79,8 +79,8 @@ def test_a_replay_equals_the_model(model: str, strategy: str) -> None:
     """Through the Runtime: per bucket one eager run, one capture, then replays that launch nothing else."""
     cuda = FakeCuda()
     e = executor(cuda)
-    capture = example_capture(model)
-    plain = Runtime(example_capture(model), get_strategy("sequential")(), CUDAExecutor(cuda=FakeCuda()))
+    capture = example(model)
+    plain = Runtime(capture, get_strategy("sequential")(), CUDAExecutor(cuda=FakeCuda()))
     runtime = Runtime(capture, get_strategy(strategy)(), e)
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     for step in range(4):

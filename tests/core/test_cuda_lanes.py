@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from test_programs import random_plan
 from dynaflow_serving import examples
 from dynaflow_serving.errors import PlanError
 from dynaflow_serving.executor.lanes import lanes, reorder
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step, StepKind
+from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Program, Step, StepKind
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.verify import verify
@@ -64,13 +65,19 @@ def test_the_random_plans_are_mostly_reordered(report: pytest.FixtureRequest) ->
         assert SEEN["changed"] * 2 > SEEN["plans"]
 
 
+@cache
+def of_layers(model: str, layers: int) -> Program:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "LAYERS", layers)
+        return examples.example_capture(model).program
+
+
 @pytest.mark.parametrize("strategy", ["nanoflow", "dual_batch", "prefill_decode", "branches"])
 @pytest.mark.parametrize("model", ["llama", "moe", "dit"])
-def test_lanes_do_not_grow_with_layers(model: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_do_not_grow_with_layers(model: str, strategy: str) -> None:
     counts = []
     for layers in (2, 5):
-        monkeypatch.setattr(examples, "LAYERS", layers)
-        program = examples.example_capture(model).program
+        program = of_layers(model, layers)
         plan = lower(get_strategy(strategy)().record(program, 2), strategy)
         ordered = reorder(plan)
         verify(program, ordered)

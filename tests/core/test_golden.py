@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support import example
 
 from dynaflow_serving.errors import PlanError
-from dynaflow_serving.examples import example_capture
 from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Program, StepKind
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.strategies import get_strategy
@@ -31,7 +31,7 @@ def golden_plan(model: str, strategy: str, micro_batches: int = 2) -> Plan:
 
 @pytest.mark.parametrize(("model", "strategy", "micro_batches"), CASES)
 def test_golden(model: str, strategy: str, micro_batches: int, request: pytest.FixtureRequest) -> None:
-    program = example_capture(model).program
+    program = example(model).program
     plan = lower(get_strategy(strategy)().record(program, micro_batches), strategy)
     verify(program, plan)
     text = program.to_text() + "\n" + plan.to_text()

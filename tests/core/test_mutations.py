@@ -13,7 +13,6 @@ Anything else fails the test. Nothing here uses the verifier's own order or book
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 import time
 from collections import Counter
@@ -21,11 +20,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support import arguments, replaced
+from support import arguments, example, replaced
 from test_golden import CASES, golden_file
 
 from dynaflow_serving.errors import PlanError
-from dynaflow_serving.examples import HIDDEN, example_capture
+from dynaflow_serving.examples import HIDDEN
 from dynaflow_serving.executor import Executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
@@ -128,11 +127,6 @@ def same_memory_order(golden: Plan, mutant: Plan, order: Closure) -> bool:
     return True
 
 
-@functools.cache
-def captured(model: str) -> Capture:
-    return example_capture(model)
-
-
 def delayed(capture: Capture, rng: random.Random) -> Capture:
     """The operators of `capture`, each after a random pause, so that a missing wait shows."""
 
@@ -188,7 +182,7 @@ def test_mutants(model: str, strategy: str, micro_batches: int, report: Callable
         valid.append(mutant)
     rng = random.Random(0)
     chosen = rng.sample(valid, min(8, len(valid)))
-    capture = captured(model)
+    capture = example(model)
     executor = CPUExecutor()
     expected = run(SequentialExecutor(), capture, plan)
     try:

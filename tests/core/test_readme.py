@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from support import example
+
 from dynaflow_serving.config import load
-from dynaflow_serving.examples import EXAMPLES, example_capture
+from dynaflow_serving.examples import EXAMPLES
 from dynaflow_serving.ir import Batch
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.verify import verify
@@ -23,5 +25,5 @@ def test_strategy_of_the_readme(tmp_path: Path) -> None:
     strategy = load({"strategy": str(file), "options": {"min_tokens": 2}}).build()
     assert len(strategy.split(Batch((3, 3))).micro_batches) == 2
     for name in EXAMPLES:
-        program = example_capture(name).program
+        program = example(name).program
         verify(program, lower(strategy.record(program, 2), "lock_step"))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import program_of
+from support import example, program_of
 from typer.testing import CliRunner
 
 from dynaflow_serving.cli import app
 from dynaflow_serving.config import load
 from dynaflow_serving.dependencies import order_edges
-from dynaflow_serving.examples import EXAMPLES, HIDDEN, example_capture
+from dynaflow_serving.examples import EXAMPLES, HIDDEN
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.ir import (
@@ -63,9 +62,6 @@ def strategy(name: str, options: dict[str, Any]) -> OpScheduler:
     return cls(cls.Options(**options))
 
 
-captured = cache(example_capture)
-
-
 @pytest.fixture(scope="module")
 def cpu() -> Iterator[CPUExecutor]:
     executor = CPUExecutor()
@@ -96,7 +92,7 @@ def plain(capture: Capture, x: torch.Tensor) -> torch.Tensor:
 def test_any_split_gives_the_results_of_the_unsplit_model(
     cpu: CPUExecutor, model: str, variant: tuple[str, dict[str, Any]], tokens: list[int], seed: int
 ) -> None:
-    capture = captured(model)
+    capture = example(model)
     ends = [sum(tokens[: i + 1]) for i in range(len(tokens))]
     parts = tuple(MicroBatch((i, i + 1), (end - n, end)) for i, (n, end) in enumerate(zip(tokens, ends)))
     x = torch.randn(sum(tokens), HIDDEN, generator=torch.Generator().manual_seed(seed))
@@ -117,7 +113,7 @@ def runs(plan: Plan) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("model", sorted(EXAMPLES))
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_nothing_is_left_unexecuted(name: str, options: dict[str, Any], model: str, micro_batches: int) -> None:
-    program = captured(model).program
+    program = example(model).program
     plan = lower(strategy(name, options).record(program, micro_batches), name)
     verify(program, plan)
     assert runs(plan) == sorted((o.name, mb) for o in program.operators for mb in range(micro_batches))
@@ -229,7 +225,7 @@ def places(plan: Plan) -> dict[str, set[tuple[str, int, int]]]:
 @pytest.mark.parametrize(("first", "decode"), [("decode", 0), ("prefill", 1)])
 @pytest.mark.parametrize("model", sorted(EXAMPLES))
 def test_only_attention_is_split_and_runs_beside_itself(model: str, first: str, decode: int) -> None:
-    program = captured(model).program
+    program = example(model).program
     plan = lower(strategy("prefill_decode", {"first": first}).record(program, 2), "prefill_decode")
     found, before = places(plan), happens_before(plan)
     for op in program.operators:
@@ -267,7 +263,7 @@ def test_what_cannot_be_merged_runs_with_its_micro_batch() -> None:
 
 
 def test_all_runs_each_micro_batch_on_a_stream_of_its_own() -> None:
-    program = captured("moe").program
+    program = example("moe").program
     plan = lower(strategy("prefill_decode", {"overlap": "all"}).record(program, 2), "prefill_decode")
     assert {(s.stream, s.start, s.stop) for s in plan.steps if s.kind is StepKind.RUN} == {
         ("decode", 0, 1),
@@ -279,9 +275,9 @@ def test_all_runs_each_micro_batch_on_a_stream_of_its_own() -> None:
 
 
 def test_branches_of_the_examples() -> None:
-    assert side_streams(captured("llama").program, 1) == {}
-    assert side_streams(captured("moe").program, 1) == {f"layers.{i}.shared_expert": "side0" for i in range(2)}
-    dit = captured("dit").program
+    assert side_streams(example("llama").program, 1) == {}
+    assert side_streams(example("moe").program, 1) == {f"layers.{i}.shared_expert": "side0" for i in range(2)}
+    dit = example("dit").program
     texts = {o.name for o in dit.operators if any("text" in v for v in o.inputs)}
     assert side_streams(dit, 1) == dict.fromkeys(texts - {"out.compute"}, "side0")
     assert len(side_streams(dit, 1)) == 2  # the text stream of both blocks, up to the join
@@ -337,7 +333,7 @@ def test_parallel_branches_take_a_side_stream_each_while_there_are_some() -> Non
 
 
 def test_a_runtime_schedules_unsplit_steps_with_branches() -> None:
-    capture = captured("moe")
+    capture = example("moe")
     runtime = Runtime(capture, strategy("branches", {}), SequentialExecutor())
     split = runtime.decide(Batch((5, 5)))
     plan = runtime.prepare(split.signature).plan
@@ -358,7 +354,7 @@ def test_configs_split_a_mixed_step_and_name_streams_that_exist(name: str) -> No
     config = load(CONFIGS / "vllm" / f"{name}.yaml")
     split = config.build().split(Batch((1,) * 16 + (512,), (64,) * 16 + (0,)))
     assert split.bounds == (0, 16, 528)
-    plan = lower(config.build().record(captured("llama").program, 2), config.strategy)
+    plan = lower(config.build().record(example("llama").program, 2), config.strategy)
     assert plan.streams == (COMPUTE_STREAM, "decode")
     assert {s: o.sm_share for s, o in config.streams.items()} == ({"decode": 0.25} if "sm_share" in name else {})
 
