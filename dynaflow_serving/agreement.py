@@ -2,12 +2,13 @@
 
 Contract
 - Ranks that would run different plans would wait for each other's collectives for ever, or mix up their data:
-  every rank raises, with the difference between its plans and the first other rank's.
+  every rank raises, with the difference between rank 0's plans and the first other rank's.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -15,21 +16,24 @@ from torch import fx
 from dynaflow_serving.annotations import calls
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.kernels.collectives import process_group
+from dynaflow_serving.ranks import Ranks
 
 SHOWN_LINES = 40
 
 
 def agree(texts: list[str], group: Any) -> None:
     """Raise `InactiveError` unless `texts` are equal on all ranks of `group` (a `ProcessGroup`)."""
-    import torch.distributed as dist
+    if found := differences(Ranks(group).gather("\n".join(texts))):
+        raise InactiveError("the ranks would run different plans:\n" + found)
 
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, texts, group=group)
-    for rank, other in enumerate(everyone):
-        if other != texts:
-            mine, theirs = "\n".join(texts).splitlines(), "\n".join(other).splitlines()
-            difference = list(difflib.unified_diff(mine, theirs, "this rank", f"rank {rank}", n=2))[:SHOWN_LINES]
-            raise InactiveError("the ranks would run different plans:\n" + "\n".join(difference))
+
+def differences(texts: Sequence[str]) -> str:
+    """Between rank 0's text and the first other one, as a diff; "" if all are equal."""
+    for rank, other in enumerate(texts):
+        if other != texts[0]:
+            lines = difflib.unified_diff(texts[0].splitlines(), other.splitlines(), "rank 0", f"rank {rank}", n=2)
+            return "\n".join(list(lines)[:SHOWN_LINES])
+    return ""
 
 
 def groups_of(gm: fx.GraphModule) -> list[Any]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from dynaflow_serving.errors import ConfigError, unknown_name
 from dynaflow_serving.executor.base import ExecutorOptions, StreamOptions
+from dynaflow_serving.proof.options import ShadowOptions, TraceOptions
 from dynaflow_serving.scheduler import OpScheduler
 from dynaflow_serving.strategies import get_strategy, strategy_names
 
@@ -35,6 +36,8 @@ class Config(ExecutorOptions):
         description="what is scheduled: the engine's graph, or, without one, the code between annotated calls; auto: "
         "the graph where the engine makes one",
     )
+    trace: TraceOptions | None = Field(default=None, description="write traces of real split steps")
+    shadow: ShadowOptions | None = Field(default=None, description="run some split steps un-split too, and compare")
     fallback: bool = Field(
         default=False,
         description="run the stock engine with a warning, instead of an error, where DynaFlow cannot be active",

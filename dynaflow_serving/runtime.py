@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynaflow_serving.errors import ScheduleError
+from dynaflow_serving.errors import PlanError, ScheduleError
 from dynaflow_serving.executor import BoundPlan, Executor
 from dynaflow_serving.executor.tracing import Tracer, measured
 from dynaflow_serving.ir import Batch, Plan, Signature, Split
@@ -61,6 +61,7 @@ class Runtime:
         self.capture, self.strategy, self.executor = capture, strategy, executor
         self.zero_copy = zero_copy
         self.counts = StepCounts()
+        self.made = self.hits = 0  # plans made, and found made
         self._prepared: dict[tuple[Signature, bool, bool], Prepared] = {}
         self._vetoed: dict[Signature, str] = {}
 
@@ -97,6 +98,9 @@ class Runtime:
             tracer = self.executor.tracer() if traced else None
             run = self.executor.bind(self.capture, plan, recorded.kernels, tracer)
             self._prepared[key] = Prepared(plan, run, tracer)
+            self.made += 1
+        else:
+            self.hits += 1
         return self._prepared[key]
 
     def timeline(self, signature: Signature, zero_copy: bool | None = None) -> Timeline:
@@ -119,7 +123,15 @@ class Runtime:
             strategy = self.strategy.of(candidate)
             most = 1 if program.unsplittable else strategy.max_micro_batches
             signatures += [Signature(n, (), candidate) for n in range(1 if strategy.schedules_unsplit else 2, most + 1)]
-        return "\n".join(self.prepare(s).plan.to_text() for s in signatures) or program.to_text()
+        return "\n".join(map(self._text, signatures)) or program.to_text()
+
+    def _text(self, signature: Signature) -> str:
+        try:
+            return self.prepare(signature).plan.to_text()
+        except (PlanError, ScheduleError) as error:
+            if not signature.candidate:
+                raise
+            return f"{signature.candidate}: {error}"  # one of several: it will not be chosen
 
     def run(
         self,
@@ -127,11 +139,16 @@ class Runtime:
         split: Split,
         enter: Callable[[int], Any] = no_context,
         zero_copy: bool | None = None,
+        traced: bool = False,
     ) -> Any:
         """One step. `args` are the program's inputs without constants; returns the model's own structure."""
         self.counts.add(split)
-        prepared = self.prepare(split.signature, zero_copy)
+        prepared = self.prepare(split.signature, zero_copy, traced)
         return self.capture.rebuild(prepared.run(args, split.bounds, enter))
+
+    def run_whole(self, args: Sequence[Any], tokens: int, enter: Callable[[int], Any] = no_context) -> Any:
+        """The un-split step of a batch of `tokens`, not counted."""
+        return self.capture.rebuild(self.prepare(Signature(1)).run(args, (0, tokens), enter))
 
 
 def report(strategy: OpScheduler, mode: str, counts: StepCounts, runtimes: Sequence[Runtime]) -> dict[str, Any]:

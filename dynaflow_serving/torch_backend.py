@@ -28,9 +28,10 @@ from torch import fx
 
 from dynaflow_serving.agreement import agree, groups_of
 from dynaflow_serving.annotations import apply_rules
+from dynaflow_serving.clock import clock_of
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import ConfigError, DynaflowError, InactiveError, PartitionError, unknown_name
-from dynaflow_serving.executor import EXECUTORS, Executor, ExecutorOptions, get_executor
+from dynaflow_serving.executor import EXECUTORS, Executor, get_executor
 from dynaflow_serving.ir import Batch
 from dynaflow_serving.partition import Capture, partition
 from dynaflow_serving.partition.effects import fake_value
@@ -39,6 +40,7 @@ from dynaflow_serving.partition.input_writes import settle_input_writes
 from dynaflow_serving.partition.rows import Rows, expression
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.scheduler import OpScheduler
+from dynaflow_serving.steps import Steps
 
 Level = Literal["dynamo", "aot", "inductor"]
 LEVELS = get_args(Level)
@@ -97,12 +99,13 @@ def unwrapped_errors() -> Iterator[None]:
 class Backend:
     """The `torch.compile` backend: captures each graph and runs it under the strategy."""
 
-    def __init__(
-        self, strategy: OpScheduler, executor: str, options: ExecutorOptions, batch_dim: int, level: Level
-    ) -> None:
-        self.strategy, self.executor, self.options = strategy, executor, options
+    def __init__(self, strategy: OpScheduler, config: Config, batch_dim: int, level: Level) -> None:
+        """config: of the executor and of proof; the strategy is `strategy`."""
+        self.strategy, self.config = strategy, config
         self.batch_dim, self.level = batch_dim, level
-        self.runtimes: list[Runtime] = []
+        self.width = 1  # positions per row of the batch, in the call in flight (`Batch.width`)
+        self.steps = Steps(strategy, config)
+        self.runtimes = self.steps.runtimes
         self._executors: dict[str, Executor] = {}  # by device: the graphs of a model share streams, events and memory
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -167,7 +170,8 @@ class Backend:
     def _add(self, gm: fx.GraphModule, capture: Capture) -> Callable[..., Any]:
         device = _device(gm)
         if device not in self._executors:
-            self._executors[device] = get_executor(self.executor, device, self.options)
+            self._executors[device] = get_executor(self.config.executor, device, self.config)
+            self.steps.clock = clock_of(device)
         if self.level == "inductor":
             compile_pieces(capture, {})
         runtime = Runtime(capture, self.strategy, self._executors[device])
@@ -181,8 +185,14 @@ class Backend:
             while groups:
                 agree([runtime.texts()], groups[0])
                 del groups[0]
-            split = runtime.decide(Batch((1,) * count(args)))
-            return runtime.run(args, split, zero_copy=not torch.is_grad_enabled())
+            batch = Batch((1,) * count(args), width=self.width)
+            zero_copy = not torch.is_grad_enabled()
+            split = self.steps.begin(batch, [runtime])
+            try:
+                result = runtime.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)
+                return self.steps.checked(result, lambda: runtime.run_whole(args, len(batch.tokens)), args)
+            finally:
+                self.steps.end()
 
         return run
 
@@ -218,7 +228,8 @@ def make_backend(
     if executor not in (*EXECUTORS, "auto"):
         raise ConfigError(unknown_name("executor", executor, [*EXECUTORS, "auto"]))
     if isinstance(strategy, OpScheduler):
-        return Backend(strategy, executor, ExecutorOptions(), batch_dim, level)
+        given = Config(strategy=strategy.name or type(strategy).__name__, executor=executor)
+        return Backend(strategy, given, batch_dim, level)
     if config is not None:
         strategy = {"strategy": strategy, "options": dict(config)}
     loaded = load(strategy)
@@ -227,8 +238,9 @@ def make_backend(
             "capture: segments is for engines that run models without a graph (vLLM, SGLang); here torch.compile makes "
             "one: set capture: auto"
         )
-    executor = loaded.executor if executor == "auto" else executor
-    return Backend(loaded.build(), executor, loaded, batch_dim, level)
+    if executor != "auto":
+        loaded = loaded.model_copy(update={"executor": executor})
+    return Backend(loaded.build(), loaded, batch_dim, level)
 
 
 def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:

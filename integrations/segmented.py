@@ -64,7 +64,7 @@ class SegmentedForward:
         split = self.session.split
         if split is None or not self.session.micro_batches:
             return self._whole(tokens, args, kwargs)
-        plan = self.session.runtimes[0].prepare(split.signature).run
+        plan = self.session.plan(self.session.runtimes[0])
         try:
             return self.segments.run(plan, split.bounds, args, kwargs, enter, arguments)
         except Diverged as error:

@@ -1,50 +1,50 @@
-"""One worker process under DynaFlow: the strategy, the runtimes of its graphs, and the step in flight.
+"""One worker process under DynaFlow: its steps, the executor and the runtimes of its graphs, and the start of serving.
 
 Contract
 - Engine-independent: an integration makes one per worker, adds a Runtime per captured graph (where the engine has no
   graph, `segmented.SegmentedForward` does), and brackets each real step with `begin` and `end`. Calls outside a step
   (dummy, profiling and capture runs) find `split` None, run whole and are not counted.
-- `begin` depends on the batch and the programs only, so all ranks decide alike; `check` compares the plans
-  themselves over a process group and raises on a difference.
+- `check` compares the plans themselves over a process group and raises on a difference; `start` then makes the policy's
+  decisions, where the strategy is one that decides, and from there on the worker serves.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from dynaflow_serving.agreement import agree
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import InactiveError, ScheduleError
-from dynaflow_serving.executor import get_executor
-from dynaflow_serving.ir import Batch, MicroBatch, Split
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.executor import BoundPlan, get_executor
+from dynaflow_serving.ir import Batch, Split
 from dynaflow_serving.partition import Capture
-from dynaflow_serving.runtime import Runtime, StepCounts, report
+from dynaflow_serving.policy.effects import Facts
+from dynaflow_serving.policy.start import start_policy
+from dynaflow_serving.policy.table import Table
+from dynaflow_serving.policy.tuner import Trials
+from dynaflow_serving.ranks import Ranks
+from dynaflow_serving.runtime import Runtime, report
 from dynaflow_serving.segments import Segments
 from dynaflow_serving.splitting import whole
+from dynaflow_serving.steps import Steps
 
 
-class Session:
-    def __init__(self, config: Config, device_type: str, mode: str, logger: logging.Logger) -> None:
-        """`mode`: how the engine compiles, for reports; `logger`: the engine's."""
+class Session(Steps):
+    def __init__(self, config: Config, device_type: str, mode: str, logger: logging.Logger, rank: int = 0) -> None:
+        """`mode`: how the engine compiles, for reports; `logger`: the engine's; `rank`: of this worker."""
+        super().__init__(config.build(), config, device_type, rank)
         self.config, self.mode, self.logger = config, mode, logger
-        self.strategy = config.build()
         self.executor = get_executor(config.executor, device_type, config)
-        self.runtimes: list[Runtime] = []
-        self.split: Split | None = None  # of the step in flight
-        self.counts = StepCounts()
         self.segments: Segments | None = None  # where the engine has no graph
+        self.policy: Table | None = None  # what was decided, where the strategy is one that decides
         self._group: Any = None  # of the ranks, once they have compared plans
+        self._told = False
 
     @property
     def max_micro_batches(self) -> int:
         return self.strategy.max_micro_batches
-
-    @property
-    def micro_batches(self) -> tuple[MicroBatch, ...]:
-        """Those of the step in flight; () if it runs whole, or if there is none."""
-        parts = () if self.split is None else self.split.micro_batches
-        return parts if len(parts) > 1 else ()
 
     def add(self, capture: Capture) -> Runtime:
         runtime = Runtime(capture, self.strategy, self.executor)
@@ -58,33 +58,29 @@ class Session:
         self.counts.split -= 1
         self.counts.unsplit[reason] += 1
         self.runtimes.clear()
+        self.split, self.traced = whole(self._batch, reason), False
         self.logger.warning("DynaFlow: a step ran without its plan, the model is recorded anew: %s", reason)
 
-    def begin(self, batch: Batch) -> Split:
+    def begin(self, batch: Batch, runtimes: Sequence[Runtime] | None = None) -> Split:
         """Decide the split of the step that begins. Raises `ScheduleError` for too many micro-batches."""
-        if self.runtimes:
-            split = self.strategy.split(batch)
-        elif self.segments is not None:
-            split = whole(batch, self.segments.waiting)
-        else:
+        if not self.runtimes and self.segments is None:
             raise InactiveError("the engine has served a step without compiling a graph through DynaFlow")
-        if len(split.micro_batches) > self.max_micro_batches:
-            raise ScheduleError(
-                f"strategy {self.strategy.name!r} made {len(split.micro_batches)} micro-batches, more than its "
-                f"max_micro_batches ({self.max_micro_batches})"
-            )
-        for runtime in self.runtimes:
-            if len(split.micro_batches) > 1:
-                split = runtime.admit(batch, split)
-        if len(split.micro_batches) > 1 and not self.counts.split:
+        split = super().begin(batch, runtimes)
+        if self.micro_batches and not self._told and not self.tuning:
+            self._told = True
             sizes = [p.tokens[1] - p.tokens[0] for p in split.micro_batches]
             self.logger.info("DynaFlow: first split step, %d micro-batches of %s tokens", len(sizes), sizes)
-        self.counts.add(split)
-        self.split = split
         return split
 
-    def end(self) -> None:
-        self.split = None
+    def _decide(self, batch: Batch, runtimes: Sequence[Runtime]) -> Split:
+        if not runtimes and self.segments is not None:
+            return whole(batch, self.segments.waiting)
+        return super()._decide(batch, runtimes)
+
+    def plan(self, runtime: Runtime) -> BoundPlan:
+        """What runs `runtime`'s program in the split step in flight."""
+        assert self.split is not None
+        return runtime.prepare(self.split.signature, traced=self.traced).run
 
     def check(self, group: Any) -> None:
         """Raise `InactiveError` unless there is a graph, it can be split, and all ranks of `group` (a process
@@ -102,12 +98,20 @@ class Session:
                 raise InactiveError(f"this model cannot be split: {program.unsplittable}")
             self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
 
+    def start(self, trials: Trials, facts: Facts) -> None:
+        """After `check`: decide by measuring, where the strategy is one that decides. Steps are counted from here on.
+        Raises `InactiveError` for ranks that have different decisions."""
+        ranks = Ranks(self._group)
+        self.meet(ranks)
+        if self.auto is not None:
+            self.policy = start_policy(self, self.runtimes, trials, facts, ranks, self.logger)
+
     def report(self) -> dict[str, Any]:
         """What `dynaflow bench` and `dynaflow explain` show; plain data, for a remote call."""
-        return report(self.strategy, self.mode, self.counts, self.runtimes)
-
-    def reset(self) -> None:
-        self.counts = StepCounts()
+        content = report(self.strategy, self.mode, self.counts, self.runtimes)
+        content["policy"] = None if self.policy is None else self.policy.model_dump()
+        content["timelines"] = [t.as_dict() for _, t in self.timelines]
+        return content
 
     def close(self) -> None:
         unsplit = dict(self.counts.unsplit) or "none"

@@ -36,6 +36,7 @@ def register_strategy(name: str) -> Callable[[type[OpScheduler]], type[OpSchedul
 @cache
 def _load_all() -> None:
     from dynaflow_serving.strategies import (  # noqa: F401
+        auto,
         branches,
         comm_overlap,
         dual_batch,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -81,6 +81,13 @@ class ExecutorOptions(BaseModel):
         return streams
 
 
+class Captured(NamedTuple):
+    """Plans that an executor has captured as graphs."""
+
+    count: int
+    mib: float
+
+
 class Executor(abc.ABC):
     name: ClassVar[str]
     offers: ClassVar[frozenset[str]] = frozenset()  # of "sm_share", "graph"
@@ -123,6 +130,11 @@ class Executor(abc.ABC):
 
     def tracer(self) -> Tracer:
         return ClockTracer()
+
+    @property
+    def graphs(self) -> Captured | None:
+        """None where plans are not captured."""
+        return None
 
     def report(self) -> dict[str, Any]:
         """What `Session.report` adds about the executor; plain data."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.executor.base import BoundPlan, Executor, ExecutorOptions
+from dynaflow_serving.executor.base import BoundPlan, Captured, Executor, ExecutorOptions
 from dynaflow_serving.executor.codegen import Emitter
 from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
 from dynaflow_serving.executor.cuda_streams import StreamPool
@@ -110,6 +110,12 @@ class CUDAExecutor(Executor):
         for i, e in enumerate(sorted({s.event for s in plan.steps if s.event >= 0})):
             emitter.names[f"e{e}"] = self._streams.event(i)
         return emitter.build()
+
+    @property
+    def graphs(self) -> Captured | None:
+        if self._graphs is None:
+            return None
+        return Captured(len(self._graphs.graphs), sum(g.mib for g in self._graphs.graphs.values()))
 
     def report(self) -> dict[str, Any]:
         return super().report() | ({"graphs": self._graphs.report()} if self._graphs else {})

@@ -26,7 +26,6 @@ from dynaflow_serving.integrations.sglang.limits import reason_to_run_whole
 from dynaflow_serving.integrations.sglang.micro_batches import MicroBatches, check_layout, describe
 from dynaflow_serving.ir import Resource
 from dynaflow_serving.runtime import no_context
-from dynaflow_serving.splitting import whole
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
 # All that a model may call under tensor parallelism: also one that cannot overlap must keep its place in the order.
@@ -115,7 +114,7 @@ class DynaflowRunner:
             return self._forward_raw(forward_batch, *args, **kwargs)
         batch = describe(forward_batch)
         if reason := reason_to_run_whole(forward_batch):
-            self.session.counts.add(whole(batch, reason))
+            self.session.whole(batch, reason)
             return self._forward_raw(forward_batch, *args, **kwargs)
         self.session.begin(batch)
         try:

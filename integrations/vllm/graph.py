@@ -14,10 +14,10 @@ import torch
 from torch import fx
 
 from dynaflow_serving.integrations.vllm.session import VLLMSession
-from dynaflow_serving.ir import Signature, Split
+from dynaflow_serving.ir import Split
 from dynaflow_serving.partition.effects import fake_value
 from dynaflow_serving.partition.rows import expression
-from dynaflow_serving.runtime import Runtime, no_context
+from dynaflow_serving.runtime import Runtime
 
 
 def token_symbols(gm: fx.GraphModule) -> set[Any]:
@@ -42,10 +42,9 @@ class MicroBatchedGraph:
         return self._run_split(args, split) if split and self.session.micro_batches else self._whole(*args)
 
     def _run_whole(self, *args: Any) -> Any:
-        prepared = self.runtime.prepare(Signature(1))
-        return self.runtime.capture.rebuild(prepared.run(args, (0, self._count(args)), no_context))
+        return self.runtime.run_whole(args, self._count(args))
 
     def _run_split(self, args: Sequence[Any], split: Split) -> Any:
-        prepared = self.runtime.prepare(split.signature)
+        plan = self.session.plan(self.runtime)
         with self.session.entering() as enter:
-            return self.runtime.capture.rebuild(prepared.run(args, split.bounds, enter))
+            return self.runtime.capture.rebuild(plan(args, split.bounds, enter))

@@ -1,0 +1,30 @@
+"""Files that we leave on a machine.
+
+Contract
+- A file is complete or absent: it is written beside its place and moved there.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """`$XDG_CACHE_HOME/dynaflow_serving`, else `~/.cache/dynaflow_serving`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "dynaflow_serving"
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(scratch, 0o644)  # mkstemp's 0600 would stay after the rename
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise

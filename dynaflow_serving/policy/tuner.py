@@ -1,0 +1,246 @@
+"""The decision, by measurement: each candidate against un-split steps, bucket by bucket, before serving.
+
+Contract
+- What is timed is a real step of the engine, in the mode that will serve; an integration says how to run it (`Trials`).
+- Per bucket: un-split steps; per number of micro-batches one traced run on one stream, whose operator times and the
+  simulator predict every candidate's step; candidates predicted to lose are not timed; the others are timed against
+  un-split steps in turn, and the best one is adopted if its median gain exceeds the measured noise and `min_gain`.
+- A prediction knows no contention, so it errs towards timing. Plans with replacement kernels are always timed.
+- Buckets go from large to small; where the best candidate of a larger bucket of the same kind and number of requests
+  has lost clearly, smaller ones are not tried, for what a split costs weighs more there.
+- Times are the slowest rank's, so that all ranks decide alike. The budget is checked between buckets.
+
+Steps
+    for bucket, batch in representatives: plain -> profile -> predict -> prune -> time in pairs -> decide
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Protocol
+
+from dynaflow_serving.errors import PlanError, ScheduleError
+from dynaflow_serving.ir import Batch, Signature, StepKind
+from dynaflow_serving.policy.bucket import Bucket, bucket_of
+from dynaflow_serving.policy.effects import Facts, SideEffects
+from dynaflow_serving.policy.table import Decision, Table, Trial
+from dynaflow_serving.ranks import Ranks
+from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.simulate.cost import Measured
+from dynaflow_serving.simulate.engine import simulate
+from dynaflow_serving.steps import Steps
+from dynaflow_serving.strategies.auto import PLAIN
+from dynaflow_serving.strategies.sequential import Sequential
+
+LOSES_CLEARLY = 0.9  # speed-up under which smaller buckets are not tried
+HOPELESS = 0.97  # predicted speed-up under which a candidate is not timed
+PLAIN_STEPS = 3
+
+Progress = Callable[[int, int, str], None]  # (buckets done, of, what begins)
+
+
+class Trials(Protocol):
+    """How an engine runs steps that no user asked for."""
+
+    def batches(self) -> Iterable[Batch]:
+        """One per bucket that can occur, largest first (`bucket.representatives`)."""
+
+    def run(self, batch: Batch) -> None:
+        """One real step of `batch`, decided by `Steps` like any other."""
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """A step of sequential micro-batches: its seconds, and those of its operators."""
+
+    step: float
+    ran: list[tuple[Runtime, dict[tuple[str, int], float]]]  # (operator, micro-batch) -> seconds
+
+    @property
+    def outside(self) -> float:
+        """Seconds of the step that no operator takes."""
+        return max(0.0, self.step - sum(sum(seconds.values()) for _, seconds in self.ran))
+
+
+class Tuner:
+    def __init__(self, steps: Steps, runtimes: Sequence[Runtime], trials: Trials, facts: Facts, ranks: Ranks) -> None:
+        assert steps.auto is not None
+        self.auto = steps.auto
+        self.steps, self.runtimes, self.trials, self.facts, self.ranks = steps, runtimes, trials, facts, ranks
+        self.options = self.auto.options
+
+    def tune(self, progress: Progress = lambda done, of, what: None) -> Table:
+        started = time.perf_counter()
+        refused = self._refused()
+        work = list({bucket_of(batch): batch for batch in self.trials.batches()}.items())
+        decisions: list[Decision] = []
+        for done, (bucket, batch) in enumerate(work):
+            progress(done, len(work), str(bucket))
+            (elapsed,) = self.ranks.greatest([time.perf_counter() - started])
+            decision = Decision(kind=bucket.kind, tokens=bucket.tokens, requests=bucket.requests)
+            if elapsed > self.options.budget_seconds:
+                decision.reason = f"not tuned: the budget of {self.options.budget_seconds:g} s was used up"
+            elif lost := _lost_before(bucket, decisions):
+                decision.reason = lost
+            else:
+                self._decide(decision, batch, refused)
+            decisions.append(decision)
+        progress(len(work), len(work), "")
+        self.auto.forced = PLAIN
+        return Table(key=self.facts.key, decisions=decisions, seconds=time.perf_counter() - started)
+
+    # -- one bucket ----------------------------------------------------------------------------------
+    def _decide(self, decision: Decision, batch: Batch, refused: dict[str, str]) -> None:
+        plain = [self._seconds(PLAIN, batch) for _ in range(1 + PLAIN_STEPS)][1:]
+        profiles: dict[int, _Profile] = {}
+        timed: list[Trial] = []
+        for label in self.auto.candidates:
+            trial = Trial(candidate=label, verdict=refused.get(label, ""))
+            decision.trials.append(trial)
+            if trial.verdict:
+                continue
+            split = self.auto.cut(batch, label)
+            for runtime in self.runtimes:
+                split = runtime.admit(batch, split)
+            n = len(split.micro_batches)
+            if n == 1:
+                trial.verdict = split.reason
+                continue
+            effects = SideEffects.of(batch, split, self.facts)
+            trial.effects = effects.listed()
+            if veto := effects.veto(self.options.straddle, self.options.min_collective_kib):
+                trial.verdict = veto
+                continue
+            if n not in profiles:
+                profiles[n] = self._profile(n, batch)
+            trial.predicted = min(plain) / self._predict(profiles[n], split.signature)
+            if trial.predicted < HOPELESS and not self._replaces(split.signature):
+                trial.verdict = f"predicted to be slower ({trial.predicted:.2f}x)"
+            else:
+                timed.append(trial)
+        for trial in timed:
+            plain += self._race(trial, batch)
+        _conclude(decision, plain, timed, self.options.min_gain)
+
+    def _race(self, trial: Trial, batch: Batch) -> list[float]:
+        """Pairs in turn, until it is clear that there is nothing to win; returns the un-split seconds."""
+        plain: list[float] = []
+        self._seconds(trial.candidate, batch)
+        for number in range(self.options.pairs):
+            order = (PLAIN, trial.candidate) if number % 2 == 0 else (trial.candidate, PLAIN)
+            seconds = {label: self._seconds(label, batch) for label in order}
+            plain.append(seconds[PLAIN])
+            trial.ratios.append(seconds[PLAIN] / seconds[trial.candidate])
+            if number >= 2 and max(trial.ratios) < 1:
+                break
+        return plain
+
+    def _seconds(self, label: str, batch: Batch) -> float:
+        """One step under `label`, on the slowest rank."""
+        self.auto.forced = label
+        started = time.perf_counter()
+        self.trials.run(batch)
+        self.steps.clock.synchronize()
+        (seconds,) = self.ranks.greatest([time.perf_counter() - started])
+        return seconds
+
+    # -- prediction ----------------------------------------------------------------------------------
+    def _profile(self, micro_batches: int, batch: Batch) -> _Profile:
+        """The faster of two traced steps, after one that is not counted."""
+        runs = []
+        for _ in range(3):
+            with self.steps.profiling():
+                step = self._seconds(f"{Sequential.name} x{micro_batches}", batch)
+            runs.append((step, self.steps.timelines))
+        step, timelines = min(runs[1:], key=lambda run: run[0])
+        ran = []
+        for runtime, timeline in timelines:
+            spans = [s for s in timeline.spans if s.step.operators]
+            values = self.ranks.greatest([s.end - s.start for s in spans])
+            ran.append((runtime, {(s.step.operators[0], s.step.start): v for s, v in zip(spans, values)}))
+        return _Profile(step, ran)
+
+    def _predict(self, profile: _Profile, signature: Signature) -> float:
+        """Seconds of a step under the plan of `signature`; simulated."""
+        seconds = profile.outside
+        for runtime, operators in profile.ran:
+            plan = runtime.prepare(signature).plan
+            seconds += simulate(plan, Measured(runtime.capture.program, operators).demands(plan)).makespan
+        return seconds
+
+    def _replaces(self, signature: Signature) -> bool:
+        return any(s.kind is StepKind.REPLACE for r in self.runtimes for s in r.prepare(signature).plan.steps)
+
+    def _refused(self) -> dict[str, str]:
+        """Candidates that cannot schedule this model, or have the plan of an earlier one -> why."""
+        found: dict[str, str] = {}
+        plans: dict[Any, str] = {}
+        for label in self.auto.candidates:
+            signature = Signature(self.auto.of(label).max_micro_batches, (), label)
+            try:
+                plan = tuple(r.prepare(signature).plan.steps for r in self.runtimes)
+            except (ScheduleError, PlanError) as error:
+                found[label] = f"cannot schedule this model: {error}"
+                continue
+            if plan in plans:
+                found[label] = f"the same plan as {plans[plan]}"
+            plans.setdefault(plan, label)
+        return found
+
+
+def _conclude(decision: Decision, plain: list[float], timed: list[Trial], min_gain: float) -> None:
+    decision.plain_ms = median(plain) * 1e3
+    decision.noise = noise(plain)
+    least = 1 + max(decision.noise, min_gain)
+    winners: list[Trial] = []
+    for trial in timed:
+        assert trial.measured is not None
+        wins = sum(r > 1 for r in trial.ratios)
+        if trial.measured > least and wins > 0.75 * len(trial.ratios):
+            winners.append(trial)
+        elif trial.measured <= 1:
+            trial.verdict = f"slower ({trial.measured:.2f}x)"
+        else:
+            trial.verdict = f"gain {trial.measured - 1:.1%} within noise {decision.noise:.1%} or under {min_gain:.0%}"
+    if winners:
+        best = max(winners, key=lambda t: t.measured or 0.0)
+        decision.candidate = best.candidate
+        decision.reason = f"{best.measured:.2f}x, noise {decision.noise:.1%}"
+        for trial in winners:
+            if trial is not best:
+                trial.verdict = f"{best.candidate} is faster"
+    elif best_lost := decision.best:
+        decision.reason = f"{best_lost.candidate}: {best_lost.verdict}"
+    else:
+        decision.reason = "; ".join(dict.fromkeys(t.verdict for t in decision.trials))
+    effects = next((t.effects for t in decision.trials if t is decision.best), [])
+    if effects:
+        decision.reason += f" ({', '.join(effects)})"
+
+
+def noise(seconds: list[float]) -> float:
+    """Half of the middle half's width, relative to the median."""
+    ordered = sorted(seconds)
+    quarter = len(ordered) // 4
+    low, high = ordered[quarter], ordered[-1 - quarter]
+    return (high - low) / 2 / median(ordered)
+
+
+def _lost_before(bucket: Bucket, decisions: list[Decision]) -> str:
+    """Why a bucket need not be tried; "" if it must."""
+    for larger in _larger(bucket, decisions):
+        best = larger.best
+        speed_up = (best.measured or best.predicted) if best is not None else None
+        if not larger.candidate and speed_up is not None and speed_up < LOSES_CLEARLY:
+            return f"not tried: {speed_up:.2f}x at up to {larger.tokens} tokens already"
+    return ""
+
+
+def _larger(bucket: Bucket, decisions: list[Decision]) -> Iterator[Decision]:
+    for d in decisions:
+        same = d.kind == bucket.kind and (d.kind == "decode" or d.requests == bucket.requests)
+        if same and d.tokens > bucket.tokens and d.trials:
+            yield d

@@ -1,0 +1,53 @@
+"""The ranks that must decide alike.
+
+Contract
+- Every method is a collective: all ranks of the group call it, in the same order.
+- Without a group there is one rank, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Ranks:
+    """`group`: a `ProcessGroup` for CPU tensors and objects, or None."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.size = 1
+        if group is not None:
+            import torch.distributed as dist
+
+            self.size = dist.get_world_size(group)
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that shows and writes."""
+        if self.size == 1:
+            return True
+        import torch.distributed as dist
+
+        return dist.get_rank(self.group) == 0
+
+    def greatest(self, values: Sequence[float]) -> list[float]:
+        """Per place, the greatest value of all ranks."""
+        if self.size == 1:
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return [float(v) for v in tensor]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
