@@ -18,6 +18,7 @@ Contract
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from dynaflow_serving.partition.effects import fake_value
 from dynaflow_serving.partition.inductor import compile_pieces
 from dynaflow_serving.partition.input_writes import settle_input_writes
 from dynaflow_serving.partition.rows import Rows, expression
+from dynaflow_serving.policy.calls import tune_calls
+from dynaflow_serving.policy.table import Table
 from dynaflow_serving.runtime import Runtime
 from dynaflow_serving.scheduler import OpScheduler
 from dynaflow_serving.steps import Steps
@@ -77,6 +80,18 @@ class Compiled(torch.nn.Module):
             torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
         with unwrapped_errors():
             return self._compiled(list(batched), args, kwargs)
+
+    def tune(self, *inputs: tuple[Any, ...]) -> Table:
+        """Have `strategy: auto` decide, by measuring, for batches like `inputs`: positional arguments of a call each.
+
+        Raises `ConfigError` for another strategy, and for inputs that cannot be split."""
+        calls, dim = [], self._batch_dim
+        for given in inputs:
+            sizes = [a.shape[dim] for a in given if isinstance(a, torch.Tensor) and a.dim() > dim]
+            if sizes and (size := Counter(sizes).most_common(1)[0][0]) > 1:
+                calls.append((Batch((1,) * size), functools.partial(self, *given)))
+        parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
+        return tune_calls(self._backend.steps, calls, parameters, {"engine": "torch", "level": self._backend.level})
 
     def _same_batch(self, batched: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model, with the batch sizes equal by decree: a tensor that is only indexed would keep its own symbol."""

@@ -48,7 +48,7 @@ class AutoOptions(Options):
     table: str | None = Field(None, description="file of the decisions; default: one per model and machine")
     retune: bool = Field(False, description="measure anew, even if there is a table for this model and machine")
     guard_window: int = Field(64, ge=16, description="steps of a bucket after which its candidate is judged again")
-    guard_every: int = Field(32, ge=4, description="while serving, one step in so many runs un-split, to compare with")
+    guard_every: int = Field(64, ge=4, description="while serving, one step in so many runs un-split, to compare with")
     straddle: bool = Field(True, description="whether a split may cut inside a request")
     min_collective_kib: int = Field(
         0,
@@ -72,7 +72,7 @@ class Auto(OpScheduler):
     def __init__(self, options: AutoOptions | None = None) -> None:
         super().__init__(options)
         self._by_label = _candidates(self.options)
-        self.forced: str | None = PLAIN  # the candidate of all steps, while tuning; None: look it up
+        self.forced: str | None = None  # the candidate of all steps, while tuning; None: look it up
         self._adopted: dict[Bucket, str] = {}
         self._why: dict[Bucket, str] = {}  # of decided buckets that are not split
         self.guard: Guard | None = None

@@ -8,13 +8,16 @@ Contract
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.base import Integration
+from dynaflow_serving.policy.table import Table
 
 Model = TypeVar("Model")
 
@@ -47,6 +50,23 @@ def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overla
             raise
         logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
     return model
+
+
+def tune(model: Any, inputs: Sequence[Mapping[str, Any]]) -> Table:
+    """Have `strategy: auto` decide, by measuring, for batches like `inputs`: keyword arguments of the body's forward,
+    such as `{"input_ids": ids}`. Decisions for this model, machine and release that are on disk are read instead.
+
+    Every rank calls it, with inputs of the same shapes. Raises `ConfigError` for inputs that cannot be split and for
+    another strategy, `InactiveError` for a model that is not enabled and for ranks that differ.
+    """
+    from dynaflow_serving.integrations.transformers.body import Body
+
+    architecture = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    key = {
+        "engine": f"transformers {TransformersIntegration().installed_version()}",
+        "model": hashlib.sha256(architecture.encode()).hexdigest()[:16],
+    }
+    return Body.of(model).tune(inputs, key)
 
 
 def report(model: Any) -> dict[str, Any]:

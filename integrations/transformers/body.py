@@ -17,13 +17,16 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dynaflow_serving.config import Config
-from dynaflow_serving.errors import InactiveError, PartitionError
+from dynaflow_serving.errors import ConfigError, InactiveError, PartitionError
 from dynaflow_serving.ir import Batch
+from dynaflow_serving.policy.calls import tune_calls
+from dynaflow_serving.policy.table import Table
 from dynaflow_serving.runtime import StepCounts, report
 from dynaflow_serving.splitting import whole
 from dynaflow_serving.torch_backend import Backend, Compiled, make_backend
@@ -33,7 +36,7 @@ ATTRIBUTE = "_dynaflow"
 
 class Body:
     def __init__(self, module: torch.nn.Module, backend: Backend, fallback: bool = False) -> None:
-        self.original, self.backend, self.fallback = module.forward, backend, fallback
+        self.module, self.original, self.backend, self.fallback = module, module.forward, backend, fallback
         self.signature = inspect.signature(self.original)
         self.compiled = Compiled(self.original, backend, batch_dim=0)
         self.counts = StepCounts()  # of calls that never reach a graph
@@ -67,6 +70,7 @@ class Body:
         if size < 2 or self.refused:  # Dynamo specialises on 0 and 1, and there is nothing to split
             self.counts.add(whole(Batch((1,) * size), self.refused or "one request"))
             return self.original(*args, **kwargs)
+        self.backend.width = first.shape[1] if first.dim() > 1 else 1
         batched = [first]
         for value in given.values():
             if isinstance(value, torch.Tensor) and value is not first and value.dim() > 1 and value.shape[0] == size:
@@ -89,8 +93,24 @@ class Body:
         return result
 
     def report(self) -> dict[str, Any]:
-        counts = StepCounts(0, self.counts.unsplit.copy())
-        for runtime in self.backend.runtimes:
-            counts.split += runtime.counts.split
-            counts.unsplit += runtime.counts.unsplit
+        steps = self.backend.steps
+        counts = StepCounts(steps.counts.split, self.counts.unsplit + steps.counts.unsplit)
         return report(self.backend.strategy, "AOT", counts, self.backend.runtimes)
+
+    def tune(self, inputs: Sequence[Mapping[str, Any]], key: Mapping[str, str]) -> Table:
+        """Decide by calling the body with each of `inputs`. Raises `ConfigError`, `InactiveError`."""
+        calls = []
+        for given in inputs:
+            first = next((t for name in ("input_ids", "inputs_embeds") if (t := given.get(name)) is not None), None)
+            if first is None or first.dim() < 2 or first.shape[0] < 2:
+                raise ConfigError(
+                    "inputs to tune with are keyword arguments of the model's body, with input_ids or inputs_embeds of "
+                    "at least two sequences"
+                )
+            batch = Batch((1,) * first.shape[0], width=first.shape[1])
+            calls.append((batch, functools.partial(self._call_without_gradients, {"use_cache": False, **given})))
+        return tune_calls(self.backend.steps, calls, self.module.parameters(), key)
+
+    @torch.no_grad()
+    def _call_without_gradients(self, given: Mapping[str, Any]) -> None:
+        self(**given)
