@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -89,11 +90,16 @@ def load(path: Path, key: dict[str, str]) -> Table | None:
     except (OSError, ValidationError) as error:
         logger.warning("DynaFlow: the policy table %s cannot be read and is not used: %s", path, error)
         return None
-    if differing := [name for name in sorted({*key, *table.key}) if key.get(name) != table.key.get(name)]:
-        shown = "; ".join(f"{n}: {table.key.get(n)!r} there, {key.get(n)!r} here" for n in differing)
-        logger.warning("DynaFlow: the policy table %s is stale and not used: %s", path, shown)
+    if found := differences(table.key, key, "there", "here"):
+        logger.warning("DynaFlow: the policy table %s is stale and not used: %s", path, found)
         return None
     return table
+
+
+def differences(first: Mapping[str, str], second: Mapping[str, str], one: str, other: str) -> str:
+    """Where two keys differ, in words; "" where they do not."""
+    differing = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+    return "; ".join(f"{n}: {first.get(n)!r} {one}, {second.get(n)!r} {other}" for n in differing)
 
 
 def default_path(key: dict[str, str]) -> Path:

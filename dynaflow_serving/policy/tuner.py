@@ -123,7 +123,9 @@ class Tuner:
                 timed.append(trial)
         for trial in timed:
             plain += self._race(trial, batch)
-        _conclude(decision, plain, timed, self.options.min_gain)
+        decision.plain_ms = median(plain) * 1e3
+        decision.noise = noise(plain)
+        conclude(decision, self.options.min_gain)
 
     def _race(self, trial: Trial, batch: Batch) -> list[float]:
         """Pairs in turn, until it is clear that there is nothing to win; returns the un-split seconds."""
@@ -191,13 +193,15 @@ class Tuner:
         return found
 
 
-def _conclude(decision: Decision, plain: list[float], timed: list[Trial], min_gain: float) -> None:
-    decision.plain_ms = median(plain) * 1e3
-    decision.noise = noise(plain)
+def conclude(decision: Decision, min_gain: float) -> None:
+    """Adopt the best timed trial, or none, and say why; un-split steps are measured by now."""
+    assert decision.noise is not None
     least = 1 + max(decision.noise, min_gain)
     winners: list[Trial] = []
-    for trial in timed:
-        assert trial.measured is not None
+    for trial in decision.trials:
+        if trial.measured is None:
+            continue
+        trial.verdict = ""
         wins = sum(r > 1 for r in trial.ratios)
         if trial.measured > least and wins > 0.75 * len(trial.ratios):
             winners.append(trial)
