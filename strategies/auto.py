@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from dynaflow_serving.annotations import Rule
-from dynaflow_serving.errors import ConfigError, ScheduleError
+from dynaflow_serving.errors import ConfigError, ScheduleError, unknown_name
 from dynaflow_serving.ir import Batch, Split
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
 from dynaflow_serving.policy.guard import Guard
@@ -42,6 +42,10 @@ class AutoOptions(Options):
         description="strategies to choose from: names, paths of .py files, or mappings with 'strategy' and 'options'",
     )
     micro_batches: list[int] = Field(default=[2, 3], min_length=1, description="each candidate with each of these")
+    only: list[str] = Field(
+        default=[],
+        description="measure these candidates alone, such as 'nanoflow x2': a share of a tuning that is spread",
+    )
     budget_seconds: float = Field(60.0, gt=0, description="for tuning at start-up; what it does not reach is not split")
     pairs: int = Field(5, ge=3, description="timed pairs of a candidate and an un-split step")
     min_gain: float = Field(0.02, ge=0, description="relative gain that a candidate must show, besides the noise")
@@ -72,6 +76,9 @@ class Auto(OpScheduler):
     def __init__(self, options: AutoOptions | None = None) -> None:
         super().__init__(options)
         self._by_label = _candidates(self.options)
+        for label in self.options.only:
+            if label not in self._by_label:
+                raise ConfigError(f"option only of strategy 'auto': {unknown_name('candidate', label, self._by_label)}")
         self.forced: str | None = None  # the candidate of all steps, while tuning; None: look it up
         self._adopted: dict[Bucket, str] = {}
         self._why: dict[Bucket, str] = {}  # of decided buckets that are not split
@@ -90,6 +97,11 @@ class Auto(OpScheduler):
     @property
     def candidates(self) -> tuple[str, ...]:
         return tuple(self._by_label)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The candidates that are for this process to measure."""
+        return tuple(c for c in self._by_label if not self.options.only or c in self.options.only)
 
     def of(self, candidate: str) -> OpScheduler:
         if candidate in self._by_label:

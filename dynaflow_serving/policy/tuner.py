@@ -97,7 +97,7 @@ class Tuner:
         plain = [self._seconds(PLAIN, batch) for _ in range(1 + PLAIN_STEPS)][1:]
         profiles: dict[int, _Profile] = {}
         timed: list[Trial] = []
-        for label in self.auto.candidates:
+        for label in self.auto.measured:
             trial = Trial(candidate=label, verdict=refused.get(label, ""))
             decision.trials.append(trial)
             if trial.verdict:
