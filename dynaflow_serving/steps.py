@@ -35,13 +35,14 @@ from dynaflow_serving.timeline import Timeline
 
 class Steps:
     def __init__(self, strategy: OpScheduler, config: Config, device_type: str = "cpu", rank: int = 0) -> None:
-        """rank: for the names of files. Raises `ConfigError` for a trace folder that cannot be made."""
+        """rank: for the names of files; of all ranks the first counts in metrics. Raises `ConfigError` for a trace
+        folder that cannot be made."""
         self.strategy, self.rank = strategy, rank
         self.auto = strategy if isinstance(strategy, Auto) else None
         self.clock = clock_of(device_type)
         self.trace = TraceWriter(config.trace, rank) if config.trace else None
         self.shadow = Shadow(config.shadow, rank) if config.shadow else None
-        self.metrics = Metrics(strategy.name)
+        self.metrics = Metrics(strategy.name, counted=rank == 0)
         self.counts = StepCounts()
         self.runtimes: list[Runtime] = []
         self.split: Split | None = None  # of the step in flight

@@ -4,16 +4,18 @@ Contract
 - `dynaflow_steps_total{strategy, reason}` counts every step: `strategy` is the candidate or strategy that ran it,
   "none" for an un-split step, whose `reason` is given.
 - All workers of a process share one registry. An engine's integration brings it to the engine's own endpoint.
+- Of ranks that run the same steps the first counts them, the others nothing.
+- prometheus_client is imported with the first worker, not before: engines choose how it keeps values across processes
+  by a variable that must be set by then.
 - Time saved is an estimate: against the latest un-split steps of the same bucket, which only the policy has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
-
-from prometheus_client import Counter, Gauge
 
 from dynaflow_serving.ir import Split
 from dynaflow_serving.runtime import Runtime
@@ -25,6 +27,8 @@ NONE = "none"
 @cache
 def _instruments() -> dict[str, Any]:
     """Made once per process: Prometheus refuses a name twice."""
+    from prometheus_client import Counter, Gauge
+
     counters = {
         "steps": ("Steps of the engine, by the strategy that ran them and the reason why not", ["strategy", "reason"]),
         "time_saved_seconds": ("Estimated time saved against un-split steps of the same bucket", []),
@@ -43,12 +47,25 @@ def _instruments() -> dict[str, Any]:
     return made | {n: Gauge(f"dynaflow_{n}", text, multiprocess_mode="mostrecent") for n, text in gauges.items()}
 
 
-class Metrics:
-    """`strategy`: the name of the configured one."""
+class _Uncounted:
+    """In place of every counter and gauge."""
 
-    def __init__(self, strategy: str) -> None:
+    def labels(self, *values: str) -> _Uncounted:
+        return self
+
+    def inc(self, amount: float = 1.0) -> None:
+        pass
+
+    def set(self, value: float) -> None:
+        pass
+
+
+class Metrics:
+    """`strategy`: the name of the configured one. `counted`: whether this rank is the one that counts."""
+
+    def __init__(self, strategy: str, counted: bool = True) -> None:
         self.strategy = strategy
-        self._made = _instruments()
+        self._made: Mapping[str, Any] = _instruments() if counted else defaultdict(_Uncounted)
         self._steps: dict[tuple[str, str], Any] = {}
         self._seen: dict[str, float] = {}  # totals that are counted elsewhere
 
