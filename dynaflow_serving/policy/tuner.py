@@ -90,7 +90,8 @@ class Tuner:
             decisions.append(decision)
         progress(len(work), len(work), "")
         self.auto.forced = PLAIN
-        return Table(key=self.facts.key, decisions=decisions, seconds=time.perf_counter() - started)
+        (seconds,) = self.ranks.greatest([time.perf_counter() - started])
+        return Table(key=self.facts.key, decisions=decisions, seconds=seconds)
 
     # -- one bucket ----------------------------------------------------------------------------------
     def _decide(self, decision: Decision, batch: Batch, refused: dict[str, str]) -> None:
