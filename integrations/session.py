@@ -58,7 +58,7 @@ class Session(Steps):
         self.counts.split -= 1
         self.counts.unsplit[reason] += 1
         self.runtimes.clear()
-        self.split, self.traced = whole(self._batch, reason), False
+        self.split, self.traced, self._compared = whole(self._batch, reason), False, False
         self.logger.warning("DynaFlow: a step ran without its plan, the model is recorded anew: %s", reason)
 
     def begin(self, batch: Batch, runtimes: Sequence[Runtime] | None = None) -> Split:

@@ -47,6 +47,16 @@ def _instruments() -> dict[str, Any]:
     return made | {n: Gauge(f"dynaflow_{n}", text, multiprocess_mode="mostrecent") for n, text in gauges.items()}
 
 
+def registry() -> Any:
+    """A Prometheus registry of this process' DynaFlow metrics, and nothing else."""
+    from prometheus_client import CollectorRegistry
+
+    made = CollectorRegistry()
+    for instrument in _instruments().values():
+        made.register(instrument)
+    return made
+
+
 class _Uncounted:
     """In place of every counter and gauge."""
 

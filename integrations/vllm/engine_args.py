@@ -21,6 +21,7 @@ from typing import Any
 from dynaflow_serving.annotations import Rule
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import DynaflowError, InactiveError
+from dynaflow_serving.integrations.vllm import metrics
 
 KEY = "dynaflow"
 PIECE_COMPILER = "dynaflow_piece_compiler"  # mode 2: what vLLM would have compiled the graph with
@@ -109,6 +110,7 @@ def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
                 os.environ[name] = value
         raise
     _redirect(vllm_config, rules)
+    metrics.attach()
     logger.info("DynaFlow is on: strategy %s, options %s", config.strategy, config.options or "default")
     return vllm_config
 

@@ -3,11 +3,14 @@
 Contract
 - Only the methods named in `patches.md` are overridden, each calls vLLM's own; outside a live step
   nothing changes.
-- vLLM builds the metadata itself, given the micro-batches as `ubatch_slices`.
+- vLLM builds the metadata itself, given the micro-batches as `ubatch_slices`; and once more, without them, where shadow
+  mode runs a step un-split, too.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from dynaflow_serving.integrations.vllm.runner import RunnerMixin
@@ -17,6 +20,9 @@ class V1RunnerMixin(RunnerMixin):
     """Goes over `vllm.v1.worker.gpu_model_runner.GPUModelRunner` and its CPU subclass."""
 
     _live: Any = None  # the live step's SchedulerOutput
+    # The live step's arguments of the two methods that describe the batch, without micro-batches.
+    _slots: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    _attention: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def initialize_metadata_builders(self, kv_cache_config: Any, kernel_block_sizes: list[int]) -> None:
         super().initialize_metadata_builders(kv_cache_config, kernel_block_sizes)  # type: ignore[misc]
@@ -28,6 +34,7 @@ class V1RunnerMixin(RunnerMixin):
             return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
         finally:
             self._live = None
+            self._slots = self._attention = ((), {})
             self.dynaflow.end()
 
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,21 +49,36 @@ class V1RunnerMixin(RunnerMixin):
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
         if slices := self.ubatch_slices():
+            self._slots = args, dict(kwargs)
             kwargs["ubatch_slices"] = slices
         return super()._get_slot_mappings(*args, **kwargs)  # type: ignore[misc]
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if slices := self.ubatch_slices():
+            self._attention = args, dict(kwargs)
             kwargs["ubatch_slices"] = slices
         return super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         from vllm.forward_context import get_forward_context
 
-        if self.dynaflow.micro_batches:
-            step = get_forward_context()
-            self.dynaflow.set_contexts(step.attn_metadata, step.slot_mapping, step.is_padding)
-        return super()._model_forward(*args, **kwargs)  # type: ignore[misc]
+        forward = functools.partial(super()._model_forward, *args, **kwargs)  # type: ignore[misc]
+        if not self.dynaflow.micro_batches:
+            return forward()
+        step = get_forward_context()
+        self.dynaflow.set_contexts(step.attn_metadata, step.slot_mapping, step.is_padding)
+        result = forward()
+        return self.dynaflow.checked(result, lambda: self._whole(forward), (*args, *kwargs.values()))
+
+    def _whole(self, forward: Callable[[], Any]) -> Any:
+        """The live split step's forward, un-split, for shadow mode, under which there are no micro-batches."""
+        self.dynaflow.clock.synchronize()  # builders of metadata keep buffers that the split forward may still read
+        args, kwargs = self._slots
+        _, slots = self._get_slot_mappings(*args, **{**kwargs, "ubatch_slices": None})
+        args, kwargs = self._attention
+        metadata, _ = self._build_attention_metadata(*args, **{**kwargs, "ubatch_slices": None})
+        with self.dynaflow.unsplit(metadata, slots):
+            return forward()
 
     def _joined(self) -> list[int]:
         """Rows of the requests that are new in the live step, or resumed after a preemption."""

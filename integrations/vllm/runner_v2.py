@@ -3,6 +3,7 @@
 Contract
 - V2 asks its CUDA-graph manager what a step runs as; of a split step the answer is "that many micro-batches,
   no graph", and V2 then calls its `ubatch_runner`, which is `MicroBatchRunner` here.
+- Where shadow mode compares, it also runs the whole batch, under metadata prepared as for an un-split step.
 - Warm-up runs whole: vLLM sends it through `execute_model` too, and the ranks have not compared plans yet.
 - V2 keeps its block tables on the device; the ids are kept here as well, so that looking for prefix-cache
   hits within a step does not wait for the device.
@@ -89,6 +90,7 @@ class MicroBatchRunner:
         shape = (runner.dynaflow.max_micro_batches, runner.max_num_reqs + 1)
         self._query_start_loc = torch.zeros(shape, dtype=torch.int32, device=runner.device)
         self._seq_lens = torch.zeros(shape, dtype=torch.int32, device=runner.device)
+        self._step: tuple[Any, ...] = ()  # the live step, as `prepare_attn` takes it
 
     def prepare(
         self, input_batch: Any, block_tables: tuple[torch.Tensor, ...], slot_mappings: torch.Tensor, **kwargs: Any
@@ -115,7 +117,28 @@ class MicroBatchRunner:
             )
             slots.append(build_slot_mappings_by_layer(mapping, runner.kv_cache_config))
         runner.dynaflow.set_contexts(metadata, slots, input_batch.is_padding)
+        self._step = (input_batch, kwargs["cg_mode"], block_tables, slot_mappings)
         return UBatchState(slices, forward_contexts=[])  # the session has them
 
     def run(self, model: Callable[..., Any], model_inputs: dict[str, Any], state: Any) -> Any:
-        return model(**model_inputs)
+        step, self._step = self._step, ()
+        result = model(**model_inputs)
+        return self.runner.dynaflow.checked(
+            result, lambda: self._run_whole(model, model_inputs, *step), model_inputs.values()
+        )
+
+    def _run_whole(
+        self, model: Callable[..., Any], model_inputs: dict[str, Any], input_batch: Any, cg_mode: Any,
+        block_tables: tuple[torch.Tensor, ...], slot_mappings: torch.Tensor,
+    ) -> Any:  # fmt: skip
+        """The live split step, un-split, for shadow mode, under which there are no micro-batches."""
+        from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+
+        runner = self.runner
+        runner.dynaflow.clock.synchronize()  # builders keep buffers that the split forward may still read
+        metadata = runner.model_state.prepare_attn(
+            input_batch, cg_mode, block_tables, slot_mappings, runner.attn_groups, runner.kv_cache_config
+        )
+        slots = build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config)
+        with runner.dynaflow.unsplit(metadata, slots):
+            return model(**model_inputs)

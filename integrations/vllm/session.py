@@ -6,10 +6,12 @@ Contract
 - Either model runner gives `set_contexts` the attention metadata and slot mappings of each micro-batch; what
   runs the model gets them through `entering`, whatever it is (a compiled graph or not).
 - A micro-batch's context has no CUDA graph: graphs are keyed by batch and share static outputs.
+- `unsplit` is the live step's context for the batch as a whole, where shadow mode compares.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.session import Session
+from dynaflow_serving.integrations.vllm import metrics
 from dynaflow_serving.integrations.vllm.engine_args import KEY, PIECE_COMPILER
 
 _current: VLLMSession | None = None
@@ -26,7 +29,7 @@ _current: VLLMSession | None = None
 class VLLMSession(Session):
     serving = False  # set once warm-up is over and the ranks have compared their plans
 
-    def __init__(self, vllm_config: Any, device_type: str) -> None:
+    def __init__(self, vllm_config: Any, device_type: str, rank: int) -> None:
         global _current
         self.vllm_config = vllm_config
         self.piece_compiler: str = vllm_config.additional_config.get(PIECE_COMPILER, "")
@@ -38,7 +41,9 @@ class VLLMSession(Session):
             device_type,
             f"{mode} ({self.piece_compiler or 'vLLM pieces'}), Model Runner {runner}",
             logging.getLogger("vllm.dynaflow"),
+            rank,
         )
+        self._metrics_file = metrics.writer(rank)
         _current = self
 
     def set_contexts(self, metadata: Sequence[Any], slot_mappings: Sequence[Any], is_padding: Any) -> None:
@@ -71,9 +76,28 @@ class VLLMSession(Session):
         with forward_context.override_forward_context(self._contexts[0]):
             yield enter
 
+    @contextmanager
+    def unsplit(self, metadata: Any, slot_mapping: Any) -> Iterator[None]:
+        """The live step's context, with the whole batch's `metadata` and `slot_mapping` (by layer name)."""
+        from vllm import forward_context
+
+        step = forward_context.get_forward_context()
+        whole = dataclasses.replace(
+            step, attn_metadata=metadata, slot_mapping=slot_mapping, ubatch_slices=None, moe_layer_index=0
+        )
+        with forward_context.override_forward_context(whole):
+            yield
+
     def end(self) -> None:
         super().end()
         self._contexts = []
+        if self._metrics_file is not None:
+            self._metrics_file.later()
+
+    def report(self) -> dict[str, Any]:
+        if self._metrics_file is not None:
+            self._metrics_file.write()
+        return super().report()
 
 
 def current() -> VLLMSession:

@@ -4,7 +4,7 @@ Contract
 - The model runner that vLLM selected, V1 or V2, becomes a DynaFlow runner before the model is loaded.
 - A model without a graph is put under DynaFlow when it is loaded (`eager`).
 - After warm-up the worker refuses to serve if DynaFlow has no program of the model, or if the ranks would run
-  different plans.
+  different plans. Then the policy decides, where the strategy is one that decides (`trials`).
 - `dynaflow_report` and `dynaflow_reset` are for `collective_rpc`.
 """
 
@@ -19,6 +19,7 @@ from dynaflow_serving.integrations.vllm import eager, mode3
 from dynaflow_serving.integrations.vllm.runner_v1 import V1RunnerMixin
 from dynaflow_serving.integrations.vllm.runner_v2 import V2RunnerMixin
 from dynaflow_serving.integrations.vllm.session import VLLMSession
+from dynaflow_serving.integrations.vllm.trials import WorkerTrials, facts
 
 
 class DynaflowWorkerMixin:
@@ -26,7 +27,8 @@ class DynaflowWorkerMixin:
 
     def init_device(self) -> None:
         super().init_device()  # type: ignore[misc]
-        self.dynaflow = VLLMSession(self.vllm_config, current_platform.device_type)  # type: ignore[attr-defined]
+        device_type, rank = current_platform.device_type, self.rank  # type: ignore[attr-defined]
+        self.dynaflow = VLLMSession(self.vllm_config, device_type, rank)  # type: ignore[attr-defined]
         mode3.attach()
         runner = self.model_runner  # type: ignore[attr-defined]
         mixin = V2RunnerMixin if self.use_v2_model_runner else V1RunnerMixin  # type: ignore[attr-defined]
@@ -46,6 +48,7 @@ class DynaflowWorkerMixin:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         self.dynaflow.check(get_tp_group().cpu_group)
         self.dynaflow.serving = True
+        self.dynaflow.start(WorkerTrials(self), facts(self, self.dynaflow))
         return result
 
     def dynaflow_report(self) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""Steps that no user asked for, for the policy (`strategy: auto`): real ones, in the mode that serves.
+
+Contract
+- A trial is one `SchedulerOutput` of new requests, run by the worker's own `execute_model` and `sample_tokens`, as
+  vLLM's warm-up does it in Model Runner V2; a second, empty one finishes them. Nothing of them stays in the engine.
+- Tokens that a batch has in the KV cache are blocks whose contents do not matter. Block 0 is vLLM's null block; no two
+  requests share one, so that no prefix-cache hit is seen where there is none.
+- The ranks of a tensor-parallel group run the same trials in lock step.
+- `facts` says what the decisions hold for: what changes none (log folders, budgets) is not in the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dynaflow_serving.integrations.vllm.session import VLLMSession
+from dynaflow_serving.ir import Batch
+from dynaflow_serving.policy.bucket import Limits, representatives
+from dynaflow_serving.policy.calls import machine_key, strategy_key
+from dynaflow_serving.policy.effects import Facts
+
+NAME = "_dynaflow_trial_{}_"
+
+
+class WorkerTrials:
+    """Of one worker (`vllm.v1.worker.gpu_worker.Worker`), whose KV cache is empty."""
+
+    def __init__(self, worker: Any) -> None:
+        from vllm import SamplingParams
+
+        self.worker = worker
+        groups = worker.model_runner.kv_cache_config.kv_cache_groups
+        self._block_sizes: list[int] = [group.kv_cache_spec.block_size for group in groups]
+        # Greedy, with a seed: nothing is drawn from the generators that users' requests will draw from.
+        self._sampling = SamplingParams(temperature=0.0, max_tokens=2, seed=0)
+
+    @property
+    def limits(self) -> Limits:
+        """Every batch within them fits into the KV cache: a request leaves less than a block per group unused."""
+        scheduler, model = self.worker.vllm_config.scheduler_config, self.worker.vllm_config.model_config
+        blocks = self.worker.model_runner.kv_cache_config.num_blocks - 1  # without the null block
+        groups = len(self._block_sizes)
+        requests = min(scheduler.max_num_seqs, blocks // (2 * groups))
+        cached = int((blocks - requests * groups) / sum(1 / size for size in self._block_sizes))
+        # The sampled token needs a place, too.
+        return Limits(scheduler.max_num_batched_tokens, requests, model.max_model_len - 1, cached)
+
+    def batches(self) -> Iterator[Batch]:
+        return representatives(self.limits)
+
+    def run(self, batch: Batch) -> None:
+        from vllm.v1.core.sched.output import SchedulerOutput
+
+        names = [NAME.format(i) for i in range(len(batch.tokens))]
+        step, finished = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
+        step.scheduled_new_reqs = self._requests(names, batch)
+        step.num_scheduled_tokens = dict(zip(names, batch.tokens, strict=True))
+        step.total_num_scheduled_tokens = sum(batch.tokens)
+        finished.finished_req_ids = set(names)
+        self.worker.execute_model(step)
+        self.worker.sample_tokens(None)
+        self.worker.execute_model(finished)
+
+    def _requests(self, names: Sequence[str], batch: Batch) -> list[Any]:
+        from vllm.v1.core.sched.output import NewRequestData
+
+        free = 1  # block; 0 is the null block
+        requests = []
+        for name, new, context in zip(names, batch.tokens, batch.context, strict=True):
+            # Model Runner V2 tells a decode by its prompt being computed already; V1 by the number of new tokens alone.
+            decodes = self.worker.use_v2_model_runner and new == 1 and context > 0
+            prompt = [0] * (context if decodes else context + new)
+            blocks = []
+            for size in self._block_sizes:
+                stop = free - (-(context + new) // size)
+                blocks.append(list(range(free, stop)))
+                free = stop
+            requests.append(
+                NewRequestData(
+                    req_id=name,
+                    prompt_token_ids=prompt,
+                    mm_features=[],
+                    sampling_params=self._sampling,
+                    pooling_params=None,
+                    block_ids=tuple(blocks),
+                    num_computed_tokens=context,
+                    lora_request=None,
+                    prefill_token_ids=prompt,
+                )
+            )
+        return requests
+
+
+def facts(worker: Any, session: VLLMSession) -> Facts:
+    """What the policy has to know of `worker`'s model and engine."""
+    from vllm import __version__
+    from vllm.config import CUDAGraphMode
+
+    config = worker.vllm_config
+    model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
+    ranks = parallel.tensor_parallel_size
+    key = {
+        "engine": f"vllm {__version__}",
+        "mode": session.mode,
+        "model": f"{model.model} {model.revision or ''}".strip(),
+        "dtype": f"{model.dtype}, KV cache {config.cache_config.cache_dtype}, quantization {model.quantization}",
+        "ranks": f"{ranks} of {parallel.world_size}",
+        "limits": f"{scheduler.max_num_batched_tokens} tokens, {scheduler.max_num_seqs} requests, "
+        f"{model.max_model_len} long",
+        "attention": " ".join(sorted({g.backend.get_name() for gs in worker.model_runner.attn_groups for g in gs})),
+        "graphs": str(config.compilation_config.cudagraph_mode),
+        "executor": session.config.model_dump_json(exclude={"strategy", "options", "trace", "shadow", "fallback"}),
+        "programs": " ".join(r.capture.program.digest for r in session.runtimes),
+        "plans": hashlib.sha256("\n".join(r.texts() for r in session.runtimes).encode()).hexdigest()[:16],
+        **machine_key(worker.device.type),
+        **strategy_key(session),
+    }
+    wide = model.get_hidden_size() * model.dtype.itemsize if ranks > 1 else 0
+    graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    return Facts(key, weight_bytes(worker.model_runner.get_model()), wide, graphs)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Of this rank, without the embedding and the head: they are not part of what is split."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    outside = {id(p) for table in tables for p in table.parameters()}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in outside)
