@@ -1,7 +1,8 @@
 # Needs Python >= 3.10 (the vLLM lock file: 3.11) with venv, and nothing else installed.
 #
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
-#   make test                   lint, types, core, kernels, transformers, vllm, vllm_v2, sglang; stops at the first failure
+#   make test [SESSIONS=...]    lint, types, core, kernels, transformers, vllm, vllm_v2, sglang, or those named;
+#                               stops at the first failure
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json
 #   make clean                  delete environments, caches and build output
 
@@ -28,7 +29,7 @@ env:
 	@echo "$(ENVS)/$(ENGINE)/bin/python"
 
 test: $(BOOTSTRAP)
-	$(NOX)
+	$(NOX) $(if $(strip $(SESSIONS)),--session $(SESSIONS))
 
 bench:
 	@$(MAKE) env ENGINE=vllm
