@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from dynaflow_serving.errors import ConfigError
 
@@ -28,6 +30,21 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     return f"CPU: {_processor()}, {len(usable_cores())} cores"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures of a run depend on beside its settings."""
+    import torch
+
+    return {
+        "device": device_name(),
+        "gpu": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "dynaflow-serving": metadata.version("dynaflow-serving"),
+    }
 
 
 def vllm_environment(

@@ -9,9 +9,7 @@ Contract
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, Comparison
+from dynaflow_serving.files import write_text
 
 NOISY = 1.3  # greatest over least seconds of passes that do equal work
 SMALL_HINT = "Lower the strategy's min_tokens (-o min_tokens=1), or send more requests at a time (--requests)."
@@ -105,14 +104,4 @@ def record(comparison: Comparison, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-        os.chmod(scratch, 0o644)  # mkstemp's 0600 would stay after the rename
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    write_text(path, json.dumps(content, indent=2) + "\n")

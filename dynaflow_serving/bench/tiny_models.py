@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.errors import ConfigError, DynaflowError, unknown_name
+from dynaflow_serving.files import cache_directory
 
 VOCABULARY = 2048
 SEED = 0
@@ -70,12 +71,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
 }
-
-
-def cache_directory() -> Path:
-    """Where tiny models are kept: `$XDG_CACHE_HOME/dynaflow_serving`, else `~/.cache/dynaflow_serving`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dynaflow_serving"
 
 
 def make_tiny_model(kind: str, directory: str | Path | None = None, layers: int = 2) -> Path:
@@ -159,14 +154,14 @@ def _save_tokenizer(folder: Path) -> None:
         initial_alphabet=byte_level.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_training_text(), trainer)
+    tokenizer.train_from_iterator(standard_library(), trainer)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
     )
     fast.save_pretrained(folder)
 
 
-def _training_text() -> list[str]:
+def standard_library() -> list[str]:
     """Modules of the standard library: about 3 MB of text that every Python installation has."""
     folder = Path(os.__file__).parent
     return [path.read_text(errors="ignore") for path in sorted(folder.glob("*.py"))[:80]]

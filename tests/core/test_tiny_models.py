@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from dynaflow_serving.bench import tiny_models
-from dynaflow_serving.bench.tiny_models import ARCHITECTURES, cache_directory, make_tiny_model
+from dynaflow_serving.bench.tiny_models import ARCHITECTURES, make_tiny_model
 from dynaflow_serving.errors import ConfigError, DynaflowError
+from dynaflow_serving.files import cache_directory
 
 
 def test_unknown_kind_and_layers(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""One self-contained HTML file from a `record`.
+
+Contract
+- `render` is a pure function of the record: the page shows all of it, and refers to nothing outside of itself.
+- Losses are as visible as wins, and what makes the run worthless (`failures`) comes first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynaflow_serving.bench.report import CPU_NOTE
+from dynaflow_serving.bench.serving.loads import DATASETS
+from dynaflow_serving.bench.serving.record import headline
+from dynaflow_serving.errors import DynaflowError
+
+PACKAGES = ("jinja2", "matplotlib")
+
+
+def assert_can_report() -> None:
+    """Raises `DynaflowError` before anything runs, if the page could not be made."""
+    import importlib.util
+
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise DynaflowError(
+            f"--html needs the packages {', '.join(PACKAGES)}; missing here: {', '.join(missing)}. "
+            "Install them with: pip install 'dynaflow-serving[report]'"
+        )
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The page."""
+    import jinja2
+    from markupsafe import Markup
+
+    from dynaflow_serving.bench.serving.plots import gains, pareto
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "spread": spread, "pretty": _pretty}
+    rows = headline(result)
+    datasets = [
+        {"name": name, "words": DATASETS[name], "pareto": Markup(pareto(list(loads)))}
+        for name, loads in itertools.groupby(result["loads"], key=lambda load: load["dataset"])
+    ]
+    template = environment.get_template("report.html.j2")
+    return template.render(result=result, rows=rows, datasets=datasets, gains=Markup(gains(rows)), cpu_note=CPU_NOTE)
+
+
+def number(value: float) -> str:
+    """Three significant digits, and all of those before the point: 4,778; 36.1; 0.832."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def spread(value: Mapping[str, float] | None, ratio: bool = False) -> str:
+    """`median (least - greatest)`; a ratio with three decimals."""
+    if value is None:
+        return "not measured"
+    median, least, greatest = (f"{value[key]:.3f}" if ratio else number(value[key]) for key in ("median", "min", "max"))
+    return f"{median} ({least} - {greatest})"
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2)

@@ -1,0 +1,120 @@
+"""One HTTP server in a process group of its own, and commands that run beside it.
+
+Contract
+- `Server` is healthy once `wait` returns; a server that ends, or is not healthy in time, is an `EngineProcessError`
+  that shows its log.
+- `stop` leaves no process behind, whatever state the server is in; `terminated_as_exit` brings a SIGTERM to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from dynaflow_serving.bench.process import EngineProcessError, end_group, excerpt, how_it_ended
+from dynaflow_serving.bench.serving.tool import HOST
+
+START_SECONDS = 1800.0  # a large model loads and compiles for many minutes
+STOP_SECONDS = 20.0
+ANSWER_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """Within it, SIGTERM unwinds as an exception does: servers have process groups of their own, and would live on."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """`name` is what messages call it; `environment` is added to this process's."""
+
+    def __init__(self, name: str, command: Sequence[str], port: int, environment: Mapping[str, str], log: Path) -> None:
+        self.name, self.command, self.port, self.log = name, list(command), port, log
+        self._process = _start(command, environment, log)
+
+    def wait(self, seconds: float = START_SECONDS) -> None:
+        """Until it says that it is healthy."""
+        end = time.monotonic() + seconds
+        while True:
+            if self._process.poll() is not None:
+                how = how_it_ended(self._process)
+                raise EngineProcessError(f"the server {self.name} {how} before it was healthy.\n{excerpt(self.log)}")
+            with contextlib.suppress(OSError):  # not listening yet, or not healthy yet
+                self._get("/health")
+                return
+            if time.monotonic() > end:
+                raise EngineProcessError(
+                    f"the server {self.name} was not healthy within {seconds:.0f} s.\n{excerpt(self.log)}"
+                )
+            time.sleep(0.5)
+
+    def metrics(self) -> str:
+        """The Prometheus text of /metrics."""
+        try:
+            return self._get("/metrics")
+        except OSError as e:
+            raise EngineProcessError(
+                f"the server {self.name} does not answer at /metrics ({e}), from which it is known what DynaFlow did.\n"
+                f"{excerpt(self.log)}"
+            ) from None
+
+    def stop(self) -> None:
+        """By its own way first, then by force."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        end_group(self._process)
+
+    def _get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://{HOST}:{self.port}{path}", timeout=ANSWER_SECONDS) as reply:
+            return str(reply.read().decode())
+
+
+def run_beside(name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> None:
+    """Run a command to its end. Raises `EngineProcessError` if it fails or takes longer than `seconds`."""
+    process = _start(command, environment, log)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise EngineProcessError(f"{name} did not end within {seconds:.0f} s.\n{excerpt(log)}") from None
+    finally:
+        end_group(process)
+    if process.returncode:
+        raise EngineProcessError(f"{name} {how_it_ended(process)}.\n{excerpt(log)}")
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )

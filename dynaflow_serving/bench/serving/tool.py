@@ -1,0 +1,124 @@
+"""What is asked of an engine's server and of its load generator; one file per engine (`vllm_tool`, `sglang_tool`).
+
+Contract
+- A tool only writes command lines and reads a result: `server` and `run` start the processes.
+- The two servers of a comparison differ in `EngineSettings.dynaflow` alone, and get the same arguments as the offline
+  engines of `drivers.Driver`.
+- `Figures` has the same units for all engines: seconds, tokens, requests; latencies in milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dynaflow_serving.bench.serving.loads import Load
+from dynaflow_serving.bench.settings import EngineSettings
+
+HOST = "127.0.0.1"
+LATENCIES = ("ttft", "tpot", "itl", "e2e")
+STATISTICS = ("mean", "median", "p99")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One pass, as the engine's tool measured it.
+
+    latencies: "ttft median" and so on -> milliseconds, over the completed requests; None where there is none.
+    errors: messages of failed requests, each with how often it came.
+    """
+
+    completed: int
+    failed: int
+    seconds: float
+    input_tokens: int
+    output_tokens: int
+    requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    latencies: dict[str, float | None]
+    errors: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pass for the load generator. `dataset` is the ShareGPT-like file, if the load is of that kind."""
+
+    model: str
+    port: int
+    load: Load
+    seed: int
+    dataset: Path | None
+    result: Path
+
+
+class ServingTool(Protocol):
+    variables: Mapping[str, str]
+    """Environment variables that the server needs beside those of `Engine.environment`."""
+
+    def version(self) -> str:
+        """Of the engine."""
+
+    def server(self, settings: EngineSettings, port: int, *, gpu: bool) -> list[str]:
+        """Command line of the HTTP server."""
+
+    def client(self, job: Job) -> list[str]:
+        """Command line of the load generator; it writes `job.result`."""
+
+    def figures(self, content: str, load: Load) -> Figures:
+        """What `job.result` holds."""
+
+
+def load_tool(path: str) -> ServingTool:
+    """An instance of the class at `module:class`."""
+    module, _, name = path.partition(":")
+    tool: ServingTool = getattr(importlib.import_module(module), name)()
+    return tool
+
+
+def flags(arguments: Mapping[str, Any]) -> list[str]:
+    """`{"tp_size": 2, "sleep_on_idle": True, "config": {...}}` as `--tp-size 2 --sleep-on-idle --config '{...}'`."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return words
+
+
+def read_figures(result: Mapping[str, Any], load: Load, *, total: str, e2e: str) -> Figures:
+    """From the fields that both engines' tools share; `total` and `e2e` name the two that differ."""
+    names = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": e2e}
+    return Figures(
+        completed=result["completed"],
+        failed=load.requests - result["completed"],
+        seconds=result["duration"],
+        input_tokens=result["total_input_tokens"],
+        output_tokens=result["total_output_tokens"],
+        requests_per_s=result["request_throughput"],
+        output_tokens_per_s=result["output_throughput"],
+        total_tokens_per_s=result[total],
+        latencies={
+            f"{latency} {statistic}": _positive(result[f"{statistic}_{names[latency]}_ms"])
+            for latency in LATENCIES
+            for statistic in STATISTICS
+        },
+        errors=dict(Counter(_first_line(e) for e in result.get("errors", []) if e)),
+    )
+
+
+def _positive(value: float | None) -> float | None:
+    """0 and NaN mean that there was nothing to measure (such as ITL of one token)."""
+    return None if value is None or math.isnan(value) or value <= 0 else float(value)
+
+
+def _first_line(message: str) -> str:
+    """Of a traceback, the last line is the one that says what happened."""
+    lines = [line.strip() for line in message.strip().splitlines()] or [""]
+    return (lines[-1] if lines[0].startswith("Traceback") else lines[0])[:300]

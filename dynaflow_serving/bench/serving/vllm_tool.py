@@ -1,0 +1,65 @@
+"""`vllm serve` under `vllm bench serve`.
+
+Contract
+- Requests ask for a given number of greedy tokens (`--ignore-eos --temperature 0`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from dynaflow_serving.bench.serving.loads import Load
+from dynaflow_serving.bench.serving.tool import HOST, Figures, Job, flags, read_figures
+from dynaflow_serving.bench.settings import EngineSettings
+from dynaflow_serving.bench.vllm_driver import engine_arguments
+
+COMMAND = [str(Path(sys.executable).with_name("vllm"))]
+
+
+class VLLMTool:
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # the server wants its engine in another process
+
+    def version(self) -> str:
+        return metadata.version("vllm")
+
+    def server(self, settings: EngineSettings, port: int, *, gpu: bool) -> list[str]:
+        arguments = engine_arguments(settings)
+        model = arguments.pop("model")
+        return [*COMMAND, "serve", model, *flags({"host": HOST, "port": port, **arguments})]
+
+    def client(self, job: Job) -> list[str]:
+        load = job.load
+        arguments = {
+            "backend": "vllm",
+            "model": job.model,
+            "host": HOST,
+            "port": job.port,
+            "num_prompts": load.requests,
+            "request_rate": load.rate,
+            "seed": job.seed,
+            "ignore_eos": True,
+            "temperature": 0,
+            "percentile_metrics": "ttft,tpot,itl,e2el",
+            "metric_percentiles": 99,
+            "disable_tqdm": True,
+            "save_result": True,
+            "save_detailed": True,
+            "result_dir": job.result.parent,
+            "result_filename": job.result.name,
+        }
+        if job.dataset is not None:
+            arguments |= {"dataset_name": "sharegpt", "dataset_path": job.dataset, "no_oversample": True}
+        else:
+            arguments |= {
+                "dataset_name": "random",
+                "random_input_len": load.input_len,
+                "random_output_len": load.output_len,
+                "random_range_ratio": 0.5,  # half to one and a half of the mean
+            }
+        return [*COMMAND, "bench", "serve", *flags(arguments)]
+
+    def figures(self, content: str, load: Load) -> Figures:
+        return read_figures(json.loads(content), load, total="total_token_throughput", e2e="e2el")

@@ -1,0 +1,393 @@
+"""The benchmark of servers: its parts, and a whole run with real processes and a fake engine in them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from dynaflow_serving.bench.engines import ENGINES, Engine
+from dynaflow_serving.bench.process import EngineProcessError
+from dynaflow_serving.bench.serving.loads import LONGEST, SHORTEST, Load, ShareGPT, lengths, make_loads, seed_of_pass
+from dynaflow_serving.bench.serving.proof import Steps, not_engaged, not_stock, samples, steps_between
+from dynaflow_serving.bench.serving.record import LOSS, NOISE, WIN, verdict
+from dynaflow_serving.bench.serving.report import number, spread
+from dynaflow_serving.bench.serving.server import Server, free_port
+from dynaflow_serving.bench.serving.sglang_tool import SGLangTool
+from dynaflow_serving.bench.serving.tool import Job, ServingTool, flags
+from dynaflow_serving.bench.serving.vllm_tool import VLLMTool
+from dynaflow_serving.bench.settings import EngineSettings
+from dynaflow_serving.cli import app
+
+INF = float("inf")
+RANDOM = Load("random", 8, 128, 64, INF)
+METRICS = """
+# TYPE dynaflow_steps_total counter
+dynaflow_steps_total{strategy="nanoflow",reason=""} 7
+dynaflow_steps_total{strategy="none",reason="one request"} 3
+dynaflow_steps_total{strategy="none",reason="a micro-batch would have under 9 tokens"} 1
+# TYPE dynaflow_steps_created gauge
+dynaflow_steps_created{strategy="nanoflow",reason=""} 1.7e9
+# TYPE dynaflow_overlap_ratio gauge
+dynaflow_overlap_ratio 0.25
+vllm:tokens_total{model_name="/cache/dynaflow_serving/llama"} 9
+"""
+
+# A server whose requests take 2 ms, 4 ms under DynaFlow, and a load generator that sends them one after the other.
+FAKE_SERVER = """
+import http.server, os, sys, time
+port, dynaflow = int(sys.argv[1]), "--dynaflow" in sys.argv
+fault = os.environ.get("FAKE", "")
+if fault == "dies":
+    sys.exit("ValueError: no such model")
+steps = 0
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        global steps
+        body = ""
+        if self.path == "/work":
+            time.sleep(0.004 if dynaflow else 0.002)
+            steps += 1
+        elif self.path == "/metrics" and (dynaflow or fault == "not stock"):
+            split = 0 if fault == "idle" else steps
+            body = f'dynaflow_steps_total{{strategy="nanoflow",reason=""}} {split}\\n' * bool(split)
+            body += f'dynaflow_steps_total{{strategy="none",reason="one request"}} {1 + steps - split}\\n'
+            body += "dynaflow_overlap_ratio 0.5\\n"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_):
+        pass
+
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+FAKE_CLIENT = """
+import json, os, statistics, sys, time, urllib.request
+port, requests, result = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+fault, times = os.environ.get("FAKE", ""), []
+for _ in range(requests):
+    start = time.perf_counter()
+    urllib.request.urlopen(f"http://127.0.0.1:{port}/work").read()
+    times.append(1000 * (time.perf_counter() - start))
+failed = 1 if fault == "fails" else 0
+seconds = sum(times) / 1000
+figures = dict(completed=requests - failed, duration=seconds, total_input_tokens=10 * requests,
+    total_output_tokens=5 * requests, request_throughput=requests / seconds, output_throughput=5 * requests / seconds,
+    total=15 * requests / seconds, errors=["Traceback\\nOSError: gone"] * failed + [""] * (requests - failed))
+for name in ("ttft", "tpot", "itl", "e2el"):
+    value = float("nan") if name == "itl" else statistics.median(times)
+    figures |= {f"{how}_{name}_ms": value for how in ("mean", "median", "p99")}
+open(result, "w").write(json.dumps(figures))
+"""
+FAKE_TOOL = """
+import json, sys
+from pathlib import Path
+from dynaflow_serving.bench.serving.tool import read_figures
+
+HERE = Path(__file__).parent
+
+class Tool:
+    variables = {"FAKE_VARIABLE": "1"}
+
+    def version(self):
+        return "9.9"
+
+    def server(self, settings, port, *, gpu):
+        return [sys.executable, str(HERE / "server.py"), str(port), *(["--dynaflow"] if settings.dynaflow else [])]
+
+    def client(self, job):
+        return [sys.executable, str(HERE / "client.py"), str(job.port), str(job.load.requests), str(job.result)]
+
+    def figures(self, content, load):
+        return read_figures(json.loads(content), load, total="total", e2e="e2el")
+"""
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An engine called `fake` with servers, and a folder that looks like a model."""
+    for name, text in (("server", FAKE_SERVER), ("client", FAKE_CLIENT), ("fake_serving", FAKE_TOOL)):
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fake_serving", raising=False)
+    monkeypatch.setitem(ENGINES, "fake", Engine("none:None", tool="fake_serving:Tool"))
+    monkeypatch.setattr("dynaflow_serving.bench.environment.has_gpu", lambda: False)
+    monkeypatch.setattr("dynaflow_serving.bench.serving.run.METRICS_SECONDS", 0.0)
+    return tmp_path
+
+
+def bench(folder: Path, *arguments: str) -> tuple[Result, dict[str, Any], str]:
+    """Result, JSON, page."""
+    files = folder / "out" / "result.json", folder / "out" / "report.html"
+    command = ["bench", "fake", "--model", str(folder), "--html", str(files[1]), "--json", str(files[0]), *arguments]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
+    content, page = (path.read_text() if path.exists() else "" for path in files)
+    return result, json.loads(content or "{}"), page
+
+
+def run(folder: Path) -> tuple[Result, dict[str, Any], str]:
+    return bench(folder, "--load", "random", "--rate", "4", "--rate", "inf", "--pairs", "2", "--requests", "10")
+
+
+def test_a_whole_run(engine: Path) -> None:
+    result, content, page = run(engine)
+    assert result.exit_code == 0, result.output
+    assert "random, 4/s: pair 2 of 2: baseline" in result.stderr and "expected to lose" in result.stdout
+    assert content["engine_version"] == "9.9" and content["environment"] == {"FAKE_VARIABLE": "1"}
+    assert content["failures"] == [] and content["notes"] == []
+    assert content["steps"] == {"split": {"nanoflow": 40}, "unsplit": {}}  # 2 loads x 2 pairs x 10, no warm-up
+    assert [sample["name"] for sample in content["policy"]] == ["dynaflow_overlap_ratio"]
+    assert "--dynaflow" in content["servers"]["dynaflow"] and "--dynaflow" not in content["servers"]["baseline"]
+    assert [load["rate"] for load in content["loads"]] == [4, "inf"]
+    order = [(p["load"], p["pair"], p["side"][0]) for p in content["passes"]]
+    assert order[:6] == [(0, 0, "d"), (0, 0, "b"), (0, 1, "b"), (0, 1, "d"), (0, 2, "d"), (0, 2, "b")]
+    assert len(order) == 12 and all((p["metrics"] == 0) == (p["side"] == "baseline") for p in content["passes"])
+    for load in content["loads"]:
+        figures = {f["key"]: f for f in load["figures"]}
+        assert len(figures) == 15
+        for key in ("output_tokens_per_s", "ttft median"):  # twice as slow, whichever way it is measured
+            gain = figures[key]["gain"]
+            assert 0.2 < gain["min"] <= gain["median"] <= gain["max"] < 1 and figures[key]["verdict"] == LOSS
+        assert figures["itl median"]["gain"] is None and figures["itl median"]["verdict"] == ""
+    assert content["verdicts"] == {WIN: 0, LOSS: 8, NOISE: 0}
+    for text in ("9.9", "CPU run", "within noise", "not measured", "FAKE_VARIABLE=1", "warm-up, not counted"):
+        assert text in page
+    assert page.count('class="loss-row"') == 8 and page.count("<svg") == 2
+
+
+def test_the_page_needs_nothing_but_itself(engine: Path) -> None:
+    _, _, page = run(engine)
+    assert len(page) < 2_000_000
+    names = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # of XML, which nothing fetches
+    assert set(re.findall(r"""https?://[^\s"'<)]+""", page)) <= names
+    assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", page)
+
+
+def test_what_is_written_on_the_page_is_escaped(engine: Path) -> None:
+    result, content, page = bench(engine, "--load", "random", "--pairs", "2", "--requests", "2", "--dtype", "<b>x</b>")
+    assert result.exit_code == 0 and content["config"]["dtype"] == "<b>x</b>"
+    assert "<b>x</b>" not in page and "&lt;b&gt;x&lt;/b&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            "idle",
+            "DynaFlow split no step, so the two servers did the same work. Un-split steps: 40 because: one request",
+        ),
+        ("not stock", "The baseline has metrics of DynaFlow (dynaflow_overlap_ratio, dynaflow_steps_total)"),
+        ("fails", "3 of 30 requests failed against baseline (random, 4/s). The first error: OSError: gone"),
+    ],
+)
+def test_a_run_that_proves_nothing_fails_with_its_report(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
+) -> None:
+    monkeypatch.setenv("FAKE", fault)
+    result, content, page = run(engine)
+    assert result.exit_code == 1
+    assert message in result.stderr and any(message in failure for failure in content["failures"])
+    assert "<b>Failed:</b>" in page
+    assert len(content["passes"]) == 12  # nothing is dropped
+
+
+def test_a_server_that_dies_is_told_with_its_log(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE", "dies")
+    result, content, page = run(engine)
+    assert result.exit_code == 2 and not content and not page
+    assert "the server baseline ended with exit code 1 before it was healthy" in result.stderr
+    assert "ValueError: no such model" in result.stderr and "baseline.log" in result.stderr
+
+
+def test_options_that_do_not_fit(engine: Path) -> None:
+    def error(*arguments: str) -> str:
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", "fake", "--model", str(engine), *arguments])
+        assert result.exit_code == 2
+        return result.stderr
+
+    page = ("--html", str(engine / "x.html"))
+    assert "--load and --rate are for servers: add --html FILE" in error("--rate", "4")
+    assert "--pairs must be 2 or more" in error(*page, "--pairs", "1")
+    assert "unknown load 'sharegtp'. Did you mean 'sharegpt'" in error(*page, "--load", "sharegtp")
+    assert "inf sends all at once" in error(*page, "--rate", "0") and "more than 0" in error(*page, "--rate", "nan")
+    assert "valid: 4 to 512" in error(*page, "--input-len", "600")
+    ENGINES["fake"] = Engine("none:None")
+    assert "fake has no server that can be benchmarked" in error(*page)
+
+
+def test_missing_packages_are_named_before_anything_runs(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynaflow_serving.bench.serving.report.PACKAGES", ("jinja2", "no_such_package"))
+    result, _, _ = run(engine)
+    assert result.exit_code == 2 and "missing here: no_such_package" in result.stderr
+    assert "pip install 'dynaflow-serving[report]'" in result.stderr and "start" not in result.stderr
+
+
+def test_a_terminated_run_leaves_no_server(engine: Path) -> None:
+    """SIGTERM, as `timeout` sends it, while both servers are alive."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from dynaflow_serving.bench.engines import ENGINES, Engine\n"
+        "ENGINES['fake'] = Engine('none:None', tool='fake_serving:Tool')\n"
+        "from dynaflow_serving.cli import app\n"
+        "where = ['--model', sys.argv[1], '--html', sys.argv[1] + '/x.html']\n"
+        "app(['bench', 'fake', *where, '--load', 'random', '--requests', '100000'])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(engine)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "warm-up" in line:
+            break
+    assert _alive(engine) >= 2
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    process.stderr.close()
+    assert _alive(engine) == 0
+
+
+def _alive(folder: Path) -> int:
+    """Servers and load generators of this test."""
+    names = (str(folder / "server.py"), str(folder / "client.py"))
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_text())
+        except OSError:  # it has ended
+            continue
+    return sum(any(name in line for name in names) for line in lines)
+
+
+def test_a_server_that_is_not_healthy_in_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; print('hm', flush=True); time.sleep(60)"]
+    server = Server("stock", command, free_port(), {}, tmp_path / "stock.log")
+    begin = time.monotonic()
+    try:
+        with pytest.raises(EngineProcessError, match=r"the server stock was not healthy within 3 s(.|\n)*hm"):
+            server.wait(3)
+    finally:
+        server.stop()
+    assert time.monotonic() - begin < 30
+
+
+def test_loads() -> None:
+    loads = make_loads(["random", "sharegpt", "random"], [8.0, INF], 16, 128, 64)
+    assert [load.name for load in loads] == [
+        "random, 8/s",
+        "random, all at once",
+        "sharegpt, 8/s",
+        "sharegpt, all at once",
+    ]
+    assert loads[1].facts()["rate"] == "inf" and json.dumps(loads[0].facts(), allow_nan=False)
+    seeds = {seed_of_pass(base, load, number) for base in (0,) for load in range(9) for number in range(9)}
+    assert len(seeds) == 81
+
+
+def test_sharegpt_has_its_lengths(tmp_path: Path) -> None:
+    load = Load("sharegpt", 4000, 128, 64, INF)
+    drawn = lengths(load, 5)
+    assert drawn == lengths(load, 5) != lengths(load, 6)
+    for mean, column in zip((128, 64), zip(*drawn)):
+        assert all(SHORTEST <= n <= LONGEST for n in column)
+        assert sum(column) / len(column) == pytest.approx(mean, rel=0.1)
+        middle = sorted(column)[len(column) // 2]
+        assert middle == pytest.approx(mean / 2.718**0.5, rel=0.1)  # log-normal: the median is below the mean
+    words = re.compile(r"\S+\s*")
+    text = " ".join(f"word{i}" for i in range(3000))
+    maker = ShareGPT(text, lambda text: [match.span() for match in words.finditer(text)])
+    small = Load("sharegpt", 20, 100, 50, INF)
+    maker.write(tmp_path / "a.json", small, 1)
+    content = json.loads((tmp_path / "a.json").read_text())
+    turns = [[turn["value"] for turn in one["conversations"]] for one in content]
+    assert [(len(words.findall(a)), len(words.findall(b))) for a, b in turns] == lengths(small, 1)
+    assert [turn["from"] for turn in content[0]["conversations"]] == ["human", "gpt"]
+
+
+def test_metrics() -> None:
+    found = samples(METRICS)
+    assert {s.name for s in found} == {"dynaflow_steps_total", "dynaflow_overlap_ratio"}
+    steps = steps_between([], found)
+    assert steps == Steps({"nanoflow": 7}, {"one request": 3, "a micro-batch would have under 9 tokens": 1})
+    later = samples(METRICS.replace('reason=""} 7', 'reason=""} 9'))
+    assert steps_between(found, later) == Steps({"nanoflow": 2}, {})
+    assert not_stock([]) == "" and "dynaflow_overlap_ratio" in not_stock(found)
+    assert samples("vllm:x_total{reason='dynaflow_steps_total'} 1".replace("'", '"')) == []
+
+
+def test_engagement() -> None:
+    idle = Steps({}, {"auto: not split is faster": 5})
+    assert not_engaged("nanoflow", Steps({"nanoflow": 1}, {})) == ""
+    assert "split no step" in not_engaged("nanoflow", idle) and "5 because: auto" in not_engaged("nanoflow", idle)
+    assert not_engaged("auto", idle) == ""
+    assert "counted no step" in not_engaged("auto", Steps({}, {}))
+
+
+def test_verdicts_and_numbers() -> None:
+    assert verdict({"median": 1.1, "min": 1.01, "max": 1.2}) == WIN
+    assert verdict({"median": 0.9, "min": 0.8, "max": 0.99}) == LOSS
+    assert verdict({"median": 1.1, "min": 0.99, "max": 1.2}) == NOISE
+    assert verdict(None) == ""
+    assert [number(x) for x in (4778.4, 100.0, 36.12, 1.5, 0.8321)] == ["4,778", "100", "36.1", "1.50", "0.832"]
+    assert spread({"median": 0.8321, "min": 0.8, "max": 1.0}, ratio=True) == "0.832 (0.800 - 1.000)"
+
+
+@pytest.mark.parametrize("tool", [VLLMTool(), SGLangTool()], ids=["vllm", "sglang"])
+def test_servers_differ_in_dynaflow_alone(tool: ServingTool) -> None:
+    settings = EngineSettings(model="m", compiled=False, tensor_parallel=2, max_batched_tokens=96)
+    asked = EngineSettings(**{**settings.__dict__, "dynaflow": {"strategy": "nanoflow"}})
+    for gpu in (True, False):
+        stock, ours = tool.server(settings, 80, gpu=gpu), tool.server(asked, 80, gpu=gpu)
+        assert ours[: len(stock)] == stock
+        name, value = ours[len(stock) :]
+        assert name in ("--additional-config", "--json-model-override-args")
+        assert json.loads(value) == {"dynaflow": {"strategy": "nanoflow"}}
+        assert "--port 80" in " ".join(stock) and "--host 127.0.0.1" in " ".join(stock)
+    with_defaults = " ".join(tool.server(EngineSettings(model="m"), 80, gpu=True))
+    assert "compilation" not in with_defaults and "batched" not in with_defaults and "chunked" not in with_defaults
+
+
+@pytest.mark.parametrize("tool", [VLLMTool(), SGLangTool()], ids=["vllm", "sglang"])
+def test_load_generators(tool: ServingTool, tmp_path: Path) -> None:
+    job = Job("m", 80, Load("random", 8, 128, 64, 4.0), 7, None, tmp_path / "r.json")
+    command = " ".join(tool.client(job))
+    assert "--num-prompts 8" in command and "--request-rate 4.0" in command and "--seed 7" in command
+    file = Job("m", 80, Load("sharegpt", 8, 128, 64, INF), 7, tmp_path / "d.json", tmp_path / "r.json")
+    assert f"--dataset-name sharegpt --dataset-path {tmp_path / 'd.json'}" in " ".join(tool.client(file))
+    assert "--request-rate inf" in " ".join(tool.client(file))
+
+
+@pytest.mark.parametrize(
+    ("tool", "total", "e2e"),
+    [(VLLMTool(), "total_token_throughput", "e2el"), (SGLangTool(), "total_throughput", "e2e_latency")],
+    ids=["vllm", "sglang"],
+)
+def test_results_of_both_tools_become_the_same_record(tool: ServingTool, total: str, e2e: str) -> None:
+    content: dict[str, Any] = {
+        "completed": 7, "duration": 2.0, "total_input_tokens": 90, "total_output_tokens": 40, "request_throughput": 3.5,
+        "output_throughput": 20.0, total: 65.0, "errors": ["", "Traceback (most ...)\n  File\nOSError: x\n"],
+    }  # fmt: skip
+    for index, name in enumerate(("ttft", "tpot", "itl", e2e)):
+        content |= {f"{how}_{name}_ms": 10.0 * index + i for i, how in enumerate(("mean", "median", "p99"))}
+    figures = tool.figures(json.dumps(content), RANDOM)
+    assert (figures.completed, figures.failed, figures.total_tokens_per_s) == (7, 1, 65.0)
+    assert figures.errors == {"OSError: x": 1}
+    assert figures.latencies["ttft mean"] is None  # 0: nothing was measured
+    assert (figures.latencies["itl p99"], figures.latencies["e2e median"]) == (22.0, 31.0)
+
+
+def test_flags() -> None:
+    arguments = {"tp_size": 2, "sleep_on_idle": True, "config": {"a": 1}, "rate": INF}
+    assert flags(arguments) == ["--tp-size", "2", "--sleep-on-idle", "--config", '{"a": 1}', "--rate", "inf"]
