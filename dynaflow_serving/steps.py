@@ -141,7 +141,7 @@ class Steps:
             "step": self._split_steps,
             "strategy": split.candidate or self.strategy.name,
             "options": self.strategy.of(split.candidate).options.model_dump(mode="json"),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a class of its own, which torch.load refuses
             "tokens": list(self._batch.tokens),
             "context": list(self._batch.context),
             "bounds": list(split.bounds),
