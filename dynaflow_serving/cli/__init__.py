@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from dynaflow_serving.cli import bench, check, doctor, explain, schema, simulate
+from dynaflow_serving.cli import bench, check, doctor, explain, schema, simulate, tune
 from dynaflow_serving.errors import DynaflowError
 
 
@@ -38,6 +38,7 @@ app = typer.Typer(
     help="Run an LLM engine's forward pass under a programmable schedule: benchmark it, look at it, check it.",
 )
 app.command("bench")(bench.bench)
+app.command("tune")(tune.tune)
 app.command("explain")(explain.explain)
 app.command("simulate")(simulate.simulate)
 app.command("check")(check.check)
