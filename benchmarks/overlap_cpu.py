@@ -62,8 +62,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def run_ranks(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The figures that rank 0 measured. Raises `SystemExit` with a rank's last words if one fails."""
+def run_ranks(options: argparse.Namespace, folder: Path, script: Path = RANK_SCRIPT) -> dict[str, Any]:
+    """What rank 0 of `script` leaves in `figures.json`. Raises `SystemExit` with a rank's last words if one fails."""
     settings = {k: v for k, v in vars(options).items() if k != "json"} | {"folder": str(folder)}
     with link() as sides:
         processes = []
@@ -74,7 +74,7 @@ def run_ranks(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "MASTER_ADDR": sides[0].address, "MASTER_PORT": "29533", "GLOO_SOCKET_IFNAME": INTERFACE,
                 "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             }  # fmt: skip
-            command = side.command(sys.executable, str(RANK_SCRIPT), json.dumps(settings))
+            command = side.command(sys.executable, str(script), json.dumps(settings))
             log = (folder / f"rank{rank}.log").open("w")
             shown = None if rank == 0 else log  # rank 0 shows its progress on stderr
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=shown))
@@ -86,7 +86,7 @@ def run_ranks(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for rank, code in enumerate(codes):
         if code:
             text = (folder / f"rank{rank}.log").read_text().strip()[-2000:]
-            raise SystemExit(f"overlap_cpu: rank {rank} ended with exit code {code}\n{text}")
+            raise SystemExit(f"{script.name}: rank {rank} ended with exit code {code}\n{text}")
     figures: dict[str, Any] = json.loads((folder / "figures.json").read_text())
     return figures
 

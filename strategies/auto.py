@@ -51,8 +51,12 @@ class AutoOptions(Options):
     min_gain: float = Field(0.02, ge=0, description="relative gain that a candidate must show, besides the noise")
     table: str | None = Field(None, description="file of the decisions; default: one per model and machine")
     retune: bool = Field(False, description="measure anew, even if there is a table for this model and machine")
-    guard_window: int = Field(64, ge=16, description="steps of a bucket after which its candidate is judged again")
-    guard_every: int = Field(64, ge=4, description="while serving, one step in so many runs un-split, to compare with")
+    guard_window: int = Field(
+        64,
+        ge=8,
+        description="while serving, a candidate is looked at after so many steps of its bucket; has it become slower, "
+        "some un-split steps are made to compare with, and it is switched off if they are faster",
+    )
     straddle: bool = Field(True, description="whether a split may cut inside a request")
     min_collective_kib: int = Field(
         0,
@@ -118,7 +122,7 @@ class Auto(OpScheduler):
         self.forced = None
         self._adopted = dict(table.adopted)
         self._why = {d.bucket: FASTER_WHOLE for d in table.decisions if not d.candidate and d.trials}
-        self.guard = Guard(self.options.guard_window, self.options.guard_every, ranks, self._switch_off)
+        self.guard = Guard(self.options.guard_window, ranks, self._switch_off)
         for decision in table.decisions:
             if decision.candidate:
                 self.guard.add(decision.bucket, max(decision.noise or 0.0, self.options.min_gain))

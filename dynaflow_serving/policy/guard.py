@@ -1,16 +1,17 @@
 """Run-time watch over adopted candidates: what turns out slower than un-split steps is switched off.
 
 Contract
-- Of every adopted bucket some steps run un-split: four of the first eight, then one in `every`. They are what the
-  candidate's steps are compared with, per token, so that a change of the load changes both.
-- After every `window` steps of a bucket the ranks compare medians (one small collective), so that all switch off
-  alike; which steps those are follows from the number of steps, never from a clock.
+- A comparison is `COMPARED` adjacent steps of a bucket, every second one un-split: what changes with the load or the
+  length of contexts changes both. Slower than un-split ones by more than the noise: switched off.
+- The first steps of a bucket are a comparison. After that, every `window` steps are looked at: has the candidate become
+  slower per token than at its last comparison, or are `RECHECKED` windows over, the next steps are a comparison again.
+- Which steps those are, and what is switched off, all ranks decide alike: with one small collective per window and
+  comparison, after numbers of steps that are the same on all ranks.
 - A step's time may be known later than at its end (a device), or never (a failed step).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -18,57 +19,72 @@ from statistics import median
 from dynaflow_serving.policy.bucket import Bucket
 from dynaflow_serving.ranks import Ranks
 
-FIRST = 8  # steps of a bucket, of which every second runs un-split
-KEPT = 8  # un-split steps that count at most, the latest ones
+COMPARED = 8
+RECHECKED = 16
 
 
 @dataclass
 class Watch:
     """One bucket. Seconds are per token."""
 
-    noise: float  # relative: what the candidate may be slower by
-    steps: int = 0
-    plain: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    noise: float  # relative: what a candidate may be slower by
+    left: int = COMPARED  # steps of the comparison, or, with `comparing` False, of the window
+    comparing: bool = True
+    windows: int = 0  # since the last comparison
+    reference: float = 0.0  # of the candidate's steps in the last comparison
+    speed_up: float = 1.0  # in the last comparison
+    plain: list[float] = field(default_factory=list)
     split: list[float] = field(default_factory=list)
 
 
 class Guard:
-    def __init__(self, window: int, every: int, ranks: Ranks, switch_off: Callable[[Bucket, float], None]) -> None:
+    def __init__(self, window: int, ranks: Ranks, switch_off: Callable[[Bucket, float], None]) -> None:
         """switch_off: told the bucket and the measured speed-up, below 1."""
-        self.window, self.every, self.ranks, self._switch_off = window, every, ranks, switch_off
+        self.window, self.ranks, self._switch_off = window, ranks, switch_off
         self._watches: dict[Bucket, Watch] = {}
 
     def add(self, bucket: Bucket, noise: float) -> None:
         self._watches[bucket] = Watch(noise)
 
     def runs_plain(self, bucket: Bucket) -> bool:
-        """Whether this step of `bucket`, which has an adopted candidate, is one to compare with. Counts the step."""
+        """Whether this step of `bucket`, which has an adopted candidate, runs un-split. Counts the step."""
         watch = self._watches[bucket]
-        if watch.steps and watch.steps % self.window == 0:
-            self._judge(bucket, watch)
-            if bucket not in self._watches:
-                return True
-        watch.steps += 1
-        return watch.steps % 2 == 0 if watch.steps <= FIRST else watch.steps % self.every == 0
+        if watch.left == 0:
+            if watch.comparing:
+                self._judge(bucket, watch)
+                if bucket not in self._watches:
+                    return True
+            else:
+                self._look(watch)
+            watch.plain.clear()
+            watch.split.clear()
+        watch.left -= 1
+        return watch.comparing and watch.left % 2 == 1
 
     def observe(self, bucket: Bucket, split: bool, tokens: int, seconds: float) -> float:
-        """A step of a watched bucket took so long. Returns the seconds that it saved, estimated."""
+        """A step took so long. Returns the seconds that it saved, estimated from the last comparison."""
         watch = self._watches.get(bucket)
         if watch is None:
             return 0.0
-        each = seconds / tokens
-        if not split:
-            watch.plain.append(each)
-            return 0.0
-        watch.split.append(each)
-        return (median(watch.plain) - each) * tokens if watch.plain else 0.0
+        (watch.split if split else watch.plain).append(seconds / tokens)
+        return seconds * (watch.speed_up - 1) if split else 0.0
 
     def _judge(self, bucket: Bucket, watch: Watch) -> None:
-        slower = 0.0
-        if len(watch.plain) > 1 and len(watch.split) > 1:
-            slower = median(watch.split) / median(watch.plain)
-        watch.split.clear()
+        """After a comparison."""
+        slower = median(watch.split) / median(watch.plain) if watch.split and watch.plain else 0.0
         (slower,) = self.ranks.greatest([slower])
         if slower > 1 + watch.noise:
             del self._watches[bucket]
             self._switch_off(bucket, 1 / slower)
+            return
+        watch.speed_up = 1 / slower if slower else 1.0
+        watch.reference = median(watch.split) if watch.split else 0.0
+        watch.comparing, watch.windows, watch.left = False, 0, self.window
+
+    def _look(self, watch: Watch) -> None:
+        """After a window."""
+        watch.windows += 1
+        now = median(watch.split) if watch.split else 0.0
+        (suspect,) = self.ranks.greatest([float(now > watch.reference * (1 + watch.noise))])
+        watch.comparing = bool(suspect) or watch.windows == RECHECKED
+        watch.left = COMPARED if watch.comparing else self.window

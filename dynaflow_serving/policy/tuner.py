@@ -73,8 +73,8 @@ class Tuner:
         self.options = self.auto.options
 
     def tune(self, progress: Progress = lambda done, of, what: None) -> Table:
-        started = time.perf_counter()
         refused = self._refused()
+        started = time.perf_counter()
         work = list({bucket_of(batch): batch for batch in self.trials.batches()}.items())
         decisions: list[Decision] = []
         for done, (bucket, batch) in enumerate(work):
@@ -197,19 +197,11 @@ class Tuner:
 def conclude(decision: Decision, min_gain: float) -> None:
     """Adopt the best timed trial, or none, and say why; un-split steps are measured by now."""
     assert decision.noise is not None
-    least = 1 + max(decision.noise, min_gain)
     winners: list[Trial] = []
     for trial in decision.trials:
-        if trial.measured is None:
-            continue
-        trial.verdict = ""
-        wins = sum(r > 1 for r in trial.ratios)
-        if trial.measured > least and wins > 0.75 * len(trial.ratios):
-            winners.append(trial)
-        elif trial.measured <= 1:
-            trial.verdict = f"slower ({trial.measured:.2f}x)"
-        else:
-            trial.verdict = f"gain {trial.measured - 1:.1%} within noise {decision.noise:.1%} or under {min_gain:.0%}"
+        if trial.measured is not None:
+            trial.verdict = _lost(trial, decision.noise, min_gain)
+            winners += [] if trial.verdict else [trial]
     if winners:
         best = max(winners, key=lambda t: t.measured or 0.0)
         decision.candidate = best.candidate
@@ -217,13 +209,25 @@ def conclude(decision: Decision, min_gain: float) -> None:
         for trial in winners:
             if trial is not best:
                 trial.verdict = f"{best.candidate} is faster"
-    elif best_lost := decision.best:
-        decision.reason = f"{best_lost.candidate}: {best_lost.verdict}"
+    elif closest := decision.best:
+        decision.reason = f"{closest.candidate}: {closest.verdict}"
     else:
         decision.reason = "; ".join(dict.fromkeys(t.verdict for t in decision.trials))
-    effects = next((t.effects for t in decision.trials if t is decision.best), [])
-    if effects:
-        decision.reason += f" ({', '.join(effects)})"
+    if decision.best is not None and decision.best.effects:
+        decision.reason += f" ({', '.join(decision.best.effects)})"
+
+
+def _lost(trial: Trial, noise: float, min_gain: float) -> str:
+    """Why a measured trial is not adopted; "" if it may be."""
+    assert trial.measured is not None
+    wins, pairs = sum(r > 1 for r in trial.ratios), len(trial.ratios)
+    if trial.measured <= 1:
+        return f"slower ({trial.measured:.2f}x)"
+    if trial.measured - 1 <= max(noise, min_gain):
+        return f"gain {trial.measured - 1:.1%}, but noise is {noise:.1%} and min_gain {min_gain:.1%}"
+    if wins <= 0.75 * pairs:
+        return f"won {wins} of {pairs} pairs only"
+    return ""
 
 
 def noise(seconds: list[float]) -> float:

@@ -1,0 +1,60 @@
+"""What runs in the two rank processes of `test_policy`: importable there by name."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+from policy_support import Engine, per_token
+
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.ir import Batch
+from dynaflow_serving.policy.bucket import bucket_of
+from dynaflow_serving.policy.start import start_policy
+from dynaflow_serving.policy.table import Decision, Table, Trial
+from dynaflow_serving.ranks import Ranks
+
+BATCH = Batch((8,) * 8)
+
+
+def main(rank: int, folder: str, scenario: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    Path(folder, f"rank{rank}").write_text(globals()[scenario](rank, folder))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def table(candidate: str) -> Table:
+    trial = Trial(candidate="nanoflow x2", ratios=[1.3])
+    decision = Decision(**bucket_of(BATCH)._asdict(), candidate=candidate, noise=0.05, trials=[trial])
+    return Table(key={"model": "chain", "device": "here"}, decisions=[decision])
+
+
+def different_tables(rank: int, folder: str) -> str:
+    """Each rank finds a table for its key on its own disk, and they differ."""
+    file = Path(folder, f"table{rank}.json")
+    table("nanoflow x2" if rank else "").save(file)
+    engine = Engine(per_token, ranks=Ranks(dist.group.WORLD), table=str(file))
+    try:
+        start_policy(engine.steps, engine.steps.runtimes, engine, engine.facts, engine.ranks, logging.getLogger())
+    except InactiveError as error:
+        text = str(error)
+        told = "different policy tables" in text and '+   "candidate": "nanoflow x2"' in text
+        return "as expected" if told and not engine.ran else text
+    return "no error"
+
+
+def guard_of_one_rank(rank: int, folder: str) -> str:
+    """Only rank 1 finds its candidate slow: both switch off, after the same step."""
+    slow = rank == 1
+    engine = Engine(lambda tokens: per_token(tokens) * (3 if slow and tokens < 64 else 1), guard_window=16)
+    assert engine.steps.auto is not None
+    engine.steps.auto.adopt(table("nanoflow x2"), Ranks(dist.group.WORLD))
+    for _ in range(40):
+        engine.step(BATCH)
+    counted = [None, None]
+    dist.all_gather_object(counted, (engine.steps.counts.split, dict(engine.steps.counts.unsplit)))
+    same = counted[0] == counted[1]
+    off = engine.steps.auto.switched_off
+    return "as expected" if same and off == 1 else f"{counted} {off}"

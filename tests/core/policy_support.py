@@ -1,0 +1,98 @@
+"""An engine in a few lines for the tests of the policy: a step's operators sleep, as long as they are told to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from support import manual, program_of
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.ir import Batch
+from dynaflow_serving.policy.effects import Facts
+from dynaflow_serving.ranks import Ranks
+from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.steps import Steps
+
+# compute, then network, twice: two micro-batches hide one's network under the other's compute
+CHAIN = """
+value x batch:0
+value a batch:0
+value b batch:0
+value c batch:0
+value d batch:0
+inputs x
+op c0 compute
+  inputs x
+  outputs a
+op n0 network
+  inputs a
+  outputs b
+op c1 compute
+  inputs b
+  outputs c
+op n1 network
+  inputs c
+  outputs d
+outputs d
+"""
+PER_TOKEN, FIXED = "per token", "fixed"
+
+
+class Engine:
+    """Steps of a program whose operators take `seconds(tokens of the micro-batch)`. `batches`: those it tries."""
+
+    def __init__(
+        self,
+        seconds: Callable[[int], float],
+        batches: Iterable[Batch] = (Batch((8,) * 8),),
+        ranks: Ranks | None = None,
+        **options: Any,
+    ) -> None:
+        self.seconds = seconds
+        self.ran: list[Batch] = []
+        config = Config(strategy="auto", options={"candidates": ["nanoflow"], "micro_batches": [2], **options})
+        self.steps = Steps(config.build(), config)
+        self.runtime = Runtime(
+            manual(program_of(CHAIN), **dict.fromkeys(("c0", "n0", "c1", "n1"), self._operator)),
+            self.steps.strategy,
+            get_executor("cpu"),
+        )
+        self.steps.runtimes.append(self.runtime)
+        self._batches = list(batches)
+        self.facts = Facts({"model": "chain", "device": "here"})
+        self.ranks = ranks or Ranks()
+
+    def _operator(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds(len(x)))
+        return x + 1
+
+    def batches(self) -> list[Batch]:
+        return self._batches
+
+    def run(self, batch: Batch) -> None:
+        self.ran.append(batch)
+        self.step(batch)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        split = self.steps.begin(batch)
+        try:
+            x = torch.zeros(sum(batch.tokens), 1)
+            (result,) = self.runtime.run([x], split, traced=self.steps.traced)
+        finally:
+            self.steps.end()
+        assert torch.equal(result, torch.full_like(result, 4.0))
+        return result
+
+
+def per_token(tokens: int) -> float:
+    """Half the work takes half the time."""
+    return 0.0002 * tokens
+
+
+def fixed(tokens: int) -> float:
+    """Two halves take twice as long as the whole."""
+    return 0.01

@@ -1,0 +1,353 @@
+"""The policy: what is measured is adopted or declined for the right reason, kept for what it holds, and watched."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import policy_ranks
+import pytest
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_support import Engine, fixed, per_token
+
+from dynaflow_serving.config import load
+from dynaflow_serving.errors import ConfigError
+from dynaflow_serving.ir import Batch, Split
+from dynaflow_serving.policy import table as tables
+from dynaflow_serving.policy.bucket import DECODE, MIXED, PREFILL, Bucket, Limits, bucket_of, representatives
+from dynaflow_serving.policy.effects import Facts, SideEffects
+from dynaflow_serving.policy.guard import COMPARED, RECHECKED, Guard
+from dynaflow_serving.policy.show import as_text, log_lines
+from dynaflow_serving.policy.start import start_policy
+from dynaflow_serving.policy.table import Decision, Table, Trial
+from dynaflow_serving.policy.tuner import Tuner, conclude, noise
+from dynaflow_serving.ranks import Ranks
+from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.strategies.auto import COMPARING, NOT_DECIDED, SWITCHED_OFF, Auto
+
+BATCH = Batch((8,) * 8)
+HERE = logging.getLogger("test")
+
+
+def tune(engine: Engine) -> Table:
+    return Tuner(engine.steps, engine.steps.runtimes, engine, engine.facts, engine.ranks).tune()
+
+
+# -- buckets -------------------------------------------------------------------------------------------
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=64), st.integers(1, 8))
+def test_a_bucket_holds_its_batch(tokens: list[int], width: int) -> None:
+    bucket = bucket_of(Batch(tuple(tokens), width=width))
+    assert bucket.tokens / 2 < sum(tokens) * width <= bucket.tokens
+    assert bucket.requests / 4 < len(tokens) <= bucket.requests
+    ones = tokens.count(1) if width == 1 else 0
+    assert bucket.kind == (DECODE if ones == len(tokens) else MIXED if ones else PREFILL)
+
+
+@given(st.integers(2, 9000), st.integers(2, 300), st.integers(4, 5000), st.integers(600, 100_000))
+def test_representatives_are_what_the_engine_can_run_one_per_bucket(
+    tokens: int, requests: int, length: int, cached: int
+) -> None:
+    found = list(representatives(Limits(tokens, requests, length, cached)))
+    for batch in found:
+        assert 2 <= len(batch.tokens) <= requests and sum(batch.tokens) <= tokens
+        assert max(new + old for new, old in zip(batch.tokens, batch.context, strict=True)) <= length
+        assert sum(batch.tokens) + sum(batch.context) <= cached
+    assert len({bucket_of(b) for b in found}) == len(found)
+    decodes = [len(b.tokens) for b in found if bucket_of(b).kind == DECODE]
+    assert decodes == sorted(decodes, reverse=True)
+
+
+# -- decisions -----------------------------------------------------------------------------------------
+def test_an_overlap_that_wins_is_predicted_measured_and_adopted() -> None:
+    engine = Engine(per_token)
+    (decision,) = tune(engine).decisions
+    (trial,) = decision.trials
+    assert decision.candidate == "nanoflow x2", decision.reason
+    assert trial.predicted is not None and trial.measured is not None
+    assert 1.1 < trial.predicted < 1.65  # c0 n0 c1 n1 of two halves on two streams: 8 halves in 5
+    assert 1.05 < trial.measured < 1.65
+    assert len(trial.ratios) == 5 and decision.plain_ms is not None and decision.plain_ms > 4 * 1e3 * per_token(64)
+
+
+def test_a_split_that_is_predicted_to_lose_is_not_timed() -> None:
+    (decision,) = tune(Engine(fixed)).decisions
+    (trial,) = decision.trials
+    assert decision.candidate == "" and trial.ratios == []
+    assert "predicted to be slower" in trial.verdict and trial.predicted is not None and trial.predicted < 0.9
+    assert decision.reason.startswith("nanoflow x2: predicted to be slower")
+
+
+def test_what_a_larger_batch_has_lost_is_not_tried_with_a_smaller_one() -> None:
+    engine = Engine(fixed, [Batch((8,) * 8), Batch((4,) * 8), Batch((2,) * 8)])
+    first, *others = tune(engine).decisions
+    assert first.trials and all("not tried: 0." in d.reason and not d.trials for d in others)
+    assert {sum(b.tokens) for b in engine.ran} == {64}
+
+
+def test_what_the_budget_does_not_reach_is_not_split_and_says_so() -> None:
+    engine = Engine(per_token, [Batch((8,) * 8), Batch((4,) * 8)], budget_seconds=0.05)
+    first, second = tune(engine).decisions
+    assert first.trials
+    assert second.reason == "not tuned: the budget of 0.05 s was used up" and not second.candidate
+
+
+def trial(*ratios: float, name: str = "a") -> Trial:
+    return Trial(candidate=name, ratios=list(ratios))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "plain", "adopted", "why"),
+    [
+        ((1.10, 1.11, 1.12), (1.0, 1.0, 1.0, 1.0), True, "1.11x, noise 0.0%"),
+        ((1.10, 1.11, 1.12), (0.6, 0.8, 1.2, 1.4), False, "a: gain 11.0%, but noise is"),
+        ((1.01, 1.01, 1.02), (1.0, 1.0, 1.0, 1.0), False, "a: gain 1.0%, but noise is 0.0% and min_gain 2.0%"),
+        ((0.7, 0.8, 0.9), (1.0, 1.0, 1.0, 1.0), False, "a: slower (0.80x)"),
+        ((0.9, 1.5, 1.6, 0.9, 1.5), (1.0, 1.0, 1.0, 1.0), False, "a: won 3 of 5 pairs only"),
+    ],
+)
+def test_a_gain_must_exceed_noise_and_least_gain(
+    ratios: tuple[float, ...], plain: tuple[float, ...], adopted: bool, why: str
+) -> None:
+    decision = Decision(kind=PREFILL, tokens=64, requests=4, trials=[trial(*ratios)], noise=noise(list(plain)))
+    conclude(decision, min_gain=0.02)
+    assert bool(decision.candidate) is adopted
+    assert why in decision.reason
+
+
+def test_the_best_of_several_winners_is_adopted() -> None:
+    trials = [trial(1.2, 1.2, 1.2), trial(1.4, 1.4, 1.4, name="b")]
+    decision = Decision(kind=PREFILL, tokens=64, requests=4, trials=trials, noise=0.0)
+    conclude(decision, min_gain=0.02)
+    assert decision.candidate == "b" and trials[0].verdict == "b is faster"
+
+
+def test_candidates_that_cannot_or_need_not_be_tried_say_why() -> None:
+    engine = Engine(per_token, candidates=["nanoflow", "dual_batch", "prefill_decode"])
+    (decision,) = tune(engine).decisions
+    verdicts = {t.candidate: t.verdict for t in decision.trials}
+    assert verdicts["prefill_decode x2"] == "prefill requests only"
+    assert verdicts["dual_batch x2"].startswith(("cannot schedule this model", "the same plan as", "predicted", ""))
+    assert len(verdicts) == 3
+
+
+# -- side effects --------------------------------------------------------------------------------------
+def test_side_effects_are_told_and_can_veto() -> None:
+    facts = Facts({}, weight_bytes=3 << 20, collective_bytes=512, graphs=True)
+    batch = Batch((30, 4))
+    effects = SideEffects.of(batch, cut_evenly(batch, 3), facts)
+    assert effects.listed() == [
+        "reads 6.0 MiB of weights again",
+        "collectives of 6 KiB and more",
+        "2 cuts inside a request",
+        "runs without the engine's CUDA graph",
+    ]
+    assert effects.veto(straddle=True, min_collective_kib=0) == ""
+    assert effects.veto(straddle=False, min_collective_kib=0) == "cuts inside 2 requests (straddle: false)"
+    assert "would move 6 KiB, under 8 KiB" in effects.veto(straddle=True, min_collective_kib=8)
+
+
+def test_a_veto_is_a_verdict_and_effects_are_part_of_the_reason() -> None:
+    engine = Engine(per_token, min_collective_kib=4)
+    engine.facts = Facts({}, weight_bytes=5 << 20, collective_bytes=64)
+    (decision,) = tune(engine).decisions
+    assert decision.trials[0].verdict == "a collective would move 2 KiB, under 4 KiB" and not decision.candidate
+    engine = Engine(per_token)
+    engine.facts = Facts({}, weight_bytes=5 << 20)
+    assert "reads 5.0 MiB of weights again" in tune(engine).decisions[0].reason
+
+
+# -- serving by the table ------------------------------------------------------------------------------
+def table_for(*decisions: Decision, **key: str) -> Table:
+    return Table(key=key, decisions=list(decisions))
+
+
+def adopted(batch: Batch = BATCH, candidate: str = "nanoflow x2", noise: float = 0.05) -> Decision:
+    bucket = bucket_of(batch)
+    return Decision(**bucket._asdict(), candidate=candidate, noise=noise, trials=[trial(1.4, name=candidate)])
+
+
+def test_a_step_is_looked_up_and_all_ranks_look_up_the_same() -> None:
+    auto = Auto()
+    declined = Decision(**bucket_of(Batch((1, 1)))._asdict(), trials=[trial(0.5)])
+    auto.adopt(table_for(adopted(), declined), Ranks())
+    assert auto.split(BATCH).reason == COMPARING  # the first steps of a bucket are compared
+    assert auto.split(BATCH).candidate == "nanoflow x2"
+    assert auto.split(Batch((1, 1))).reason == "auto: not split is faster"
+    assert auto.split(Batch((100, 100))).reason == NOT_DECIDED
+
+
+def test_before_the_table_nothing_is_split() -> None:
+    assert Auto().split(BATCH) == Split(Auto().cut(BATCH, "").micro_batches, reason=NOT_DECIDED)
+
+
+def test_a_table_that_names_a_stranger_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the policy table names strange x9: no candidate of this config"):
+        Auto().adopt(table_for(adopted(candidate="strange x9")), Ranks())
+
+
+# -- the guard -----------------------------------------------------------------------------------------
+def test_a_candidate_that_becomes_slow_after_tuning_is_switched_off_within_its_window(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Engine(per_token, guard_window=16, retune=True)
+    assert tune(engine).adopted
+    auto = engine.steps.auto
+    assert auto is not None
+    auto.adopt(table_for(adopted()), Ranks())
+    for _ in range(COMPARED + 16):
+        engine.step(BATCH)
+    assert engine.steps.counts.split == COMPARED // 2 + 16 and auto.switched_off == 0
+    engine.seconds = lambda tokens: per_token(tokens) * (3 if tokens < 64 else 1)  # the lie
+    with caplog.at_level(logging.WARNING):
+        for _ in range(16 + COMPARED + 1):  # a window, then a comparison
+            engine.step(BATCH)
+    assert auto.switched_off == 1
+    lines = [r.getMessage() for r in caplog.records if "switched off" in r.getMessage()]
+    assert len(lines) == 1 and "nanoflow x2 is switched off for prefill, up to 64 tokens of 16 requests: 0." in lines[0]
+    before = engine.steps.counts.split
+    engine.step(BATCH)
+    assert engine.steps.counts.split == before and engine.steps.counts.unsplit[SWITCHED_OFF] == 2
+
+
+def test_a_candidate_that_was_never_as_fast_as_tuned_is_switched_off_after_the_first_comparison() -> None:
+    engine = Engine(lambda tokens: per_token(tokens) * (3 if tokens < 64 else 1))
+    assert engine.steps.auto is not None
+    engine.steps.auto.adopt(table_for(adopted()), Ranks())
+    for _ in range(COMPARED + 1):
+        engine.step(BATCH)
+    assert engine.steps.auto.switched_off == 1
+
+
+BUCKET = Bucket(PREFILL, 64, 16)
+
+
+def watched(steps: int, seconds: Callable[[int, bool], float]) -> tuple[list[float], int]:
+    """(speed-ups at switching off, un-split steps) of so many steps that take `seconds(step, split)`."""
+    off: list[float] = []
+    guard, plain_steps = Guard(16, Ranks(), lambda bucket, speed_up: off.append(speed_up)), 0
+    guard.add(BUCKET, noise=0.05)
+    for step in range(steps):
+        plain = guard.runs_plain(BUCKET)
+        if off:
+            break
+        plain_steps += plain
+        guard.observe(BUCKET, not plain, 60, seconds(step, not plain))
+    return off, plain_steps
+
+
+def test_the_guard_keeps_a_candidate_while_everything_gets_slower() -> None:
+    off, plain = watched(400, lambda step, split: (1 + step / 50) * (0.9 if split else 1.0))
+    assert off == [] and plain > 8  # it has compared again, for it looked slower
+
+
+def test_steady_steps_are_hardly_ever_compared() -> None:
+    off, plain = watched(16 * RECHECKED * 4, lambda step, split: 0.9 if split else 1.0)
+    assert off == [] and plain == 4 * COMPARED // 2
+
+
+def test_what_un_split_steps_have_gained_is_found_by_the_regular_comparison() -> None:
+    off, _ = watched(16 * RECHECKED + 20, lambda step, split: 0.9 if split else (1.0 if step < 100 else 0.5))
+    assert off == [pytest.approx(0.5 / 0.9)]
+
+
+def test_time_saved_is_estimated_from_the_last_comparison() -> None:
+    guard = Guard(16, Ranks(), lambda bucket, speed_up: None)
+    guard.add(BUCKET, noise=0.1)
+    saved = 0.0
+    for _ in range(COMPARED + 2):
+        plain = guard.runs_plain(BUCKET)
+        saved += guard.observe(BUCKET, not plain, 50, 1.0 if plain else 0.8)
+    assert saved == pytest.approx(2 * 0.2)  # nothing is claimed before the comparison is over
+    assert guard.observe(Bucket(DECODE, 4, 4), True, 50, 0.6) == 0.0
+
+
+# -- the file ------------------------------------------------------------------------------------------
+def start(engine: Engine) -> Table:
+    return start_policy(engine.steps, engine.steps.runtimes, engine, engine.facts, engine.ranks, HERE)
+
+
+def test_a_table_is_kept_and_read_for_the_same_key_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = str(tmp_path / "deep" / "table.json")
+    first = Engine(per_token, table=file)
+    decided = start(first)
+    assert first.ran and decided.adopted
+    again = Engine(per_token, table=file)
+    assert start(again) == decided and again.ran == []
+    assert [len(again.steps.strategy.split(BATCH).micro_batches) for _ in range(2)] == [1, 2]
+    for change in ({"device": "elsewhere"}, {"dynaflow_serving": "0.0.1"}):
+        other = Engine(per_token, table=file)
+        other.facts = Facts({**other.facts.key, **change})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            start(other)
+        assert other.ran, "a stale table was used"
+        (name,) = change
+        assert f"is stale and not used: {name}:" in caplog.text or name in caplog.text
+    (tmp_path / "deep" / "table.json").write_text("{")
+    broken = Engine(per_token, table=file)
+    with caplog.at_level(logging.WARNING):
+        start(broken)
+    assert broken.ran and "cannot be read and is not used" in caplog.text
+
+
+def test_retune_measures_though_there_is_a_table(tmp_path: Path) -> None:
+    file = str(tmp_path / "table.json")
+    start(Engine(per_token, table=file))
+    again = Engine(per_token, table=file, retune=True)
+    start(again)
+    assert again.ran
+
+
+def test_the_default_place_depends_on_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    places = {tables.default_path({"device": d}) for d in ("a", "b", "a")}
+    assert len(places) == 2 and all(p.is_relative_to(tmp_path / "dynaflow_serving" / "policy") for p in places)
+
+
+def test_tuning_is_neither_counted_nor_left_behind() -> None:
+    engine = Engine(per_token, retune=True)
+    tune(engine)
+    assert engine.steps.counts.split == 0 and not engine.steps.counts.unsplit
+
+
+def test_the_start_up_table_says_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(lambda tokens: per_token(tokens) if tokens > 8 else fixed(tokens), [BATCH, Batch((1, 1))])
+    table = tune(engine)
+    text, lines = as_text(table), list(log_lines(table))
+    assert "1 of 2 kinds of batches are split" in lines[0] and len(lines) == 3
+    assert "prefill, up to 64 tokens of 16 requests: nanoflow x2: predicted 1." in lines[1]
+    for word in ("prefill", "decode", "nanoflow x2", "not split", "predicted", "measured"):
+        assert word in text
+    assert json.loads(table.model_dump_json())["decisions"][0]["candidate"] == "nanoflow x2"
+
+
+# -- ranks ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("scenario", [policy_ranks.different_tables, policy_ranks.guard_of_one_rank])
+def test_two_ranks(tmp_path: Path, scenario: Callable[..., None]) -> None:
+    mp.spawn(policy_ranks.main, (str(tmp_path), scenario.__name__), nprocs=2)
+    for rank in range(2):
+        assert (tmp_path / f"rank{rank}").read_text() == "as expected"
+
+
+# -- wrong configs -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"candidates": ["nanoflo"]}, "unknown strategy 'nanoflo'. Did you mean 'nanoflow'"),
+        ({"candidates": ["auto"]}, "'auto' itself is none"),
+        ({"candidates": ["sequential"], "micro_batches": [1]}, "each at least 2"),
+        ({"candidates": ["branches"]}, "ever splits a batch"),
+        ({"candidates": [{"name": "nanoflow"}]}, "is not {strategy: NAME, options: {...}}"),
+        ({"candidates": [{"strategy": "nanoflow", "options": {"cuts": 1}}]}, "unknown option 'cuts'"),
+        ({"budget_second": 5}, "unknown option 'budget_second'. Did you mean 'budget_seconds'"),
+    ],
+)
+def test_wrong_options_say_what_is_valid(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load({"strategy": "auto", "options": options})
+    assert message in str(error.value)
