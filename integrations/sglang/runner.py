@@ -8,6 +8,7 @@ Contract
   runs, before the scheduler reports ready.
 - A split step uses no CUDA graph: a graph replays the whole batch with its own attention metadata. Un-split steps
   replay as ever.
+- Where shadow mode compares, the body runs again un-split under the step's own context, and writes the KV cache last.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from dynaflow_serving.integrations.segmented import SegmentedForward
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.integrations.sglang.limits import reason_to_run_whole
 from dynaflow_serving.integrations.sglang.micro_batches import MicroBatches, check_layout, describe
+from dynaflow_serving.integrations.sglang.trials import RunnerTrials, facts
 from dynaflow_serving.ir import Resource
+from dynaflow_serving.policy.table import default_path
 from dynaflow_serving.runtime import no_context
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
@@ -63,7 +66,8 @@ class DynaflowRunner:
 
         self.runner, self.body = runner, body_of(runner.model)
         check_layout(self.body)
-        self.session = Session(config, str(runner.device).partition(":")[0], "segments", logger)
+        device = str(runner.device).partition(":")[0]
+        self.session = Session(config, device, "segments", logger, get_parallel().tp_rank)
         self.backends: list[Any] = []
         self._forward_raw, self._init_attention_backends = runner._forward_raw, runner.init_attention_backends
         self.segmented = SegmentedForward(
@@ -108,6 +112,24 @@ class DynaflowRunner:
                 eager._dummy_run(size, buffers=eager._alloc_dummy_decode_buffers(size))
         self.session.check(group)
 
+    def start(self, tree_cache: Any) -> None:
+        """After `check`, with an empty `tree_cache`: decide by measuring, where the strategy is one that decides.
+        Raises `InactiveError` for ranks that have different decisions."""
+        with RunnerTrials(self.runner, tree_cache) as trials:
+            self.session.start(trials, facts(self.runner, self.session, self.body, trials.limits))
+
+    def decided(self) -> dict[str, Any] | None:
+        """The policy in short, for `/server_info`; None where the strategy decides nothing."""
+        auto, table = self.session.auto, self.session.policy
+        if auto is None or table is None:
+            return None
+        return {
+            "adopted": {str(bucket): candidate for bucket, candidate in table.adopted.items()},
+            "buckets": len(table.decisions),
+            "switched_off": auto.switched_off,
+            "table": auto.options.table or str(default_path(table.key)),
+        }
+
     def step(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of `ModelRunner._forward_raw`."""
         if forward_batch.batch_size == 0:  # an idle rank
@@ -142,7 +164,7 @@ class DynaflowRunner:
             return self.segmented(len(positions), (*own, *args), kwargs, no_context)
         micro_batches = MicroBatches(forward_batch, self.session.micro_batches, self.backends)
         try:
-            return self.segmented(
+            result = self.segmented(
                 len(positions),
                 (*own, *args),
                 kwargs,
@@ -151,6 +173,9 @@ class DynaflowRunner:
             )
         finally:
             micro_batches.leave()
+        return self.session.checked(
+            result, lambda: self.segmented(len(positions), (*own, *args), kwargs, no_context), (input_ids, positions)
+        )
 
 
 def body_of(model: torch.nn.Module) -> torch.nn.Module:

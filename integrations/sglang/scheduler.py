@@ -4,8 +4,9 @@ Contract
 - SGLang publishes its arguments early in every process; that is where DynaFlow enters, for errors raised there end the
   process, while those of plugins are logged and swallowed. Only then are SGLang's classes touched, and only in the
   processes that need it.
-- A scheduler reports ready only after the ranks have agreed on their plans, and says then which strategy is on, "" if
-  the config let it fall back. The parent refuses to go on if one says nothing.
+- A scheduler reports ready only after the ranks have agreed on their plans and the policy has decided (where the
+  strategy is one that decides), and says then which strategy is on, "" if the config let it fall back. The parent
+  refuses to go on if one says nothing.
 - `dynaflow_report` and `dynaflow_reset` are for `Engine.collective_rpc`, which brings back no result: a report goes to
   a file per rank. `/server_info` shows rank 0's counts among its internal states.
 """
@@ -84,6 +85,7 @@ def _ready(info: dict[str, Any], scheduler: Any) -> None:
     try:
         if ours is not None:
             ours.check(scheduler.tp_cpu_group)
+            ours.start(scheduler.tree_cache)
     except InactiveError as error:
         _give_up(config, error)
         ours.remove()
@@ -106,7 +108,8 @@ def _of(scheduler: Any) -> Any:
 def _state(output: Any, scheduler: Any) -> None:
     if (ours := _of(scheduler)) is not None:
         report = ours.session.report()
-        output.internal_state[KEY] = {name: report[name] for name in ("strategy", "mode", "steps", "plan_hash")}
+        state = {name: report[name] for name in ("strategy", "mode", "steps", "plan_hash")}
+        output.internal_state[KEY] = state | {"policy": ours.decided()}
 
 
 def _report(scheduler: Any, folder: str) -> None:
