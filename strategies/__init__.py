@@ -10,6 +10,7 @@ Contract
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
@@ -69,11 +70,13 @@ def _from_file(path: Path) -> type[OpScheduler]:
     if not path.is_file():
         raise ConfigError(f"strategy file {str(path)!r} does not exist")
     before = dict(STRATEGIES)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"{__name__}.file.{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"strategy file {str(path)!r} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where pydantic looks up the types of options
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module)
     except Exception as e:
         STRATEGIES.clear()
         STRATEGIES.update(before)

@@ -1,10 +1,19 @@
-"""One step of an engine with exactly the given batch, for `dynaflow explain`."""
+"""Steps of an engine with exactly the given batch, for `dynaflow explain`.
+
+Contract
+- A batch that the engine received piecemeal, and so ran in several steps, is no step of that batch: `run_steps` leaves
+  it out and tries again, a few times.
+- An engine that fails leaves its log; the error names it.
+"""
 
 from __future__ import annotations
 
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +23,60 @@ from dynaflow_serving.bench.environment import has_gpu
 from dynaflow_serving.bench.process import EngineProcess
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.config import Config
+from dynaflow_serving.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """seconds: of the whole step, with what the engine does before and after the model. timelines: one per program,
+    where the step was traced."""
+
+    seconds: float
+    split: bool
+    timelines: tuple[Timeline, ...]
 
 
 def one_step(
     engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
 ) -> dict[str, Any]:
-    """Rank 0's report after one prefill of prompts with `tokens` tokens each.
+    """Rank 0's report after one prefill of prompts with `tokens` tokens each. Raises `EngineProcessError`."""
+    with _engine(engine, model, tokens, config, dtype, tensor_parallel) as (process, vocabulary):
+        process.generate(_prompts(tokens, vocabulary, 0))
+        return process.report()[0]
 
-    Raises `EngineProcessError`; the engine's log is kept then.
-    """
+
+def run_steps(
+    engine: str,
+    model: str,
+    tokens: tuple[int, ...],
+    config: Config,
+    dtype: str | None,
+    tensor_parallel: int,
+    runs: int,
+) -> tuple[list[StepRun], dict[str, Any]]:
+    """At most `runs` such prefills, none of which the engine cut, and rank 0's report after the last.
+
+    Raises `EngineProcessError`."""
+    found: list[StepRun] = []
+    with _engine(engine, model, tokens, config, dtype, tensor_parallel) as (process, vocabulary):
+        report = process.report()[0]
+        for number in range(2 * runs):
+            if len(found) == runs:
+                break
+            seconds, _ = process.generate(_prompts(tokens, vocabulary, number))
+            before, report = report, process.report()[0]
+            split, unsplit = (_counted(report, kind) - _counted(before, kind) for kind in ("split", "unsplit"))
+            if split + unsplit == 1:
+                new = report["timelines"] if report["timelines"] != before["timelines"] else []
+                found.append(StepRun(seconds, bool(split), tuple(map(Timeline.from_dict, new))))
+    return found, report
+
+
+@contextmanager
+def _engine(
+    engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
+) -> Iterator[tuple[EngineProcess, int]]:
+    """The engine, which has counted no step yet, and the size of its vocabulary."""
     entry = find_engine(engine)
     environment = entry.environment(tensor_parallel, gpu=has_gpu(), compiled=False, local_model=True)
     settings = EngineSettings(
@@ -39,12 +93,19 @@ def one_step(
     try:
         vocabulary = process.start(settings).vocabulary
         process.reset()
-        draw = random.Random(0)
-        # One new token each: the prefill is the only step.
-        process.generate([Request([draw.randrange(vocabulary) for _ in range(n)], 1) for n in tokens])
-        report = process.report()[0]
+        yield process, vocabulary
         process.close()
     finally:
         process.kill()
     shutil.rmtree(logs)
-    return report
+
+
+def _prompts(tokens: tuple[int, ...], vocabulary: int, seed: int) -> list[Request]:
+    """One new token each: the prefill is the only step. Another seed is nothing that a prefix cache knows."""
+    draw = random.Random(seed)
+    return [Request([draw.randrange(vocabulary) for _ in range(n)], 1) for n in tokens]
+
+
+def _counted(report: dict[str, Any], kind: str) -> int:
+    steps = report["steps"]
+    return steps["split"] if kind == "split" else sum(steps["unsplit"].values())

@@ -1,0 +1,76 @@
+"""A plan in its engine: measured in real steps, and predicted from steps of the same micro-batches in turn.
+
+Contract
+- Two starts of the engine, one step of exactly the given batch again and again in each: under the plan, traced and not
+  traced by turns; then in turn, traced, and un-split by turns. The first of each kind is not counted.
+- All figures are rank 0's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynaflow_serving.bench.one_step import StepRun, run_steps
+from dynaflow_serving.config import Config
+from dynaflow_serving.errors import ConfigError, DynaflowError
+from dynaflow_serving.ir import Batch, Program
+from dynaflow_serving.picture.comparison import Comparison, EngineStep, compare
+from dynaflow_serving.proof.options import TraceOptions
+from dynaflow_serving.strategies.auto import Auto
+
+RUNS = 5
+IN_TURN = Path(__file__).with_name("in_turn.py")
+
+
+def compare_in_engine(
+    engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
+) -> tuple[dict[str, Any], list[Comparison]]:
+    """(the report of the run under the plan, a comparison per program; none if the engine did not split the batch).
+
+    Raises `ConfigError` for a strategy that chooses among others, `EngineProcessError`, and `DynaflowError` where the
+    engine never ran the batch as one step."""
+    strategy = config.build()
+    if isinstance(strategy, Auto):
+        raise ConfigError(
+            "a picture is of one strategy's plan, and 'auto' chooses among several: name one with --strategy "
+            f"(candidates: {', '.join(strategy.candidates)})"
+        )
+    measuring = config.model_copy(update={"shadow": None})
+    in_turn = measuring.model_copy(
+        update={"strategy": str(IN_TURN), "options": {"strategy": config.strategy, "options": config.options}}
+    )
+    run = (engine, model, tokens)
+    where = (dtype, tensor_parallel, 2 * (1 + RUNS))
+    with tempfile.TemporaryDirectory(prefix="dynaflow-explain-") as folder:
+        planned, report = run_steps(*run, _traced(measuring, folder, every=2), *where)
+        if not any(step.split for step in planned):
+            if not planned:
+                raise DynaflowError(f"{engine} never ran the batch as one step: give it fewer or larger requests")
+            return report, []
+        turns, _ = run_steps(*run, _traced(in_turn, folder, every=1), *where)
+    step = EngineStep(_seconds(planned, split=True, engine=engine), _seconds(turns, split=False, engine=engine))
+    programs = [Program.from_text(p["program"]) for p in report["programs"]]
+    sizes = tuple(m.tokens[1] - m.tokens[0] for m in strategy.split(Batch(tokens)).micro_batches)
+    traced = [[s.timelines for s in steps if s.timelines][1:] for steps in (planned, turns)]
+    if not all(traced):
+        raise DynaflowError(f"{engine} traced no split step after the first: give it fewer or larger requests")
+    found = []
+    for i, program in enumerate(programs):
+        plan_runs, turn_runs = ([timelines[i] for timelines in runs] for runs in traced)
+        found.append(compare(program, sizes, plan_runs, turn_runs, engine_step=step))
+    return report, found
+
+
+def _traced(config: Config, folder: str, every: int) -> Config:
+    return config.model_copy(update={"trace": TraceOptions(folder=folder, every=every, limit=1000)})
+
+
+def _seconds(steps: Sequence[StepRun], split: bool, engine: str) -> list[float]:
+    """Of steps that were not traced."""
+    found = [s.seconds for s in steps if s.split is split and not s.timelines][1:]
+    if not found:
+        raise DynaflowError(f"{engine} ran the batch {'split' if split else 'un-split'} as one step once or never")
+    return found

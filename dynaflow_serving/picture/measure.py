@@ -1,0 +1,69 @@
+"""A plan on this machine: measured, and predicted from the times of its operators.
+
+Contract
+- Plan, micro-batches in turn and un-split step run in turn, round after round, after a round that is not counted: what
+  disturbs the machine meets all three.
+- On a CPU every stream gets one thread, so that streams and not the threads of one operator share the cores.
+- Embedded examples have no process group: their network operators are stand-ins, which a picture must say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dynaflow_serving.ir import Program, Scope, Signature, Split
+from dynaflow_serving.picture.comparison import Comparison, compare
+from dynaflow_serving.runtime import Runtime, no_context
+from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.timeline import Timeline
+
+RUNS = 11
+
+
+def measured_and_predicted(
+    runtime: Runtime,
+    split: Split,
+    args: Sequence[Any],
+    enter: Callable[[int], Any] = no_context,
+    runs: int = RUNS,
+) -> Comparison:
+    """Run `args` (the program's inputs without constants) under the plan of `split`, `runs` times.
+
+    Raises `ScheduleError` and `PlanError`, as `Runtime.prepare` does."""
+    reference = Runtime(runtime.capture, Sequential(), runtime.executor, runtime.zero_copy)
+    in_turn = Signature(len(split.micro_batches), split.depends)
+    ways = [
+        (runtime, split.signature, split.bounds),
+        (reference, in_turn, split.bounds),
+        (reference, Signature(1), (0, split.bounds[-1])),
+    ]
+    timelines: list[list[Timeline]] = [[] for _ in ways]
+    with torch.no_grad(), _one_thread():
+        for _ in range(1 + runs):
+            for (of, signature, bounds), seen in zip(ways, timelines):
+                of.prepare(signature, traced=True).run(args, bounds, enter)
+                seen.append(of.timeline(signature))
+    planned, in_turns, unsplit = (seen[1:] for seen in timelines)
+    tokens = tuple(m.tokens[1] - m.tokens[0] for m in split.micro_batches)
+    return compare(runtime.capture.program, tokens, planned, in_turns, unsplit)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def example_inputs(program: Program, constants: int, tokens: int, width: int) -> list[Any]:
+    """Inputs of an embedded example: random numbers, [tokens, width], and the number of tokens."""
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    taken = program.inputs[: len(program.inputs) - constants]
+    return [tokens if program.values[name].scope is Scope.TOKENS else x for name in taken]

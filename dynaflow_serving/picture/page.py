@@ -1,0 +1,102 @@
+"""Comparisons as one self-contained HTML page.
+
+Contract
+- `render` is a pure function of what it is given, and the page refers to nothing outside of itself.
+- Every figure says whether it was measured or simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynaflow_serving.grid import grid
+from dynaflow_serving.picture.comparison import Comparison, Shown, operator_times
+from dynaflow_serving.picture.figure import draw
+
+
+@dataclass(frozen=True)
+class Caption:
+    """title: what was run; notes: where, and what to know about it."""
+
+    title: str
+    notes: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return ". ".join(self.notes) + "."
+
+
+def render(comparisons: Sequence[Comparison], caption: Caption, command: str) -> str:
+    """The page; one part per program."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"ms": _milliseconds, "us": _microseconds, "percent": "{:.0%}".format}
+    parts = [
+        {
+            "comparison": c,
+            "svg": Markup(draw(c)),
+            "rows": [_figures(shown, c.unsplit) for shown in c.shown],
+            "operators": _operators(c),
+            "plan": c.measured.plan,
+            "grid": grid(c.measured.plan),
+            "program": c.program.to_text(),
+        }
+        for c in comparisons
+    ]
+    return environment.get_template("page.html.j2").render(caption=caption, parts=parts, command=command)
+
+
+def _figures(shown: Shown, unsplit: Shown | None) -> dict[str, Any]:
+    timeline = shown.timeline
+    several = len(timeline.plan.streams) > 1
+    network = any(map(timeline.is_network, timeline.spans))
+    return {
+        "what": shown.what,
+        "seconds": timeline.makespan,
+        "runs": (shown.least, shown.greatest) if shown.greatest > shown.least else None,
+        "speed_up": unsplit.timeline.makespan / timeline.makespan if unsplit and timeline.makespan else 0.0,
+        "overlap": timeline.overlap if several else None,
+        "hidden": timeline.hidden_network if several and network else None,
+    }
+
+
+def _operators(comparison: Comparison) -> list[dict[str, Any]]:
+    """Per operator of the Program: its seconds per micro-batch, in turn and under the plan."""
+    planned = operator_times([comparison.measured])
+    together = {
+        name: f"in {s.step.kernel or s.step.operators[0]} {s.step.start}..{s.step.stop - 1}"
+        for s in comparison.measured.spans
+        for name in s.step.operators
+        if len(s.step.operators) > 1 or s.step.stop - s.step.start > 1
+    }
+    parts = range(len(comparison.tokens))
+    return [
+        {
+            "operator": operator,
+            "alone": [comparison.alone.get((operator.name, i)) for i in parts],
+            "planned": [None if operator.name in together else planned.get((operator.name, i)) for i in parts],
+            "together": together.get(operator.name, ""),
+        }
+        for operator in comparison.program.operators
+    ]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
+
+
+def _microseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e6:,.1f}" if seconds < 1e-4 else f"{seconds * 1e6:,.0f}"
