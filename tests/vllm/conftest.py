@@ -5,9 +5,13 @@ process through vLLM's own plugin mechanism, so that VllmBackend and its pieces 
 
 Model Runner V2, CUDA's default too, needs an active Triton. Where Triton is installed (`nox -s vllm_v2`) its
 kernels are interpreted, and an entry point tells vLLM in every process that there is a backend for CPU.
+
+An engine takes ten seconds to start, so the stock one runs once per model and prompts (`stock_tokens`).
 """
 
 import gc
+import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -91,25 +95,59 @@ def plugins(tmp_path_factory):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("tp", 1) > 1:
+            item.add_marker("ranks")
+
+
 @pytest.fixture(scope="session")
 def generate(model_path, prompts):
     """`generate(kind, mode, tp, dynaflow, ...) -> Outcome`: one engine, greedy tokens, then shut down.
 
     float32: in bfloat16 micro-batches of other sizes pick other CPU kernels, and near-ties flip.
-    Stock outcomes (dynaflow None) are cached.
     """
-    stock, mixed = {}, prompts
+    mixed = prompts
 
     def run(kind, mode="mode2-uncompiled", tp=1, dynaflow=None, prompts=None, max_tokens=12, **options):
-        key = (kind, mode, tp, str(prompts), max_tokens, str(sorted(options.items())))
-        if dynaflow is None and key in stock:
-            return stock[key]
-        outcome = _run(model_path(kind), mode, tp, dynaflow, prompts or mixed, max_tokens, options)
-        if dynaflow is None:
-            stock[key] = outcome
-        return outcome
+        return _run(model_path(kind), mode, tp, dynaflow, prompts or mixed, max_tokens, options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def stock_tokens(generate, tmp_path_factory):
+    """`stock_tokens(kind, ...)`: the stock engine's, in mode 2, un-compiled, on one rank; one run for all tests."""
+    from filelock import FileLock
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+
+    def tokens(kind, **options):
+        key = hashlib.sha256(json.dumps([kind, options], sort_keys=True).encode()).hexdigest()
+        file = folder / f"stock-{key}.json"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                file.write_text(json.dumps(generate(kind, **options).tokens))
+        return json.loads(file.read_text())
+
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def check_tokens(generate, stock_tokens):
+    """`check_tokens(outcome, kind, mode, tp, ...)`: the outcome's tokens are the stock engine's.
+
+    In float32 they are the same in all modes and on two ranks; where rounding has made them others, the stock
+    engine in that very mode decides.
+    """
+
+    def check(outcome, kind, mode="mode2-uncompiled", tp=1, **options):
+        if outcome.tokens != stock_tokens(kind, **options):
+            assert outcome.tokens == generate(kind, mode, tp, **options).tokens
+
+    return check
 
 
 def _run(model, mode, tp, dynaflow, prompts, max_tokens, options):

@@ -56,10 +56,10 @@ def test_rule_that_matches_no_node_of_the_graph(generate, tmp_path):
         generate("llama", dynaflow={"strategy": strategy_with(tmp_path, "SplitModule('GELU')")})
 
 
-def test_annotation_of_a_module_makes_operators_of_it(generate, tmp_path):
+def test_annotation_of_a_module_makes_operators_of_it(generate, check_tokens, tmp_path):
     ours = generate("llama", dynaflow={"strategy": strategy_with(tmp_path, "SplitModule('LlamaMLP', 'mlp')")})
     assert "op layers.1.mlp compute" in ours.reports[0]["programs"][0]["program"]
-    assert ours.tokens == generate("llama").tokens
+    check_tokens(ours, "llama")
 
 
 @pytest.mark.parametrize("rule", ["SplitModule('LlamaMLP')", "SplitFunc('linear')"])
@@ -69,11 +69,12 @@ def test_mode3_declines_annotations_that_it_cannot_cut_at(start, tmp_path, monke
         start({"strategy": strategy_with(tmp_path, rule)})
 
 
-def test_mode3_cuts_at_an_annotated_operator(generate, tmp_path):
+def test_mode3_cuts_at_an_annotated_operator(generate, check_tokens, tmp_path):
     rule = "SplitFunc('_C::cpu_fused_moe', 'my_experts')"
     ours = generate("mixtral", "mode3", dynaflow={"strategy": strategy_with(tmp_path, rule)})
     assert "op layers.1.my_experts compute" in ours.reports[0]["programs"][0]["program"]
-    assert ours.tokens == generate("mixtral", "mode3").tokens and ours.split > 0
+    check_tokens(ours, "mixtral", "mode3")
+    assert ours.split > 0
 
 
 def test_mode3_declines_strategies_of_un_split_steps(start, monkeypatch):

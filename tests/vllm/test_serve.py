@@ -54,7 +54,7 @@ def server(model_path, tmp_path):
         process.wait(60)
 
 
-def test_served_tokens_equal_offline_stock(server, generate, prompts, tmp_path):
+def test_served_tokens_equal_offline_stock(server, stock_tokens, prompts, tmp_path):
     from openai import OpenAI
 
     file = tmp_path / "nanoflow.yaml"
@@ -69,7 +69,7 @@ def test_served_tokens_equal_offline_stock(server, generate, prompts, tmp_path):
         extra_body={"ignore_eos": True, "return_token_ids": True},
     )
     tokens = [json.loads(choice.model_dump_json())["token_ids"] for choice in answer.choices]
-    assert tokens == generate("llama").tokens
+    assert tokens == stock_tokens("llama")
     text = log.read_text()
     assert "DynaFlow is on: strategy nanoflow" in text
     assert "DynaFlow: first split step, 2 micro-batches" in text

@@ -13,12 +13,14 @@ CASES += [("mixtral", "mode2-uncompiled", 2), ("mixtral", "mode2-compiled", 1), 
 
 
 @pytest.mark.parametrize(("kind", "mode", "tp"), CASES)
-def test_tokens_equal_stock(generate, kind, mode, tp):
-    stock = generate(kind, mode, tp)
+def test_tokens_equal_stock(generate, check_tokens, kind, mode, tp):
     ours = generate(kind, mode, tp, NANOFLOW)
-    assert ours.tokens == stock.tokens
+    check_tokens(ours, kind, mode, tp)
     assert ours.split > 0
     assert len({r["plan_hash"] for r in ours.reports}) == 1 and len(ours.reports) == tp
+    plan = ours.reports[0]["programs"][0]["plans"][-1]
+    assert "compute | run layers.0.attention @1" in plan
+    assert ("network | run layers.0.all_reduce.0 @0" in plan) == (tp > 1)
 
 
 @pytest.mark.parametrize(
@@ -33,28 +35,21 @@ def test_tokens_equal_stock(generate, kind, mode, tp):
     ],
     ids=["n3", "token-cut", "token-cut-n4", "dual_batch", "sequential-n3", "poisoning-executor"],
 )
-def test_strategies_and_cuts(generate, dynaflow):
-    stock = generate("llama")
+def test_strategies_and_cuts(generate, check_tokens, dynaflow):
     ours = generate("llama", dynaflow=dynaflow)
-    assert ours.tokens == stock.tokens
+    check_tokens(ours, "llama")
     assert ours.split > 0
 
 
-def test_other_moe(generate):
+def test_other_moe(generate, check_tokens):
     ours = generate("qwen3_moe", dynaflow=NANOFLOW)
-    assert ours.tokens == generate("qwen3_moe").tokens and ours.split > 0
+    check_tokens(ours, "qwen3_moe")
+    assert ours.split > 0
 
 
-def test_steps_below_the_threshold_run_unsplit_and_are_counted(generate):
+def test_steps_below_the_threshold_run_unsplit_and_are_counted(generate, check_tokens):
     ours = generate("llama", dynaflow={"strategy": "nanoflow", "options": {"min_tokens": 40}})
-    assert ours.tokens == generate("llama").tokens
+    check_tokens(ours, "llama")
     steps = ours.reports[0]["steps"]
     assert steps["split"] > 0
     assert steps["unsplit"]["a micro-batch would have under 40 tokens"] > 0
-
-
-def test_collectives_are_on_the_network_stream(generate):
-    ours = generate("llama", tp=2, dynaflow=NANOFLOW)
-    plan = ours.reports[0]["programs"][0]["plans"][-1]
-    assert "network | run layers.0.all_reduce.0 @0" in plan
-    assert "compute | run layers.0.attention @1" in plan
