@@ -24,7 +24,8 @@ class EngineSettings:
     max_model_len: int | None = None
     max_batched_tokens: int | None = None  # None: the engine's default
     seed: int = 0
-    memory_share: float = 0.9  # of each GPU, for this engine
+    memory_share: float | None = 0.9  # of each GPU, for this engine; None: the engine's default
+    as_server: bool = False  # limits that are not given are those of the engine's server, where it has others offline
     dynaflow: dict[str, Any] | None = None  # content of a config file; None: the stock engine
 
 

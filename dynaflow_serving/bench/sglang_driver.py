@@ -67,10 +67,11 @@ def engine_arguments(settings: EngineSettings, *, gpu: bool) -> dict[str, Any]:
         "model_path": settings.model,
         "dtype": settings.dtype,
         "tp_size": settings.tensor_parallel,
-        "mem_fraction_static": settings.memory_share,
         "random_seed": settings.seed,
         "log_level": "info",
     }
+    if settings.memory_share is not None:
+        arguments["mem_fraction_static"] = settings.memory_share
     if not gpu:
         arguments |= {"device": "cpu", "max_total_tokens": CPU_TOKENS, "sleep_on_idle": True}
     if settings.max_model_len is not None:

@@ -8,6 +8,7 @@ Contract
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dynaflow_serving.bench.drivers import EngineInfo
@@ -23,7 +24,10 @@ class VLLMDriver:
     def start(self, settings: EngineSettings) -> EngineInfo:
         import vllm
 
-        self.llm = vllm.LLM(**engine_arguments(settings))
+        arguments = engine_arguments(settings)
+        if settings.as_server:
+            arguments |= server_limits(arguments)
+        self.llm = vllm.LLM(**arguments)
         if settings.dynaflow is not None:
             self._assert_active()
         return EngineInfo(vllm.__version__, self.llm.llm_engine.model_config.get_vocab_size(), device_name())
@@ -67,9 +71,10 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "model": settings.model,
         "dtype": settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel,
-        "gpu_memory_utilization": settings.memory_share,
         "seed": settings.seed,
     }
+    if settings.memory_share is not None:
+        arguments["gpu_memory_utilization"] = settings.memory_share
     if settings.max_model_len is not None:
         arguments["max_model_len"] = settings.max_model_len
     if settings.max_batched_tokens is not None:
@@ -80,3 +85,13 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.dynaflow is not None:
         arguments["additional_config"] = {"dynaflow": settings.dynaflow}
     return arguments
+
+
+def server_limits(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """What `vllm serve` would set with `arguments`: vLLM's own defaults are higher for `LLM`."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    stock = {name: value for name, value in arguments.items() if name != "additional_config"}
+    config = EngineArgs(**stock).create_engine_config(UsageContext.OPENAI_API_SERVER).scheduler_config
+    return {"max_num_batched_tokens": config.max_num_batched_tokens, "max_num_seqs": config.max_num_seqs}

@@ -92,7 +92,7 @@ def run(job: Job, name: str, log: Path) -> Table:
 
 def _engine(job: Job, name: str, log: Path) -> tuple[EngineProcess, EngineSettings]:
     entry = find_engine(job.engine)
-    # An engine compiles by default, on any device; only what is fixed is not ours to say.
+    # Nothing is chosen that the engine's own server would not choose: the table is to hold for that.
     compiled = entry.compiled(True if job.compiled is None and not entry.fixed_graph else job.compiled)
     environment = entry.environment(job.tensor_parallel, gpu=has_gpu(), compiled=compiled, local_model=job.local)
     settings = EngineSettings(
@@ -102,6 +102,8 @@ def _engine(job: Job, name: str, log: Path) -> tuple[EngineProcess, EngineSettin
         compiled=compiled,
         max_model_len=job.max_model_len,
         max_batched_tokens=job.max_batched_tokens,
+        memory_share=None,
+        as_server=True,
         dynaflow=job.config,
     )
     return EngineProcess(name, entry.driver, environment, log), settings
