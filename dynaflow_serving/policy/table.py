@@ -30,10 +30,10 @@ class Trial(_Record):
     """One candidate on one bucket."""
 
     candidate: str
-    predicted: float | None = Field(None, description="speed-up over the un-split step; simulated")
+    predicted: float | None = Field(default=None, description="speed-up over the un-split step; simulated")
     ratios: list[float] = Field(default_factory=list, description="un-split seconds over candidate's, pair by pair")
     effects: list[str] = Field(default_factory=list, description="side effects of this split")
-    verdict: str = Field("", description="why it was not timed, or not adopted; empty for the adopted one")
+    verdict: str = Field(default="", description="why it was not timed, or not adopted; empty for the adopted one")
 
     @property
     def measured(self) -> float | None:
@@ -50,8 +50,8 @@ class Decision(_Record):
     requests: int
     candidate: str = ""
     reason: str = ""
-    plain_ms: float | None = Field(None, description="an un-split step, median")
-    noise: float | None = Field(None, description="relative spread of un-split steps")
+    plain_ms: float | None = Field(default=None, description="an un-split step, median")
+    noise: float | None = Field(default=None, description="relative spread of un-split steps")
     trials: list[Trial] = Field(default_factory=list)
 
     @property
@@ -71,7 +71,7 @@ class Decision(_Record):
 class Table(_Record):
     key: dict[str, str]
     decisions: list[Decision]
-    seconds: float = Field(0.0, description="spent on tuning")
+    seconds: float = Field(default=0.0, description="spent on tuning")
 
     @property
     def adopted(self) -> dict[Bucket, str]:
