@@ -233,12 +233,14 @@ def _conclude(
 
 def _assert_can_serve(engine: str, entry: Engine, pairs: int) -> None:
     from dynaflow_serving.bench.serving.report import assert_can_report
+    from dynaflow_serving.bench.serving.tool import load_tool
 
     if not entry.tool:
         raise ConfigError(f"--html: {engine} has no server that can be benchmarked; leave --html out")
     if pairs < 2:
         raise ConfigError("--html: a report shows the spread of several pairs; --pairs must be 2 or more")
     assert_can_report()
+    load_tool(entry.tool).version()  # raises, if the engine is not here
 
 
 def _say(console: Console, text: str) -> None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib import metadata
 
 from dynaflow_serving.bench.serving.loads import Load
-from dynaflow_serving.bench.serving.tool import HOST, Figures, Job, flags, read_figures
+from dynaflow_serving.bench.serving.tool import HOST, Figures, Job, flags, installed, read_figures
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.bench.sglang_driver import engine_arguments
 
@@ -22,7 +21,7 @@ class SGLangTool:
     variables: dict[str, str] = {}
 
     def version(self) -> str:
-        return metadata.version("sglang")
+        return installed("sglang")
 
     def server(self, settings: EngineSettings, port: int, *, gpu: bool) -> list[str]:
         arguments = {"host": HOST, "port": port, "enable_metrics": True, **engine_arguments(settings, gpu=gpu)}

@@ -12,14 +12,17 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from dynaflow_serving.bench.serving.loads import Load
 from dynaflow_serving.bench.settings import EngineSettings
+from dynaflow_serving.errors import DynaflowError
 
 HOST = "127.0.0.1"
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
@@ -63,7 +66,7 @@ class ServingTool(Protocol):
     """Environment variables that the server needs beside those of `Engine.environment`."""
 
     def version(self) -> str:
-        """Of the engine."""
+        """Of the engine. Raises `DynaflowError` if it is not installed."""
 
     def server(self, settings: EngineSettings, port: int, *, gpu: bool) -> list[str]:
         """Command line of the HTTP server."""
@@ -80,6 +83,18 @@ def load_tool(path: str) -> ServingTool:
     module, _, name = path.partition(":")
     tool: ServingTool = getattr(importlib.import_module(module), name)()
     return tool
+
+
+def installed(package: str) -> str:
+    """The version of a package. Raises `DynaflowError`."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise DynaflowError(
+            f"{package} is not installed in the environment of {sys.executable}, so its servers cannot be benchmarked "
+            f"here. Install it (pip install 'dynaflow-serving[{package}]'), or run the command of an environment that "
+            "has it."
+        ) from None
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from dynaflow_serving.bench.serving.loads import Load
-from dynaflow_serving.bench.serving.tool import HOST, Figures, Job, flags, read_figures
+from dynaflow_serving.bench.serving.tool import HOST, Figures, Job, flags, installed, read_figures
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.bench.vllm_driver import engine_arguments
 
@@ -23,7 +22,7 @@ class VLLMTool:
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # the server wants its engine in another process
 
     def version(self) -> str:
-        return metadata.version("vllm")
+        return installed("vllm")
 
     def server(self, settings: EngineSettings, port: int, *, gpu: bool) -> list[str]:
         arguments = engine_arguments(settings)
