@@ -1,7 +1,7 @@
 # Needs Python >= 3.10 (the vLLM lock file: 3.11) with venv, and nothing else installed.
 #
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
-#   make test [SESSIONS=...]    lint, types, core, kernels, transformers, vllm, vllm_v2, sglang, or those named;
+#   make test [SESSIONS=...]    lint, types, core, kernels, ray, transformers, vllm, vllm_v2, sglang, or those named;
 #                               stops at the first failure
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json
 #   make clean                  delete environments, caches and build output

@@ -7,6 +7,7 @@ it came from change; the project itself is re-installed (editable) when only `py
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import nox
 
 ROOT = Path(__file__).resolve().parent
 REQUIREMENTS = ROOT / "requirements"
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"
@@ -106,11 +108,14 @@ def unlisted_packages() -> list[str]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff, and whether pyproject.toml lists every package."""
+    """Ruff, and whether pyproject.toml lists every package and the workflow every session."""
     install(session, DEV)
     session.run("ruff", "check", *session.posargs)
     if missing := unlisted_packages():
         session.error(f"add to [tool.setuptools] packages in pyproject.toml: {', '.join(missing)}")
+    matrix = re.findall(r"[a-z_0-9]+", WORKFLOW.read_text().partition("sessions: [")[2].partition("]")[0])
+    if missing := sorted(set(nox.options.sessions) - set(matrix)):
+        session.error(f"add to the matrix in {WORKFLOW}: {', '.join(missing)}")
 
 
 @nox.session
