@@ -152,7 +152,7 @@ class Common:
 
 def _offline(common: Common, traffic: Traffic, run: dict[str, Any], json_path: Path | None) -> None:
     from dynaflow_serving.bench.compare import Contest, compare
-    from dynaflow_serving.bench.report import progress, tables
+    from dynaflow_serving.bench.report import CPU_OFFLINE, progress, tables
     from dynaflow_serving.bench.result import failures, noise, record, write_json
 
     work = Path(tempfile.mkdtemp(prefix="dynaflow-bench-"))
@@ -172,14 +172,14 @@ def _offline(common: Common, traffic: Traffic, run: dict[str, Any], json_path: P
     result = record(comparison, run)
     if json_path is not None:
         write_json(json_path, result)
-    _conclude(common, tables(result), noise(comparison), failures(comparison), work)
+    _conclude(tables(result), ["" if common.gpu else CPU_OFFLINE, noise(comparison)], failures(comparison), work)
 
 
 def _servers(
     common: Common, loads: list[Load], seed: int, run: dict[str, Any], json_path: Path | None, html: Path
 ) -> None:
     from dynaflow_serving.bench.environment import machine
-    from dynaflow_serving.bench.report import progress
+    from dynaflow_serving.bench.report import CPU_SERVERS, progress
     from dynaflow_serving.bench.result import write_json
     from dynaflow_serving.bench.serving.record import record
     from dynaflow_serving.bench.serving.report import render
@@ -208,22 +208,16 @@ def _servers(
     if json_path is not None:
         write_json(json_path, result)
     write_text(html, render(result))
-    _conclude(common, tables(result), "\n".join(result["notes"]), result["failures"], work)
+    _conclude(tables(result), ["" if common.gpu else CPU_SERVERS, *result["notes"]], result["failures"], work)
 
 
-def _conclude(
-    common: Common, tables: Iterable[RenderableType], remark: str, problems: Sequence[str], work: Path
-) -> None:
+def _conclude(tables: Iterable[RenderableType], notes: Sequence[str], problems: Sequence[str], work: Path) -> None:
     """Tables, what to know about them, and the verdict. Logs are kept only where they explain a failure."""
-    from dynaflow_serving.bench.report import CPU_NOTE
-
     out, err = Console(), Console(stderr=True)
     for table in tables:
         out.print(table)
-    if not common.gpu:
-        _say(out, f"\n{CPU_NOTE}")
-    if remark:
-        _say(out, f"\n{remark}")
+    for note in filter(None, notes):
+        _say(out, f"\n{note}")
     for problem in problems:
         _say(err, f"dynaflow: FAILED: {problem} (engine logs: {work})")
     if problems:

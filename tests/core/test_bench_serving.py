@@ -19,7 +19,7 @@ from dynaflow_serving.bench.engines import ENGINES, Engine
 from dynaflow_serving.bench.process import EngineProcessError
 from dynaflow_serving.bench.serving.loads import LONGEST, SHORTEST, Load, ShareGPT, lengths, make_loads, seed_of_pass
 from dynaflow_serving.bench.serving.proof import Steps, not_engaged, not_stock, samples, steps_between
-from dynaflow_serving.bench.serving.record import LOSS, NOISE, WIN, verdict
+from dynaflow_serving.bench.serving.record import LOSS, NOISE, WIN, noise, verdict
 from dynaflow_serving.bench.serving.report import number, spread
 from dynaflow_serving.bench.serving.server import Server, free_port
 from dynaflow_serving.bench.serving.sglang_tool import SGLangTool
@@ -353,6 +353,11 @@ def test_verdicts_and_numbers() -> None:
     assert verdict({"median": 0.9, "min": 0.8, "max": 0.99}) == LOSS
     assert verdict({"median": 1.1, "min": 0.99, "max": 1.2}) == NOISE
     assert verdict(None) == ""
+    steady = {"median": 10.0, "min": 9.0, "max": 11.0}
+    figure = {"key": "output_tokens_per_s", "baseline": steady, "dynaflow": steady}
+    assert noise({"name": "random", "figures": [figure]}) == ""
+    figure["dynaflow"] = {**steady, "min": 8.0}
+    assert "Noise, random: the passes of dynaflow made 8 to 11" in noise({"name": "random", "figures": [figure]})
     assert [number(x) for x in (4778.4, 100.0, 36.12, 1.5, 0.8321)] == ["4,778", "100", "36.1", "1.50", "0.832"]
     assert spread({"median": 0.8321, "min": 0.8, "max": 1.0}, ratio=True) == "0.832 (0.800 - 1.000)"
 

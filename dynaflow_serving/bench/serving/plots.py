@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLOURS = {BASELINE: "#5b6472", DYNAFLOW: "#1f6fb4", WIN: "#1a7f37", LOSS: "#c62828", NOISE: "#8a8f98", "": "#8a8f98"}
 MARKERS = {BASELINE: "s", DYNAFLOW: "o"}
 THROUGHPUT = "output_tokens_per_s"
+WIDE = 4.0  # greatest over least gain, from where on the axis is logarithmic
 
 
 def pareto(loads: Sequence[Mapping[str, Any]]) -> str:
@@ -57,6 +58,9 @@ def gains(rows: Sequence[Mapping[str, Any]]) -> str:
             capsize=3,
         )  # fmt: skip
     panel.axvline(1, color="#222222", linewidth=1)
+    if rows and max(row["gain"]["max"] for row in rows) > WIDE * min(row["gain"]["min"] for row in rows):
+        panel.set_xscale("log")  # half and double are equally far from 1
+        panel.xaxis.set_major_formatter("{x:g}")
     panel.set_yticks(range(len(rows)), [f"{row['load']}: {row['label']}" for row in rows])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlabel("gain (above 1: DynaFlow is better)")
@@ -84,7 +88,7 @@ def _name_point(panel: Axes, load: Mapping[str, Any], key: str) -> None:
     name = "all at once" if load["rate"] == "inf" else f"{load['rate']:g}/s"
     panel.annotate(
         name, (x[side]["median"], y[side]["median"]), xytext=(6, 7), textcoords="offset points", fontsize=9,
-        color="#444444",
+        color="#444444", bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
     )  # fmt: skip
 
 

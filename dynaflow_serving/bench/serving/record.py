@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW
+from dynaflow_serving.bench.result import NOISY
 from dynaflow_serving.bench.serving.proof import STEPS, add, not_engaged, not_stock
 from dynaflow_serving.bench.serving.run import SIDES, Pass, ServingContest, ServingRuns
 from dynaflow_serving.bench.serving.tool import LATENCIES, STATISTICS, Figures
@@ -161,6 +162,20 @@ def _verdicts(loads: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {name: found.count(name) for name in (WIN, LOSS, NOISE)}
 
 
+def noise(load: Mapping[str, Any]) -> str:
+    """A warning if one side's throughput differs much between passes; else ""."""
+    figure = next(f for f in load["figures"] if f["key"] == HEADLINE[0])
+    for side in SIDES:
+        found = figure[side]
+        if found and found["max"] > NOISY * found["min"]:
+            return (
+                f"Noise, {load['name']}: the passes of {side} made {found['min']:,.0f} to {found['max']:,.0f} output "
+                "tokens/s. Something else uses this machine, or the passes are too short: do not trust these figures "
+                "(try more --requests and --pairs)."
+            )
+    return ""
+
+
 def _notes(loads: Sequence[Mapping[str, Any]], strategy: str) -> list[str]:
     """What a reader must know of single loads; it makes no run fail."""
     notes = []
@@ -172,7 +187,8 @@ def _notes(loads: Sequence[Mapping[str, Any]], strategy: str) -> list[str]:
                 f"{load['name']}: {strategy} split none of {count} steps, so this load compares un-split steps under "
                 "DynaFlow with the stock engine: it shows what DynaFlow costs where it declines."
             )
-    return notes
+        notes.append(noise(load))
+    return [note for note in notes if note]
 
 
 def _policy(passes: Sequence[Pass]) -> list[dict[str, Any]]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynaflow_serving.bench.report import CPU_NOTE
+from dynaflow_serving.bench.report import CPU_SERVERS
 from dynaflow_serving.bench.serving.loads import DATASETS
 from dynaflow_serving.bench.serving.record import headline
 from dynaflow_serving.errors import DynaflowError
@@ -46,14 +46,14 @@ def render(result: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "spread": spread, "pretty": _pretty}
+    environment.filters |= {"spread": spread, "span": _span, "pretty": _pretty}
     rows = headline(result)
     datasets = [
         {"name": name, "words": DATASETS[name], "pareto": Markup(pareto(list(loads)))}
         for name, loads in itertools.groupby(result["loads"], key=lambda load: load["dataset"])
     ]
     template = environment.get_template("report.html.j2")
-    return template.render(result=result, rows=rows, datasets=datasets, gains=Markup(gains(rows)), cpu_note=CPU_NOTE)
+    return template.render(result=result, rows=rows, datasets=datasets, gains=Markup(gains(rows)), cpu_note=CPU_SERVERS)
 
 
 def number(value: float) -> str:
@@ -69,6 +69,10 @@ def spread(value: Mapping[str, float] | None, ratio: bool = False) -> str:
         return "not measured"
     median, least, greatest = (f"{value[key]:.3f}" if ratio else number(value[key]) for key in ("median", "min", "max"))
     return f"{median} ({least} - {greatest})"
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{min(values):,} - {max(values):,}"
 
 
 def _pretty(value: Any) -> str:

@@ -16,10 +16,11 @@ STYLES = {WIN: "green", LOSS: "red"}
 
 def tables(result: Mapping[str, Any]) -> Iterator[RenderableType]:
     """The headline figures, and what DynaFlow's side did."""
-    figures = Table(title=f"{result['engine']} {result['engine_version']} servers on {result['machine']['device']}")
+    title = f"{result['engine']} {result['engine_version']} servers on {result['machine']['device']}"
+    figures = Table(title=title, title_justify="left", caption="gain above 1: dynaflow is better")
     for name in ("load", "figure"):
         figures.add_column(name)
-    for name in ("baseline", "dynaflow", "gain (above 1: dynaflow better)"):
+    for name in ("baseline", "dynaflow", "gain"):
         figures.add_column(name, justify="right")
     figures.add_column("verdict")
     for row in headline(result):
