@@ -1,0 +1,165 @@
+"""Shadow mode and metrics in real vLLM: wrong strategies are caught, and the counters are on vLLM's own endpoint."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+V2 = find_spec("triton") is not None
+NANOFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
+WRONG = """
+import torch
+from dynaflow_serving import SplitModule, register_strategy
+from dynaflow_serving.strategies.nanoflow import NanoFlow
+
+def silu_mul_and_a_bit(x, *sizes):
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up * 1.01
+
+@register_strategy("wrong_kernel")
+class WrongKernel(NanoFlow):
+    annotations = (SplitModule("SiluAndMul", "activation"),)
+
+    def schedule(self, s):
+        while tasks := s.get_ready_ops():
+            for task in tasks:
+                s.execute(task, replace=silu_mul_and_a_bit if "activation" in task.name else None)
+"""
+STOPPED = "shadow mode: outputs differed from un-split ones"
+
+
+@pytest.fixture
+def counted():
+    """`counted(name, **labels)`: how much a counter of this process has grown in the test."""
+    from prometheus_client import REGISTRY
+
+    def value(name, labels):
+        return REGISTRY.get_sample_value(f"dynaflow_{name}_total", labels) or 0.0
+
+    before = {n: value("shadow_steps", {"result": n}) for n in ("equal", "different")}
+    return lambda result: value("shadow_steps", {"result": result}) - before[result]
+
+
+@pytest.mark.parametrize("mode", ["mode2-uncompiled", "none"])
+def test_a_wrong_kernel_is_stopped_and_its_output_not_used(generate, check_tokens, tmp_path, counted, mode):
+    file, folder = tmp_path / "wrong.py", tmp_path / "mismatches"
+    file.write_text(WRONG)
+    dynaflow = {"strategy": str(file), "options": {"min_tokens": 1}, "shadow": {"every": 1, "folder": str(folder)}}
+    ours = generate("llama", mode, dynaflow=dynaflow)
+    check_tokens(ours, "llama", mode)
+    assert ours.split == 1 and ours.reports[0]["steps"]["unsplit"].keys() == {STOPPED}
+    assert counted("different") == 1 and counted("equal") == 0
+    (written,) = folder.iterdir()
+    content = torch.load(written, weights_only=True)
+    assert content["strategy"] == "wrong_kernel" and "silu_mul_and_a_bit" in content["plans"][0]
+    split, whole = content["split"][0], content["whole"][0]
+    assert split.shape == whole.shape == (sum(content["tokens"]), split.shape[1])
+    assert content["inputs"][0].shape == (sum(content["tokens"]),)
+
+
+@pytest.mark.parametrize("mode", ["mode3"] if V2 else ["mode3", "none"])
+def test_a_right_strategy_goes_on(generate, check_tokens, tmp_path, counted, mode):
+    """Compared steps leave the KV cache and the next steps as they would be."""
+    folder = tmp_path / "mismatches"
+    dynaflow = {**NANOFLOW, "shadow": {"every": 2, "folder": str(folder)}}
+    ours = generate("llama", mode, dynaflow=dynaflow)
+    check_tokens(ours, "llama", mode)
+    assert ours.split > 2 and STOPPED not in ours.reports[0]["steps"]["unsplit"]
+    assert counted("equal") == -(-ours.split // 2) and counted("different") == 0
+    assert not folder.exists()
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(V2, reason="Model Runner V2 is tested on one rank here")
+def test_ranks_compare_together_and_the_first_counts(generate, check_tokens, tmp_path):
+    from dynaflow_serving.integrations.vllm import metrics
+
+    dynaflow = {**NANOFLOW, "shadow": {"every": 3, "folder": str(tmp_path / "mismatches")}}
+    dynaflow["trace"] = {"folder": str(tmp_path / "traces"), "every": 4, "limit": 1}
+    ours = generate("llama", tp=2, dynaflow=dynaflow)
+    check_tokens(ours, "llama", tp=2)
+    assert {p.name for p in (tmp_path / "traces").iterdir()} == {f"step000001-rank{r}.json" for r in (0, 1)}
+    found = by_labels(s for family in metrics._serving.collect() for s in family.samples)
+    assert found["dynaflow_steps_total", "", "nanoflow"] == ours.split
+    assert found["dynaflow_shadow_steps_total", "equal"] == -(-ours.split // 3)
+
+
+@pytest.fixture
+def endpoint(model_path, tmp_path):
+    """`endpoint(*flags)` -> URL of a `vllm serve` that answers; stopped afterwards."""
+    running = []
+
+    def start(*flags):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        log = tmp_path / f"serve{len(running)}.log"
+        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        command = [
+            str(Path(sys.executable).with_name("vllm")), "serve", model_path("llama"), "--served-model-name", "tiny",
+            "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16",
+            "--compilation-config", '{"mode": 2, "backend": "eager"}', *flags,
+        ]  # fmt: skip
+        process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
+        running.append(process)
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                return url
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(log.read_text()[-3000:])
+
+    yield start
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.wait(60)
+
+
+def by_labels(samples):
+    """(name, label values by the labels' names) -> value of the DynaFlow metrics."""
+    ours = [s for s in samples if s.name.startswith("dynaflow_")]
+    return {(s.name, *(s.labels[label] for label in sorted(s.labels))): s.value for s in ours}
+
+
+def served(url):
+    """The DynaFlow metrics at `url`."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    assert "vllm:num_requests_running" in text
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    assert len(by_labels(samples)) == sum(s.name.startswith("dynaflow_") for s in samples)  # nothing twice
+    return by_labels(samples)
+
+
+@pytest.mark.skipif(V2, reason="the endpoint does not depend on the model runner")
+def test_metrics_endpoint(endpoint, prompts, tmp_path):
+    from openai import OpenAI
+
+    file = tmp_path / "nanoflow.yaml"
+    file.write_text("{strategy: nanoflow, options: {min_tokens: 1}}")
+    url = endpoint("--dynaflow", str(file))
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    client.completions.create(model="tiny", prompt=prompts, max_tokens=8, extra_body={"ignore_eos": True})
+    client.completions.create(model="tiny", prompt=prompts[1], max_tokens=8, extra_body={"ignore_eos": True})
+    time.sleep(1.5)  # the last step is written within a second
+    found = served(url)
+    assert found["dynaflow_steps_total", "", "nanoflow"] > 5
+    assert found["dynaflow_steps_total", "one request", "none"] >= 7  # decode steps of the second call
+    assert found["dynaflow_plans_total",] >= 1
+
+
+@pytest.mark.skipif(V2, reason="the endpoint does not depend on the model runner")
+def test_a_stock_server_has_none(endpoint):
+    assert served(endpoint()) == {}
