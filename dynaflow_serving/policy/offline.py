@@ -18,7 +18,6 @@ from statistics import median
 from typing import Any
 
 from dynaflow_serving.bench.engines import find_engine
-from dynaflow_serving.bench.environment import has_gpu
 from dynaflow_serving.bench.process import EngineProcess
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.config import Config, load
@@ -92,9 +91,10 @@ def run(job: Job, name: str, log: Path) -> Table:
 
 def _engine(job: Job, name: str, log: Path) -> tuple[EngineProcess, EngineSettings]:
     entry = find_engine(job.engine)
-    # Nothing is chosen that the engine's own server would not choose: the table is to hold for that.
+    # Nothing is chosen that the engine's own server would not choose: the table is to hold for that. What the benchmark
+    # sets on a CPU is for two engines that share it.
     compiled = entry.compiled(True if job.compiled is None and not entry.fixed_graph else job.compiled)
-    environment = entry.environment(job.tensor_parallel, gpu=has_gpu(), compiled=compiled, local_model=job.local)
+    environment = entry.environment(job.tensor_parallel, gpu=True, compiled=compiled, local_model=job.local)
     settings = EngineSettings(
         model=job.target,
         dtype=job.dtype or "auto",
