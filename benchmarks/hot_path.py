@@ -9,8 +9,9 @@ Three things call the same functions in the same order, two micro-batches of eac
 and the merge of the output, which are torch calls. Each figure is the median of `--repeat` timings, its spread
 the distance between the first and the third quartile.
 
-Also timed: one hand-off to a worker thread and back with the cpu executor, and lowering and verifying a
-program of 1000 operators for two micro-batches.
+Also timed: one hand-off to a worker thread and back with the cpu executor; lowering and verifying a program of 1000
+operators for two micro-batches; and what `strategy: auto` adds to a step: the look-up (bucket and table, by number of
+requests), and all of the begin and end of an un-split step (look-up, counters, clock).
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.config import Config
 from dynaflow_serving.executor.cpu import CPUExecutor
-from dynaflow_serving.ir import Operator, Program, Resource, Scope, StepKind, Value
+from dynaflow_serving.ir import Batch, Operator, Program, Resource, Scope, StepKind, Value
 from dynaflow_serving.lowering import lower
 from dynaflow_serving.partition import Capture
+from dynaflow_serving.policy.bucket import bucket_of
+from dynaflow_serving.policy.table import Decision, Table, Trial
+from dynaflow_serving.ranks import Ranks
 from dynaflow_serving.scheduler import Schedule
+from dynaflow_serving.steps import Steps
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.verify import verify
 
@@ -160,6 +166,29 @@ def planning() -> dict[str, float]:
     return results
 
 
+def policy(repeat: int) -> list[dict[str, float]]:
+    """The look-up of batches of 1 to 256 requests, of which the policy has decided not to split any."""
+    rows = []
+    for requests in (1, 16, 256):
+        batch = Batch((1,) * (requests // 2) + (64,) * (requests - requests // 2), (9,) * requests)
+        bucket = bucket_of(batch)
+        table = Table(key={}, decisions=[Decision(**bucket._asdict(), trials=[Trial(candidate="nanoflow x2")])])
+        config = Config(strategy="auto")
+        steps = Steps(config.build(), config)
+        assert steps.auto is not None
+        steps.auto.adopt(table, Ranks())
+        split = steps.auto.split
+
+        def step(steps: Steps = steps, batch: Batch = batch) -> None:
+            steps.begin(batch)
+            steps.end()
+
+        looked_up, spread = microseconds(lambda split=split, batch=batch: split(batch), repeat)  # type: ignore[misc]
+        begun, _ = microseconds(step, repeat)
+        rows.append({"requests": requests, "look_up_us": looked_up, "spread_us": spread, "begin_and_end_us": begun})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the raw results to this file")
@@ -178,10 +207,15 @@ def main() -> None:
           f"an event there and back {threads['event_there_and_back_us']:.1f} us")  # fmt: skip
     plans = planning()
     print("1000 operators x 2: " + ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in plans.items()))
+    decided = policy(options.repeat)
+    for r in decided:
+        print(f"auto, {r['requests']} requests: look-up {r['look_up_us']:.2f} ±{r['spread_us']:.2f} us, "
+              f"begin and end of an un-split step {r['begin_and_end_us']:.2f} us")  # fmt: skip
     if options.json:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
         with open(options.json, "w") as f:
-            json.dump({**machine, "hot_path": rows, "threads": threads, "planning": plans}, f, indent=1)
+            figures = {"hot_path": rows, "threads": threads, "planning": plans, "policy": decided}
+            json.dump(machine | figures, f, indent=1)
             f.write("\n")
 
 

@@ -95,7 +95,8 @@ def judge_transformers(figures: dict[str, Any]) -> list[str]:
 
 
 def show_engine(name: str, figures: dict[str, Any]) -> Table:
-    table = Table(title=f"{name} {figures['engine_version']} on {figures['device']}, strategy auto", title_justify="left")
+    title = f"{name} {figures['engine_version']} on {figures['device']}, strategy auto"
+    table = Table(title=title, title_justify="left")
     for head in ("ratio to stock, median", "min - max", "tokens equal", "steps split", "un-split"):
         table.add_column(head)
     ratio, steps = figures["ratio"], figures["steps"]

@@ -43,11 +43,10 @@ class Limits:
 def bucket_of(batch: Batch) -> Bucket:
     """A request with one new token decodes, any other one prefills."""
     tokens = batch.tokens
-    requests = len(tokens)
-    ones = tokens.count(1) if batch.width == 1 else 0
-    kind = DECODE if ones == requests else MIXED if ones else PREFILL
+    requests, total = len(tokens), sum(tokens) * batch.width
+    kind = DECODE if total == requests else MIXED if batch.width == 1 and 1 in tokens else PREFILL
     bits = (requests - 1).bit_length()
-    return Bucket(kind, 1 << (sum(tokens) * batch.width - 1).bit_length(), 1 << bits + (bits & 1))
+    return Bucket(kind, 1 << (total - 1).bit_length(), 1 << bits + (bits & 1))
 
 
 def representatives(limits: Limits) -> Iterator[Batch]:
