@@ -23,6 +23,7 @@ import torch.utils._pytree as pytree
 from dynaflow_serving.proof.options import ShadowOptions
 from dynaflow_serving.ranks import Ranks
 
+FORMAT = "dynaflow_serving reproducer 1"
 # Kernels tile, and so sum, in another order for another number of rows.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
@@ -71,7 +72,7 @@ class Shadow:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"mismatch-step{what.get('step', 0)}-rank{self.rank}.pt"
         content = {
-            "format": "dynaflow_serving reproducer 1",
+            "format": FORMAT,
             **what,
             "difference": str(found or "on another rank"),
             "split": _plain(split),
@@ -91,13 +92,14 @@ def difference(
     """The first tensor that differs by more than is allowed."""
     for i, (a, b) in enumerate(zip(split, whole, strict=True)):
         allowed = TOLERANCES.get(b.dtype, 0.0) if tolerance is None else tolerance
-        relative = _relative(a, b)
+        relative = relative_difference(a, b)
         if relative > allowed:
             return Difference(i, relative, allowed)
     return None
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The greatest absolute difference over the greatest magnitude of `b`; infinite for another shape or dtype."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
     if torch.equal(a, b):

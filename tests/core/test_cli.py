@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from support import example
 from typer.testing import CliRunner, Result
 
 from dynaflow_serving.cli import app
-from dynaflow_serving.examples import EXAMPLES
-from dynaflow_serving.ir import Plan, Program
+from dynaflow_serving.config import Config, load
+from dynaflow_serving.examples import EXAMPLES, HIDDEN
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.ir import Batch, Plan, Program, Split
+from dynaflow_serving.picture.measure import example_inputs
+from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.scheduler import OpScheduler, Schedule
+from dynaflow_serving.splitting import cut_at_requests
+from dynaflow_serving.steps import Steps
 from dynaflow_serving.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,7 +41,7 @@ def dynaflow(*arguments: str) -> Result:
     ("arguments", "message"),
     [
         (["bench", "foo"], "unknown engine 'foo'. Valid: sglang, vllm."),
-        (["bench", "sglang", "--compiled"], "--compiled and --uncompiled are for vllm"),
+        (["bench", "sglang", "--compiled"], "--compiled and --uncompiled are not for sglang"),
         (["bench", "vllm", "--model", "no/such/model"], "model 'no/such/model' does not exist"),
         (["bench", "vllm", "--model", "lama"], "Did you mean 'llama'"),
         (["bench", "vllm", "--model", "."], "has no config.json"),
@@ -46,6 +56,9 @@ def dynaflow(*arguments: str) -> Result:
         (["explain", "llama", "--batch", "8,x"], "--batch '8,x' is not a list of token counts"),
         (["explain", "llama", "--batch", "8,0"], "each at least 1"),
         (["explain", "llama", "--dtype", "float16"], "for model directories"),
+        (["explain", "llama", "--svg", "."], "'.' is a folder: give the name of a file"),
+        (["explain", "llama", "--svg", "x", "--html", "x"], "must be different files"),
+        (["check", "missing.pt"], "'missing.pt' is not a file"),
         (["check", "missing.txt"], "'missing.txt' is not a file"),
         (["check", __file__.replace("test_cli.py", "conftest.py")], "must register one strategy"),
         (["schema", "-s", "nope"], "unknown strategy 'nope'"),
@@ -134,11 +147,152 @@ def test_explain_shows_the_plan_of_a_strategy_that_orders_unsplit_steps() -> Non
     assert "side0   | run layers.0.shared_expert @0" in result.stdout
 
 
+def test_explain_draws_and_traces_what_it_prints(tmp_path: Path) -> None:
+    svg, html, trace = tmp_path / "new" / "plan.svg", tmp_path / "plan.html", tmp_path / "plan.json"
+    files = ("--svg", str(svg), "--html", str(html), "--trace", str(trace))
+    result = dynaflow(
+        "explain", "moe", "-s", "comm_overlap", "-n", "3", "-o", "min_tokens=1", "--batch", "8,9,7", *files
+    )
+    assert result.exit_code == 0, result.output
+    assert all(f"wrote {path}" in result.stdout for path in (svg, html, trace))
+    content = json.loads(trace.read_text())
+    spans = [e["args"] for e in content["traceEvents"] if e["ph"] == "X"]
+    ran = {(name, mb) for s in spans for name in s["operators"] for mb in s["micro_batches"]}
+    assert ran == {(o.name, mb) for o in example("moe").program.operators for mb in range(3)}
+    assert content["otherData"]["simulated"] is False and content["otherData"]["plan"] in result.stdout
+    picture = svg.read_text()
+    assert "example moe: comm_overlap, 3 micro-batches of 8, 9, 7 tokens" in picture
+    assert "Network operators are stand-ins on this machine" in picture and "plan, predicted" in picture
+    page = html.read_text()
+    assert page.startswith("<!DOCTYPE html>") and "stand-ins" in page and "15 operators of the program" in page
+
+
+def test_explain_has_nothing_to_draw_where_a_batch_is_not_split(tmp_path: Path) -> None:
+    result = dynaflow("explain", "llama", "-s", "nanoflow", "--batch", "8,8", "--svg", str(tmp_path / "x.svg"))
+    assert result.exit_code == 2 and "not split: a micro-batch would have under 2048 tokens" in result.stdout
+    assert "show a plan, and this batch is not split" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_explain_without_matplotlib_says_so_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    result = dynaflow("explain", "llama", "--html", "x.html")
+    assert result.exit_code == 2 and "pip install 'dynaflow-serving[report]'" in result.stderr and not result.stdout
+
+
+# -- reproducers ---------------------------------------------------------------------------------------
+def off_by_one(h: torch.Tensor, *weights: Any) -> torch.Tensor:
+    """Stands in for an operator, and is wrong in one row."""
+    out = h * 2
+    out[min(3, len(out) - 1)] += 1
+    return out
+
+
+class Suspicious(OpScheduler):
+    """Runs the last all-reduce of micro-batch 1 by a kernel that is wrong in its fourth row."""
+
+    name = "suspicious"
+
+    def split(self, batch: Batch) -> Split:
+        return cut_at_requests(batch, 2)
+
+    def schedule(self, s: Schedule) -> None:
+        while ready := s.get_ready_ops():
+            wrong = ready[0].name == "layers.1.all_reduce.1" and ready[0].micro_batch == 1
+            s.execute(ready[0], replace=off_by_one if wrong else None)
+
+
+@pytest.fixture
+def reproducer(tmp_path: Path) -> Path:
+    """What shadow mode writes about a step of `llama` under `Suspicious`: 11 requests of 4 tokens."""
+    config = Config(strategy="sequential", shadow={"folder": str(tmp_path), "every": 1})
+    steps = Steps(Suspicious(), config)
+    capture = example("llama")
+    runtime = Runtime(capture, steps.strategy, get_executor("sequential"))
+    steps.runtimes.append(runtime)
+    inputs = example_inputs(capture.program, len(capture.constants), 44, HIDDEN)
+    with torch.no_grad():
+        split = steps.begin(Batch((4,) * 11))
+        result = runtime.run(inputs, split)
+        steps.checked(result, lambda: runtime.run_whole(inputs, 44), inputs)
+        steps.end()
+    (file,) = tmp_path.iterdir()
+    return file
+
+
+def worst_row(output: str) -> list[str]:
+    (row,) = [line.split() for line in output[output.index("worst rows") :].splitlines() if line.strip()[:2] == "0 "]
+    return row
+
+
+def test_check_shows_what_a_reproducer_holds(reproducer: Path) -> None:
+    result = dynaflow("check", str(reproducer))
+    assert result.exit_code == 0, result.output
+    output = result.stdout
+    assert "suspicious" in output and "11 requests, 44 new tokens" in output
+    cut = torch.load(reproducer, weights_only=True)["bounds"][1]
+    assert f"1: tokens {cut}..43 ({44 - cut})" in output
+    assert "plan 0: verified: strategy suspicious" in output
+    assert "first suspect: kernel off_by_one, in place of layers.1.all_reduce.1" in output
+    row = worst_row(output)
+    assert row[:4] == ["0", str(cut + 3), "1", str((cut + 3) // 4)]
+    apart, split, whole = map(float, row[4:])
+    assert apart == pytest.approx(1, rel=1e-4) and split - whole == pytest.approx(1, rel=1e-3)
+    assert "1 of 44" in output
+
+
+def test_check_finds_a_wrong_plan_in_a_reproducer(reproducer: Path) -> None:
+    content = torch.load(reproducer, weights_only=True)
+    lines = content["plans"][0].splitlines()
+    first = next(i for i, line in enumerate(lines) if "| run" in line)
+    content["plans"] = ["\n".join(lines[:first] + lines[first + 1 :])]
+    torch.save(content, reproducer)
+    result = dynaflow("check", str(reproducer))
+    assert result.exit_code == 1 and "plan 0: " in result.stderr and "worst rows" in result.stdout
+
+
+def test_check_of_outputs_that_cannot_be_attributed(reproducer: Path) -> None:
+    """One row per request, not per token, with a NaN on one side; another shape; and a single number that is equal."""
+    content = torch.load(reproducer, weights_only=True)
+    whole = torch.tensor([[1.0, torch.nan]] * 11)
+    split = whole.clone()
+    split[2, 1] = 1.0
+    content["whole"], content["split"] = (
+        [whole, torch.ones(3), torch.tensor(5)],
+        [split, torch.ones(4), torch.tensor(5)],
+    )
+    torch.save(content, reproducer)
+    output = dynaflow("check", str(reproducer)).stdout
+    assert "split has [4]" in output and "1 of 11" in output and "0 of 1" in output
+    assert worst_row(output) == ["0", "2", "unknown", "unknown", "inf", "1", "nan"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a file of torch", "it cannot be loaded"),
+        ({"weights": torch.ones(2)}, "such a file has format"),
+        (torch.ones(2), "such a file has format"),
+        ({"format": "dynaflow_serving reproducer 1", "step": 1}, "incomplete reproducer: it lacks strategy, options"),
+    ],
+    ids=["bytes", "a checkpoint", "a tensor", "half of one"],
+)
+def test_check_of_what_is_no_reproducer(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    result = dynaflow("check", str(path))
+    assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_check_shipped_configs(config: Path) -> None:
     result = dynaflow("check", str(config))
     assert result.exit_code == 0, result.output
-    variants = 3 if "\n  micro_batches:" in config.read_text() else 1  # 2, 3 and 4 micro-batches, or the strategy's own
+    strategy = load(config).build()
+    if strategy.candidates != ("",):
+        variants = len(strategy.candidates)  # what a policy chooses among
+    else:  # 2, 3 and 4 micro-batches, or the strategy's own
+        variants = 3 if "\n  micro_batches:" in config.read_text() else 1
     assert result.stdout.count("OK") == variants * len(EXAMPLES)
 
 
