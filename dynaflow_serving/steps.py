@@ -155,16 +155,17 @@ class Steps:
         split, self.split = self.split, None
         if split is None:
             return
-        self.clock.stop(self._started, functools.partial(self._took, self._batch, split, self.tuning))
+        sampled = self.traced or self._compared
+        self.clock.stop(self._started, functools.partial(self._took, self._batch, split, self.tuning, sampled))
         if self.traced:
             self.traced = False
             self._take_timelines(split)
 
-    def _took(self, batch: Batch, split: Split, tuning: bool, seconds: float) -> None:
+    def _took(self, batch: Batch, split: Split, tuning: bool, sampled: bool, seconds: float) -> None:
         if tuning:
             return
         saved = 0.0
-        if self.auto is not None and self.auto.guard is not None:
+        if self.auto is not None and self.auto.guard is not None and not sampled:  # sampling takes time, too
             parts = len(split.micro_batches)
             saved = self.auto.guard.observe(bucket_of(batch), parts > 1, sum(batch.tokens), seconds)
             self.metrics.switched_off(self.auto.switched_off)

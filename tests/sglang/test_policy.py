@@ -152,24 +152,41 @@ def test_tuning_decides_every_bucket_and_a_second_start_reads_the_table(
         assert ours.session.policy == tuned
 
 
-def test_adopted_buckets_are_split_and_others_are_not(one_process, runner, cache_of, prompts, stock, tmp_path):
-    path, cache = tmp_path / "table.json", cache_of()
-    with one_process.dynaflow(runner, auto(path)) as ours:
-        key = facts_of(ours, cache).key
-    label = "nanoflow x2"
-    kind, most, _ = bucket_of(Batch(tuple(map(len, prompts))))
+@pytest.fixture
+def adopted(one_process, runner, cache_of, prompts, tmp_path):
+    """A config whose table splits decodes of 9 to 16 requests, and not the prefill of `prompts`."""
+    config, label = auto(tmp_path / "table.json"), "nanoflow x2"
+    with one_process.dynaflow(runner, config) as ours:
+        key = facts_of(ours, cache_of()).key
     decode = Decision(kind=DECODE, tokens=16, requests=16, candidate=label, trials=[Trial(candidate=label, ratios=[2])])
     decode.noise = 100.0  # the guard lets it run, however slow it is
+    kind, most, _ = bucket_of(Batch(tuple(map(len, prompts))))
     prefill = Decision(kind=kind, tokens=most, requests=16, trials=[Trial(candidate=label, ratios=[0.5])])
-    Table(key=key, decisions=[decode, prefill]).save(path)
-    with one_process.dynaflow(runner, auto(path)) as ours:
-        ours.start(cache)
-        assert ours.decided()["adopted"] == {"decode, up to 16 tokens of 16 requests": label}
+    Table(key=key, decisions=[decode, prefill]).save(tmp_path / "table.json")
+    return config
+
+
+def test_adopted_buckets_are_split_and_others_are_not(one_process, runner, cache_of, prompts, adopted, stock):
+    with one_process.dynaflow(runner, adopted) as ours:
+        ours.start(cache_of())
+        assert ours.decided()["adopted"] == {"decode, up to 16 tokens of 16 requests": "nanoflow x2"}
         tokens, _ = one_process.generate(runner, prompts, 12)
         counts = ours.session.counts
         assert tokens.tolist() == stock
         assert counts.unsplit[FASTER_WHOLE] == 1  # the prefill
         assert counts.unsplit[COMPARING] == 4 and counts.split == 7
+
+
+def test_the_guard_does_not_take_a_sampled_step_for_a_slow_one(
+    one_process, runner, cache_of, prompts, adopted, tmp_path, monkeypatch
+):
+    seen = []
+    with one_process.dynaflow(runner, adopted | {"shadow": {"every": 2}, "trace": {"folder": str(tmp_path)}}) as ours:
+        ours.start(cache_of())
+        monkeypatch.setattr(ours.session.auto.guard, "observe", lambda bucket, split, *_: seen.append(split) or 0.0)
+        one_process.generate(runner, prompts, 12)
+        assert ours.session.counts.split == 7 and ours.session.shadow.compared == 4
+    assert seen.count(True) == 3 and seen.count(False) == 5
 
 
 def facts_of(ours, cache):
