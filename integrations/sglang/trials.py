@@ -146,7 +146,7 @@ class RunnerTrials:
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        ids = array("q", (draw.randrange(self.runner.model_config.vocab_size) for _ in range(tokens)))
+        ids = array("q", draw.choices(range(self.runner.model_config.vocab_size), k=tokens))
         # Greedy: nothing is drawn from the generators that users' requests will draw from.
         sampling = SamplingParams(temperature=0, max_new_tokens=2)
         request = Req("dynaflow-trial", "", ids, sampling)

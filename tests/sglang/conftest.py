@@ -26,6 +26,11 @@ def one_process():
 
 
 @pytest.fixture(scope="session")
+def serve():
+    return _load("server").serve
+
+
+@pytest.fixture(scope="session")
 def loaded(one_process, model_path):
     """`loaded(kind)`: a stock ModelRunner. One lives at a time; another kind takes a second to load."""
     live = {}

@@ -2,13 +2,8 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -52,36 +47,10 @@ def test_tokens_equal_stock(tmp_path, model_path, prompts, kind, ranks, config):
     assert stock["state"] is None
 
 
-def test_server(model_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path("llama"), "--port", str(port)]
-    command += ["--device", "cpu", "--dtype", "float32", "--mem-fraction-static", "0.3", "--max-total-tokens", "4096"]
-    command += ["--disable-cuda-graph", "--dynaflow", "nanoflow"]
-    environment = {**os.environ, "SGLANG_CPU_OMP_THREADS_BIND": "0"}
-    server = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(f"{url}/server_info", server)
-        prompt = {"input_ids": [11, 12, 13], "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
-        headers = {"Content-Type": "application/json"}
-        urllib.request.urlopen(urllib.request.Request(f"{url}/generate", json.dumps(prompt).encode(), headers)).read()
-        info = wait_for(f"{url}/server_info", server)
+def test_server(model_path, serve):
+    with serve(model_path("llama"), "--dynaflow", "nanoflow") as server:
+        server.generate([[11, 12, 13]], 4)
+        info = server.info
         assert info["dynaflow"] == "nanoflow"
         steps = info["internal_states"][0]["dynaflow"]["steps"]
         assert steps["split"] == 0 and sum(steps["unsplit"].values()) >= 4, steps  # with the server's own warm-up
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def wait_for(url, process, seconds=300):
-    for _ in range(seconds):
-        assert process.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(url, timeout=5) as reply:
-                return json.loads(reply.read())
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise TimeoutError(url)
