@@ -1,0 +1,355 @@
+"""Pictures of plans: what they show is what was measured and simulated, of programs here and in a (small) engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from policy_support import CHAIN
+from support import manual, program_of
+
+from dynaflow_serving.bench.engines import ENGINES, Engine
+from dynaflow_serving.bench.one_step import one_step
+from dynaflow_serving.config import Config, load
+from dynaflow_serving.errors import ConfigError, DynaflowError
+from dynaflow_serving.executor.cpu import CPUExecutor
+from dynaflow_serving.ir import Batch, Plan, Program, StepKind
+from dynaflow_serving.picture.comparison import Comparison, compare, operator_times
+from dynaflow_serving.picture.engine import IN_TURN, compare_in_engine
+from dynaflow_serving.picture.figure import assert_can_draw, draw
+from dynaflow_serving.picture.measure import measured_and_predicted
+from dynaflow_serving.picture.page import Caption, render
+from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.scheduler import OpScheduler, Schedule
+from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.strategies.branches import Branches
+from dynaflow_serving.strategies.nanoflow import NanoFlow, NanoFlowOptions
+from dynaflow_serving.timeline import Timeline, spans_of
+
+SVG = "{http://www.w3.org/2000/svg}"
+MS = 0.03  # seconds that an operator sleeps
+
+
+def sleeps(x: torch.Tensor) -> torch.Tensor:
+    time.sleep(MS * len(x) / 4)
+    return x + 1
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[CPUExecutor]:
+    executor = CPUExecutor()
+    yield executor
+    executor.close()
+
+
+def chain(strategy: OpScheduler, executor: CPUExecutor) -> Runtime:
+    program = program_of(CHAIN)
+    return Runtime(manual(program, **{o.name: sleeps for o in program.operators}), strategy, executor)
+
+
+@pytest.fixture(scope="module")
+def comparison(executor: CPUExecutor) -> Comparison:
+    """CHAIN in two micro-batches of 4 tokens, on real threads."""
+    runtime = chain(NanoFlow(), executor)
+    return measured_and_predicted(runtime, cut_evenly(Batch((8,)), 2), [torch.zeros(8, 1)], runs=3)
+
+
+def test_a_prediction_from_operators_in_turn_meets_what_is_measured(comparison: Comparison) -> None:
+    """Sleeping operators know no contention, so what is left is the hand-off between threads."""
+    assert set(comparison.alone) == {(o, mb) for o in ("c0", "n0", "c1", "n1") for mb in (0, 1)}
+    assert all(MS <= seconds < 2 * MS for seconds in comparison.alone.values())
+    predicted = comparison.predicted.timeline
+    assert predicted.simulated and not comparison.measured.simulated
+    assert predicted.plan == comparison.measured.plan and predicted.plan.strategy == "nanoflow"
+    assert predicted.overlap == pytest.approx(3 / 5, abs=0.1)
+    assert predicted.makespan == pytest.approx(5 * MS, rel=0.3)
+    assert comparison.measured.makespan == pytest.approx(predicted.makespan, rel=0.4)
+    assert comparison.planned.least <= comparison.measured.makespan <= comparison.planned.greatest
+    assert comparison.unsplit is not None
+    unsplit = comparison.unsplit.timeline
+    assert unsplit.plan.micro_batches == 1 and unsplit.makespan >= 8 * MS  # twice the tokens, nothing beside
+
+
+def test_a_plan_of_one_micro_batch_is_measured_too(executor: CPUExecutor) -> None:
+    runtime = chain(Branches(), executor)
+    split = runtime.decide(Batch((4,)))
+    found = measured_and_predicted(runtime, split, [torch.zeros(4, 1)], runs=1)
+    assert found.tokens == (4,) and found.measured.plan.strategy == "branches"
+
+
+def test_times_of_single_operators_are_medians_over_the_runs() -> None:
+    plan = Plan.from_text("plan a program=0 micro_batches=1 depends=-\ncompute | run x @0\ncompute | run y @0\n")
+    runs = [Timeline(plan, spans_of(plan, [(0, 0.0, x), (1, 10.0, 10 + y)]), frozenset(), False)
+            for x, y in ((1, 5), (2, 9), (9, 7))]  # fmt: skip
+    assert operator_times(runs) == {("x", 0): 2, ("y", 0): 7}
+
+
+def test_an_operator_that_was_not_measured_is_an_error(comparison: Comparison) -> None:
+    with pytest.raises(ConfigError, match="no measured seconds for"):
+        compare(comparison.program, (4, 4), [comparison.measured], [])
+
+
+# -- the picture ---------------------------------------------------------------------------------------
+def bars(svg: str) -> dict[str, str]:
+    """Id of a bar -> its tooltip."""
+    root = ET.fromstring(svg)
+    found = {g.get("id", ""): g.findtext(f"{SVG}title") for g in root.iter(f"{SVG}g")}
+    return {name: title for name, title in found.items() if title is not None}
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(t.itertext()) for t in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_every_span_is_a_bar_with_a_tooltip_and_what_was_simulated_is_called_so(comparison: Comparison) -> None:
+    svg = draw(comparison, "a title", "measured on <that> machine")
+    shown = comparison.shown
+    found = bars(svg)
+    assert len(found) == sum(len(s.timeline.spans) for s in shown)
+    for number, (s, kind) in enumerate(zip(shown, ("measured", "measured", "simulated"), strict=True)):
+        for span in s.timeline.spans:
+            title = found[f"bar{number}-{span.index}"]
+            assert title.endswith(kind) and f"stream {span.step.stream}, step {span.index}" in title
+            if span.step.operators:
+                assert f"run {span.step.operators[0]} @{span.step.start}" in title
+                assert ("network operator" in title) == span.step.operators[0].startswith("n")
+    written = texts(svg)
+    assert {"a title", "measured on <that> machine", "network", "micro-batch 1: 4 tokens"} <= set(written)
+    headings = [t for t in written if t.startswith(("un-split, measured: ", "plan, measured: ", "plan, predicted: "))]
+    assert len(headings) == 3 and all("streams overlap" in t for t in headings[1:])
+    assert f"streams overlap {comparison.measured.overlap:.0%} of it" in headings[1]
+
+
+def test_bars_are_where_their_spans_are(comparison: Comparison) -> None:
+    """Widths in the SVG are proportional to seconds, on one axis for all panels."""
+    root = ET.fromstring(draw(comparison))
+    widths = {}
+    for g in root.iter(f"{SVG}g"):
+        if g.get("id", "").startswith("bar"):
+            x = [float(v) for v in re.findall(r"[ML] ([-\d.]+) ", g.find(f"{SVG}path").get("d"))]  # type: ignore
+            widths[g.get("id")] = max(x) - min(x)
+    seconds = {f"bar{i}-{s.index}": s.end - s.start for i, p in enumerate(comparison.shown) for s in p.timeline.spans}
+    scale = sum(widths.values()) / sum(seconds.values())
+    for name, width in widths.items():
+        assert width == pytest.approx(seconds[name] * scale, abs=0.01)
+
+
+def test_equal_comparisons_give_equal_files_and_nothing_outside_is_referred_to(comparison: Comparison) -> None:
+    svg = draw(comparison, "a title", "a caption")
+    assert svg == draw(comparison, "a title", "a caption")
+    assert set(re.findall(r"(?:https?:)?//[^\s\"'<)]+", svg)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_many_layers_make_a_wide_picture(comparison: Comparison) -> None:
+    """A plan of 400 steps: as wide as its bars need."""
+    lines = "\n".join(f"compute | run layers.{i}.attention @{mb}" for i in range(200) for mb in (0, 1))
+    plan = Plan.from_text(f"plan a program=0 micro_batches=2 depends=-\n{lines}\n")
+    marks = [(i, float(i), i + 1.0) for i in range(400)]
+    run = dataclasses.replace(comparison.planned, timeline=Timeline(plan, spans_of(plan, marks), frozenset(), False))
+    svg = draw(dataclasses.replace(comparison, unsplit=None, planned=run, predicted=run))
+    width, narrow = (float(ET.fromstring(s).get("width", "").removesuffix("pt")) for s in (svg, draw(comparison)))
+    assert width > 4 * narrow
+    assert sum(t == "attention" for t in texts(svg)) == 800  # so that there is room for names, across
+    assert len(bars(svg)) == 800
+
+
+class Fused(OpScheduler):
+    """Replaces two operators by a kernel."""
+
+    name = "fu<sed>"
+
+    def split(self, batch: Batch) -> Any:
+        return cut_evenly(batch, 2)
+
+    def schedule(self, s: Schedule) -> None:
+        for mb in (0, 1):
+            s.execute(s.get_ready_ops(mb)[0])
+            s.execute(s.get_ready_ops(mb)[0], stream="network")
+        merged = s.get_ready_ops()
+        s.execute(merged)
+        s.execute(s.get_ready_ops(), replace=self.kernel)
+
+    @staticmethod
+    def kernel(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+def test_a_page_shows_kernels_merged_steps_and_escapes_names(executor: CPUExecutor) -> None:
+    runtime = chain(Fused(), executor)
+    found = measured_and_predicted(runtime, cut_evenly(Batch((8,)), 2), [torch.zeros(8, 1)], runs=1)
+    assert any(s.kind is StepKind.REPLACE for s in found.measured.plan.steps)
+    page = render([found, found], Caption("<b>title</b>", ("a note", "another")), "dynaflow explain '<x>'")
+    assert "<b>title" not in page and "&lt;b&gt;title&lt;/b&gt;" in page and "&lt;x&gt;" in page
+    assert "fu&lt;sed&gt;" in page and "fu<sed>" not in page
+    assert "Program 2 of 2" in page and "in c1 0..1" in page and "in kernel 0..1" in page
+    assert page.count("<svg") == 2 and "several micro-batches" in page
+    tags = Balanced()
+    tags.feed(page)
+    assert tags.open == []
+    assert not re.search(r"(src|href)=\"(?!#)", page), "nothing outside of the page"
+
+
+class Balanced(HTMLParser):
+    """The elements that are still open."""
+
+    VOID = {"meta", "br", "link", "img"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_has_every_operator_with_its_times_and_the_plan(comparison: Comparison) -> None:
+    page = render([comparison], Caption("title", ("note",)), "command")
+    for (name, mb), seconds in comparison.alone.items():
+        row = page[page.index(f'<td class="text">{name}</td>') :]
+        assert f"<td>{seconds * 1e6:,.0f}</td>" in row[: row.index("</tr>")], (name, mb)
+    assert comparison.measured.plan.to_text().splitlines()[1].replace(">", "&gt;") in page
+    assert Program.from_text(CHAIN_TEXT := comparison.program.to_text()) and CHAIN_TEXT.splitlines()[1] in page
+    assert f"{comparison.measured.hidden_network:.0%}" in page
+
+
+def test_without_the_packages_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    with pytest.raises(DynaflowError, match=r"missing here: matplotlib\. .*pip install 'dynaflow-serving\[report\]'"):
+        assert_can_draw("jinja2")
+
+
+# -- in an engine --------------------------------------------------------------------------------------
+# A child process with a Session around CHAIN; the variable SMALL says when a batch arrives request by request.
+SMALL = """
+import logging, os, sys, time
+sys.path.insert(0, {tests!r})
+import torch
+from policy_support import CHAIN
+from support import manual, program_of
+from dynaflow_serving.bench.drivers import EngineInfo
+from dynaflow_serving.config import load
+from dynaflow_serving.integrations.session import Session
+from dynaflow_serving.ir import Batch
+
+def operator(x):
+    time.sleep(0.0005 * len(x))
+    return x + 1
+
+class Small:
+    def start(self, settings):
+        self.session = Session(load(settings.dynaflow), "cpu", "small", logging.getLogger("small"))
+        program = program_of(CHAIN)
+        self.runtime = self.session.add(manual(program, **{{o.name: operator for o in program.operators}}))
+        self.passes = 0
+        return EngineInfo("1", 100, "here")
+
+    def generate(self, requests):
+        self.passes += 1
+        tokens = tuple(len(r.prompt) for r in requests)
+        piecemeal = os.environ.get("SMALL") == "always" or (os.environ.get("SMALL") == "at first" and self.passes < 3)
+        for batch in [Batch((n,)) for n in tokens] if piecemeal else [Batch(tokens)]:
+            split = self.session.begin(batch)
+            x = torch.zeros(sum(batch.tokens), 1)
+            if self.session.micro_batches:
+                (out,) = self.session.plan(self.runtime)([x], split.bounds, lambda mb: None)
+            else:
+                out = self.runtime.run_whole([x], len(x))[0]
+            self.session.end()
+            assert torch.equal(out, x + 4)
+        return [[0] for _ in requests]
+
+    def report(self):
+        return [self.session.report()]
+
+    def reset(self):
+        self.session.reset()
+
+    def close(self):
+        self.session.close()
+"""
+TOKENS = (8, 8)
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "small_driver.py").write_text(SMALL.format(tests=str(Path(__file__).parent)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(ENGINES, "small", Engine("small_driver:Small"))
+    return "small"
+
+
+def in_engine(engine: str, config: Config) -> tuple[dict[str, Any], list[Comparison]]:
+    return compare_in_engine(engine, "a-model", TOKENS, config, None, 1)
+
+
+NANOFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
+
+
+def test_an_engine_is_measured_under_the_plan_in_turn_and_un_split(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALL", "at first")  # what was not one step of the batch does not count
+    report, (found,) = in_engine(small, load(NANOFLOW))
+    assert report["strategy"] == "nanoflow" and report["steps"]["split"] == 12
+    assert found.tokens == TOKENS and found.unsplit is None
+    assert 0.3 < found.measured.overlap < 0.7 and found.predicted.timeline.overlap == pytest.approx(3 / 5, abs=0.15)
+    step = found.engine_step
+    assert step is not None and len(step.split) == 5 and len(step.unsplit) == 5
+    assert min(step.split) >= 5 * 8 * 0.0005 and min(step.unsplit) >= 8 * 8 * 0.0005
+    assert "x as fast" in str(step) and step.speed_up > 1
+    assert "plan, measured: " in draw(found)
+
+
+def test_an_engine_that_does_not_split_gives_nothing_to_draw(small: str) -> None:
+    report, found = in_engine(small, load({"strategy": "nanoflow"}))
+    assert found == [] and report["steps"]["unsplit"] == {"a micro-batch would have under 2048 tokens": 12}
+
+
+def test_a_batch_that_never_is_one_step_is_an_error(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALL", "always")
+    with pytest.raises(DynaflowError, match="small never ran the batch as one step"):
+        in_engine(small, load(NANOFLOW))
+
+
+def test_a_policy_has_no_one_plan_to_draw() -> None:
+    with pytest.raises(ConfigError, match=r"'auto' chooses among several.*nanoflow x2"):
+        in_engine("small", load("auto"))
+
+
+def test_one_step_is_one_step(small: str) -> None:
+    report = one_step(small, "a-model", TOKENS, load(NANOFLOW), None, 1)
+    assert report["steps"] == {"split": 1, "unsplit": {}}
+
+
+def test_micro_batches_in_turn_are_cut_as_the_other_strategy_cuts_them() -> None:
+    strategy = load(
+        {"strategy": str(IN_TURN), "options": {"strategy": "token_weave", "options": {"min_tokens": 64}}}
+    ).build()
+    other = load({"strategy": "token_weave", "options": {"min_tokens": 64}}).build()
+    batch = Batch((600, 100, 300))
+    cut, whole, again = (strategy.split(batch) for _ in range(3))
+    assert cut == again == other.split(batch) and len(cut.micro_batches) == 2
+    assert whole.reason == "un-split, to compare with"
+    assert strategy.annotations == other.annotations and strategy.max_micro_batches == 2
+    nano = NanoFlow(NanoFlowOptions(micro_batches=3))
+    three = load(
+        {"strategy": str(IN_TURN), "options": {"strategy": "nanoflow", "options": {"micro_batches": 3}}}
+    ).build()
+    assert three.max_micro_batches == nano.max_micro_batches == 3
+    order = [(x.operators[0], x.start) for x in three.record(program_of(CHAIN), 3).launches]
+    assert order == [(name, mb) for mb in range(3) for name in ("c0", "n0", "c1", "n1")]
