@@ -87,13 +87,13 @@ def install_project(session: nox.Session) -> None:
     stamp.write_text(want)
 
 
-def run_engines(session: nox.Session, pytest: str, *tests: str, env: dict[str, str], external: bool = False) -> None:
-    """Run `tests`: two engines at a time, then those whose engine has a rank per core, alone."""
+def run_tests(session: nox.Session, pytest: str, *tests: str, env: dict[str, str], external: bool = False) -> None:
+    """Run `tests` on two workers, then, one by one, those marked `alone`; or what the command line asks for."""
     if session.posargs:
         session.run(pytest, *session.posargs, env=env, external=external)
         return
-    session.run(pytest, "-rs", *PARALLEL, "-m", "not ranks", *tests, env=env | ONE_THREAD, external=external)
-    session.run(pytest, "-m", "ranks", *tests, env=env, external=external)
+    session.run(pytest, "-rs", *PARALLEL, "-m", "not alone", *tests, env=env | ONE_THREAD, external=external)
+    session.run(pytest, "-m", "alone", *tests, env=env, external=external)
 
 
 def unlisted_packages() -> list[str]:
@@ -142,7 +142,7 @@ def core(session: nox.Session) -> None:
     """tests/core and tests/gpu (skipped without CUDA, with the reason), with torch and no engine."""
     install(session, CORE)
     install_project(session)
-    session.run("pytest", *(session.posargs or ["-rs", *PARALLEL, "tests/core", "tests/gpu"]), env=ONE_THREAD)
+    run_tests(session, "pytest", "tests/core", "tests/gpu", env={})
 
 
 @nox.session
@@ -174,7 +174,7 @@ def vllm(session: nox.Session) -> None:
     """tests/vllm, with vLLM's CPU build, and the tests of the tiny models, which need transformers."""
     install(session, VLLM, VLLM_METADATA)
     install_project(session)
-    run_engines(session, "pytest", "tests/core/test_tiny_models.py", "tests/vllm", env=VLLM_ENV)
+    run_tests(session, "pytest", "tests/core/test_tiny_models.py", "tests/vllm", env=VLLM_ENV)
 
 
 @nox.session(venv_backend="none")
@@ -191,7 +191,7 @@ def vllm_v2(session: nox.Session) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         session.run(str(python), "-m", "pip", "install", "--quiet", "--target", str(folder), *KERNELS, external=True)
         stamp.write_text(want)
-    run_engines(
+    run_tests(
         session,
         str(python.with_name("pytest")),
         "tests/vllm/test_runner_v2.py",

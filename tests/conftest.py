@@ -6,11 +6,11 @@ import pytest
 
 
 def pytest_collection_modifyitems(items):
-    """Tests whose engine has a rank per core; nox runs them alone."""
+    """A test whose engine has several ranks has the machine for itself."""
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if max(parameters.get("tp", 1), parameters.get("ranks", 1)) > 1:
-            item.add_marker("ranks")
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def test_representatives_are_what_the_engine_can_run_one_per_bucket(
 
 
 # -- decisions -----------------------------------------------------------------------------------------
+@pytest.mark.alone
 def test_an_overlap_that_wins_is_predicted_measured_and_adopted() -> None:
     engine = Engine(per_token)
     (decision,) = tune(engine).decisions
@@ -74,6 +75,7 @@ def test_an_overlap_that_wins_is_predicted_measured_and_adopted() -> None:
     assert len(trial.ratios) == 5 and decision.plain_ms is not None and decision.plain_ms > 4 * 1e3 * per_token(64)
 
 
+@pytest.mark.alone
 def test_a_split_that_is_predicted_to_lose_is_not_timed() -> None:
     (decision,) = tune(Engine(fixed)).decisions
     (trial,) = decision.trials
@@ -82,6 +84,7 @@ def test_a_split_that_is_predicted_to_lose_is_not_timed() -> None:
     assert decision.reason.startswith("nanoflow x2: predicted to be slower")
 
 
+@pytest.mark.alone
 def test_what_a_larger_batch_has_lost_is_not_tried_with_a_smaller_one() -> None:
     engine = Engine(fixed, [Batch((8,) * 8), Batch((4,) * 8), Batch((2,) * 8)])
     first, *others = tune(engine).decisions
@@ -89,6 +92,7 @@ def test_what_a_larger_batch_has_lost_is_not_tried_with_a_smaller_one() -> None:
     assert {sum(b.tokens) for b in engine.ran} == {64}
 
 
+@pytest.mark.alone
 def test_what_the_budget_does_not_reach_is_not_split_and_says_so() -> None:
     engine = Engine(per_token, [Batch((8,) * 8), Batch((4,) * 8)], budget_seconds=0.05)
     first, second = tune(engine).decisions
@@ -191,6 +195,7 @@ def test_a_table_that_names_a_stranger_is_refused() -> None:
 
 
 # -- the guard -----------------------------------------------------------------------------------------
+@pytest.mark.alone
 def test_a_candidate_that_becomes_slow_after_tuning_is_switched_off_within_its_window(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -214,6 +219,7 @@ def test_a_candidate_that_becomes_slow_after_tuning_is_switched_off_within_its_w
     assert engine.steps.counts.split == before and engine.steps.counts.unsplit[SWITCHED_OFF] == 2
 
 
+@pytest.mark.alone
 def test_a_candidate_that_was_never_as_fast_as_tuned_is_switched_off_after_the_first_comparison() -> None:
     engine = Engine(lambda tokens: per_token(tokens) * (3 if tokens < 64 else 1))
     assert engine.steps.auto is not None
@@ -315,6 +321,7 @@ def test_tuning_is_neither_counted_nor_left_behind() -> None:
     assert engine.steps.counts.split == 0 and not engine.steps.counts.unsplit
 
 
+@pytest.mark.alone
 def test_the_start_up_table_says_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
     engine = Engine(lambda tokens: per_token(tokens) if tokens > 8 else fixed(tokens), [BATCH, Batch((1, 1))])
     table = tune(engine)

@@ -111,6 +111,7 @@ def sleeping(program: Program) -> tuple[Capture, dict[tuple[str, int], float]]:
     return manual(program, **{o.name: operator(o.name) for o in program.operators}), took
 
 
+@pytest.mark.alone
 def test_what_the_real_executors_measure_can_be_predicted(
     tmp_path: Path, report: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
