@@ -113,8 +113,8 @@ def tune(
     job = _on_example(job) if engine is None else _on_engine(job, engine)
     err, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else WIDTH)
     labels = job.auto.measured
-    limit = f"at most {job.auto.options.budget_seconds:g} s of measuring" + (" each share" if ray else "")
-    _say(err, f"{target}: {len(labels)} candidates ({', '.join(labels)}), {limit}")
+    limit = f"at most {job.auto.options.budget_seconds:g} s of measuring" + (" per share" if ray else "")
+    _say(err, f"{target}: candidates {', '.join(labels)}; {limit}")
     if ray is None:
         logs = Path(tempfile.mkdtemp(prefix="dynaflow-tune-"))
         log = logs / "engine.log"

@@ -12,6 +12,7 @@ Contract
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -102,11 +103,12 @@ def facts(worker: Any, session: VLLMSession) -> Facts:
 
     config = worker.vllm_config
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
-    ranks = parallel.tensor_parallel_size
+    ranks, module = parallel.tensor_parallel_size, worker.model_runner.get_model()
+    architecture = {k: v for k, v in model.hf_config.to_dict().items() if k != "_name_or_path"}  # not where it is kept
     key = {
         "engine": f"vllm {__version__}",
         "mode": session.mode,
-        "model": f"{model.model} {model.revision or ''}".strip(),
+        "model": f"{type(module).__name__} {_digest(json.dumps(architecture, sort_keys=True, default=str))}",
         "dtype": f"{model.dtype}, KV cache {config.cache_config.cache_dtype}, quantization {model.quantization}",
         "ranks": f"{ranks} of {parallel.world_size}",
         "limits": f"{scheduler.max_num_batched_tokens} tokens, {scheduler.max_num_seqs} requests, "
@@ -115,13 +117,17 @@ def facts(worker: Any, session: VLLMSession) -> Facts:
         "graphs": str(config.compilation_config.cudagraph_mode),
         "executor": session.config.model_dump_json(exclude={"strategy", "options", "trace", "shadow", "fallback"}),
         "programs": " ".join(r.capture.program.digest for r in session.runtimes),
-        "plans": hashlib.sha256("\n".join(r.texts() for r in session.runtimes).encode()).hexdigest()[:16],
+        "plans": _digest("\n".join(r.texts() for r in session.runtimes)),
         **machine_key(worker.device.type),
         **strategy_key(session),
     }
     wide = model.get_hidden_size() * model.dtype.itemsize if ranks > 1 else 0
     graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-    return Facts(key, weight_bytes(worker.model_runner.get_model()), wide, graphs)
+    return Facts(key, weight_bytes(module), wide, graphs)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

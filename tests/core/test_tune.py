@@ -112,7 +112,7 @@ def test_an_example_is_tuned_in_a_process_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     result = tune("llama", "-c", "nanoflow", "-c", "comm_overlap", "-n", "2", "--budget", "20", "--out", str(path))
     assert result.exit_code == 0, result.output
-    assert "2 candidates (nanoflow x2, comm_overlap x2), at most 20 s" in result.stderr and "its log" in result.stderr
+    assert "candidates nanoflow x2, comm_overlap x2; at most 20 s" in result.stderr and "its log" in result.stderr
     assert "kinds of batches are split" in result.stdout and str(path) in result.stdout
     written = Table.model_validate_json(path.read_text())
     assert written.key["engine"] == "example" and written.key["model"] == "llama"
