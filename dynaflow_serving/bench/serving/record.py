@@ -4,7 +4,8 @@ Contract
 - A figure is the median over the counted pairs, with least and greatest. The gain is taken within each pair; above 1
   DynaFlow is better: DynaFlow over baseline for throughput, baseline over DynaFlow for latency.
 - A figure is won or lost only if all pairs agree; else it is within the noise.
-- `failures` says why the run proves nothing: no step was split, the baseline is not stock, requests failed.
+- `failures` says why the run proves nothing: no step was split, the baseline is not stock, requests failed, or the two
+  passes of a pair had other numbers of tokens.
 - Warm-up passes are in it, marked by pair 0.
 """
 
@@ -82,10 +83,24 @@ def failures(contest: ServingContest, passes: Sequence[Pass]) -> list[str]:
                 why = f" The first error: {errors[0]}" if errors else ""
                 total = len(mine) * load.requests
                 found.append(f"{failed} of {total} requests failed against {side} ({load.name}).{why}")
+    found.append(_unequal_work(contest, passes))
     steps = add([p.steps for p in passes if p.side == DYNAFLOW and p.pair])
     found.append(not_engaged(contest.dynaflow["strategy"], steps))
     found.append(not_stock([sample for p in passes if p.side == BASELINE for sample in p.metrics]))
     return [problem for problem in found if problem]
+
+
+def _unequal_work(contest: ServingContest, passes: Sequence[Pass]) -> str:
+    """Whether the two passes of a pair had other numbers of tokens, though no request failed."""
+    tokens: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for p in passes:
+        if not p.figures.failed:
+            tokens.setdefault((p.load, p.pair), set()).add((p.figures.input_tokens, p.figures.output_tokens))
+    for (index, pair), found in tokens.items():
+        if len(found) > 1:
+            counts = " and ".join(f"{prompt} in, {output} out" for prompt, output in sorted(found))
+            return f"The two servers did unequal work ({contest.loads[index].name}, pair {pair}): {counts} tokens."
+    return ""
 
 
 def headline(result: Mapping[str, Any]) -> list[dict[str, Any]]:
