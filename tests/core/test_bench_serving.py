@@ -19,18 +19,19 @@ from dynaflow_serving.bench.engines import ENGINES, Engine
 from dynaflow_serving.bench.process import EngineProcessError
 from dynaflow_serving.bench.serving.loads import LONGEST, SHORTEST, Load, ShareGPT, lengths, make_loads, seed_of_pass
 from dynaflow_serving.bench.serving.proof import Steps, not_engaged, not_stock, samples, steps_between
-from dynaflow_serving.bench.serving.record import LOSS, NOISE, WIN, noise, verdict
+from dynaflow_serving.bench.serving.record import LOSS, METRICS, NOISE, WIN, figure_of, noise, verdict
 from dynaflow_serving.bench.serving.report import number, spread
+from dynaflow_serving.bench.serving.run import Pass
 from dynaflow_serving.bench.serving.server import Server, free_port
 from dynaflow_serving.bench.serving.sglang_tool import SGLangTool
-from dynaflow_serving.bench.serving.tool import Job, ServingTool, flags
+from dynaflow_serving.bench.serving.tool import Figures, Job, ServingTool, flags
 from dynaflow_serving.bench.serving.vllm_tool import VLLMTool
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.cli import app
 
 INF = float("inf")
 RANDOM = Load("random", 8, 128, 64, INF)
-METRICS = """
+PROMETHEUS = """
 # TYPE dynaflow_steps_total counter
 dynaflow_steps_total{strategy="nanoflow",reason=""} 7
 dynaflow_steps_total{strategy="none",reason="one request"} 3
@@ -336,11 +337,11 @@ def test_sharegpt_has_its_lengths(tmp_path: Path) -> None:
 
 
 def test_metrics() -> None:
-    found = samples(METRICS)
+    found = samples(PROMETHEUS)
     assert {s.name for s in found} == {"dynaflow_steps_total", "dynaflow_overlap_ratio"}
     steps = steps_between([], found)
     assert steps == Steps({"nanoflow": 7}, {"one request": 3, "a micro-batch would have under 9 tokens": 1})
-    later = samples(METRICS.replace('reason=""} 7', 'reason=""} 9'))
+    later = samples(PROMETHEUS.replace('reason=""} 7', 'reason=""} 9'))
     assert steps_between(found, later) == Steps({"nanoflow": 2}, {})
     assert not_stock([]) == "" and "dynaflow_overlap_ratio" in not_stock(found)
     assert samples("vllm:x_total{reason='dynaflow_steps_total'} 1".replace("'", '"')) == []
@@ -354,18 +355,31 @@ def test_engagement() -> None:
     assert "counted no step" in not_engaged("auto", Steps({}, {}))
 
 
+def test_the_middle_of_two_gains_favours_no_side() -> None:
+    figures = {"completed": 1, "failed": 0, "seconds": 1.0, "input_tokens": 1, "output_tokens": 1, "errors": {}}
+    figures |= {"requests_per_s": 1.0, "total_tokens_per_s": 1.0}
+    stock, half, double = (
+        Figures(**figures, output_tokens_per_s=speed, latencies={"ttft median": speed or None})
+        for speed in (4.0, 2.0, 8.0)
+    )
+    passes = [Pass(0, pair, "baseline", stock, Steps({}, {}), []) for pair in (1, 2)]
+    passes += [Pass(0, pair, "dynaflow", ours, Steps({}, {}), []) for pair, ours in ((1, half), (2, double))]
+    for metric in (m for m in METRICS if m.key in ("output_tokens_per_s", "ttft median")):
+        assert figure_of(metric, passes)["gain"] == {"median": 1.0, "min": 0.5, "max": 2.0}
+
+
 def test_verdicts_and_numbers() -> None:
     assert verdict({"median": 1.1, "min": 1.01, "max": 1.2}) == WIN
     assert verdict({"median": 0.9, "min": 0.8, "max": 0.99}) == LOSS
     assert verdict({"median": 1.1, "min": 0.99, "max": 1.2}) == NOISE
     assert verdict(None) == ""
     steady = {"median": 10.0, "min": 9.0, "max": 11.0}
-    figure = {"key": "output_tokens_per_s", "baseline": steady, "dynaflow": steady}
+    figure = {"key": "output_tokens_per_s", "label": "Output throughput", "baseline": steady, "dynaflow": steady}
     assert noise({"name": "random", "figures": [figure]}) == ""
     figure["dynaflow"] = {**steady, "min": 8.0}
-    assert "Noise, random: the passes of dynaflow made 8 to 11" in noise({"name": "random", "figures": [figure]})
+    assert "in: Output throughput. Something else" in noise({"name": "random", "figures": [figure]})
     assert [number(x) for x in (4778.4, 100.0, 36.12, 1.5, 0.8321)] == ["4,778", "100", "36.1", "1.50", "0.832"]
-    assert spread({"median": 0.8321, "min": 0.8, "max": 1.0}, ratio=True) == "0.832 (0.800 - 1.000)"
+    assert spread({"median": 0.8321, "min": 0.8, "max": 12.0}, ratio=True) == "0.832 (0.800 - 12.0)"
 
 
 @pytest.mark.parametrize("tool", [VLLMTool(), SGLangTool()], ids=["vllm", "sglang"])

@@ -11,6 +11,7 @@ Contract
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ def _load(contest: ServingContest, runs: ServingRuns, index: int) -> dict[str, A
     return {
         **contest.loads[index].facts(),
         "client": shlex.join(runs.client_commands[index]),
-        "figures": [_figure(metric, counted) for metric in METRICS],
+        "figures": [figure_of(metric, counted) for metric in METRICS],
         "tokens": {
             side: {
                 "input": [p.figures.input_tokens for p in counted if p.side == side],
@@ -131,10 +132,11 @@ def _load(contest: ServingContest, runs: ServingRuns, index: int) -> dict[str, A
     }
 
 
-def _figure(metric: Metric, counted: Sequence[Pass]) -> dict[str, Any]:
+def figure_of(metric: Metric, counted: Sequence[Pass]) -> dict[str, Any]:
+    """Both sides' spreads over the counted passes of a load, and the gain's."""
     values = {side: {p.pair: metric.of(p.figures) for p in counted if p.side == side} for side in SIDES}
     gains = list(_gains(metric, values[BASELINE], values[DYNAFLOW]))
-    gain = _spread(gains) if len(gains) == len(values[BASELINE]) else None
+    gain = _ratio_spread(gains) if len(gains) == len(values[BASELINE]) else None
     return {
         "key": metric.key,
         "label": metric.label,
@@ -162,6 +164,11 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def _ratio_spread(gains: Sequence[float]) -> dict[str, float]:
+    """The median of logarithms: between two gains it lies where neither side is favoured (of 0.5 and 2 at 1)."""
+    return {"median": math.exp(statistics.median(map(math.log, gains))), "min": min(gains), "max": max(gains)}
+
+
 def verdict(gain: Mapping[str, float] | None) -> str:
     """Of a gain with its spread; "" where nothing was measured."""
     if gain is None:
@@ -178,17 +185,20 @@ def _verdicts(loads: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def noise(load: Mapping[str, Any]) -> str:
-    """A warning if one side's throughput differs much between passes; else ""."""
-    figure = next(f for f in load["figures"] if f["key"] == HEADLINE[0])
-    for side in SIDES:
-        found = figure[side]
-        if found and found["max"] > NOISY * found["min"]:
-            return (
-                f"Noise, {load['name']}: the passes of {side} made {found['min']:,.0f} to {found['max']:,.0f} output "
-                "tokens/s. Something else uses this machine, or the passes are too short: do not trust these figures "
-                "(try more --requests and --pairs)."
-            )
-    return ""
+    """A warning that names the figures of `HEADLINE` that differ much between passes of one side; else ""."""
+    noisy = [
+        figure["label"]
+        for figure in load["figures"]
+        if figure["key"] in HEADLINE
+        and any(found["max"] > NOISY * found["min"] for found in (figure[side] for side in SIDES) if found)
+    ]
+    if not noisy:
+        return ""
+    return (
+        f"Noise, {load['name']}: passes of one side differ by more than {NOISY} times in: {'; '.join(noisy)}. "
+        "Something else uses this machine, or the passes are too short: do not trust these gains (try more --requests "
+        "and --pairs)."
+    )
 
 
 def _notes(loads: Sequence[Mapping[str, Any]], strategy: str) -> list[str]:

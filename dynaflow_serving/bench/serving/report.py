@@ -64,10 +64,12 @@ def number(value: float) -> str:
 
 
 def spread(value: Mapping[str, float] | None, ratio: bool = False) -> str:
-    """`median (least - greatest)`; a ratio with three decimals."""
+    """`median (least - greatest)`; a ratio below 10 with three decimals."""
     if value is None:
         return "not measured"
-    median, least, greatest = (f"{value[key]:.3f}" if ratio else number(value[key]) for key in ("median", "min", "max"))
+    median, least, greatest = (
+        f"{value[key]:.3f}" if ratio and value[key] < 10 else number(value[key]) for key in ("median", "min", "max")
+    )
     return f"{median} ({least} - {greatest})"
 
 
