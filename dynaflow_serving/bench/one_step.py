@@ -25,6 +25,8 @@ from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.config import Config
 from dynaflow_serving.timeline import Timeline
 
+SPARE = 8  # positions beyond a prompt: one for its new token, and SGLang keeps six to itself
+
 
 @dataclass(frozen=True)
 class StepRun:
@@ -84,7 +86,7 @@ def _engine(
         dtype=dtype or default_dtype(),
         tensor_parallel=tensor_parallel,
         compiled=False,
-        max_model_len=max(tokens) + 1,
+        max_model_len=max(tokens) + SPARE,
         max_batched_tokens=max(sum(tokens), 256),
         dynaflow=config.model_dump(),
     )

@@ -117,7 +117,8 @@ def check_reproducer(path: Path) -> bool:
         except PlanError as e:
             problems.append(f"{path}: plan {i}: {e}")
     of_output = (
-        "output", "shape", "dtype", "greatest\ndifference", "of greatest\nvalue", "rows that\ndiffer", "of micro-\nbatches"
+        "output", "shape", "dtype", "greatest\ndifference", "of greatest\nvalue", "rows that\ndiffer",
+        "of micro-\nbatches",
     )  # fmt: skip
     of_row = ("output", "row", "micro-\nbatch", "request", "greatest\ndifference", "split", "un-split")
     out.print(_table("outputs, split against un-split", of_output, r.outputs))
