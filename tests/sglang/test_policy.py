@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +84,7 @@ def test_trials_are_steps_of_exactly_these_batches_and_leave_nothing(
     assert {c + 1 for c in largest.context} == {decode}  # of 16 requests: as much as the pool has full pages for
 
 
+@pytest.mark.parametrize("runner", ["llama", "qwen3_moe"], indirect=True)
 def test_trials_of_a_batch_repeat(one_process, runner, cache_of, monkeypatch):
     """A batch that is prepared once is the same step each time, split or not."""
     import torch
@@ -106,6 +108,25 @@ def test_trials_of_a_batch_repeat(one_process, runner, cache_of, monkeypatch):
             assert first.shape[0] == len(batch.tokens) and not first.isnan().any()
             for other in others:
                 torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
+
+
+def test_unsplit_trials_replay_graphs_as_serving_does(one_process, runner, cache_of, monkeypatch):
+    from dynaflow_serving.integrations.sglang.trials import RunnerTrials
+
+    replayed, eager = [], runner.eager_runner
+
+    def execute(forward_batch, pp_proxy_tensors=None):
+        replayed.append(ours.session.auto.forced)
+        return eager.execute(forward_batch, pp_proxy_tensors=pp_proxy_tensors)
+
+    graphs = SimpleNamespace(can_run_graph=lambda forward_batch: True, execute=execute)
+    monkeypatch.setattr(runner, "decode_cuda_graph_runner", graphs)
+    with one_process.dynaflow(runner, AUTO) as ours, RunnerTrials(runner, cache_of()) as trials:
+        decode = next(b for b in trials.batches() if bucket_of(b).kind == DECODE)
+        for candidate in ("", "nanoflow x2", ""):
+            ours.session.auto.forced = candidate
+            trials.run(decode)
+    assert replayed == ["", ""]
 
 
 def test_a_failing_trial_leaves_nothing(one_process, runner, cache_of, monkeypatch, tmp_path):
