@@ -86,10 +86,12 @@ def machine_key(device_type: str) -> dict[str, str]:
 
 
 def strategy_key(steps: Steps) -> dict[str, str]:
-    """What the candidates are; options that say where a table is kept, or how long to look, change no decision."""
+    """What the candidates are, and by which rule they are adopted; where a table is kept, or how long it may take to
+    make, changes no decision."""
     strategy = steps.strategy
     made = {c: strategy.of(c).options.model_dump(mode="json") for c in strategy.candidates}
-    return {"candidates": json.dumps(made, sort_keys=True)}
+    rule = strategy.options.model_dump(include={"min_gain", "straddle", "min_collective_kib"})
+    return {"candidates": json.dumps(made, sort_keys=True), "rule": json.dumps(rule, sort_keys=True)}
 
 
 def _local(tensor: Any) -> torch.Tensor:
