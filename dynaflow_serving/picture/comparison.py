@@ -37,7 +37,10 @@ class EngineStep:
         whole, parts = (
             f"{median(s) * 1e3:.3g} ms ({min(s) * 1e3:.3g} - {max(s) * 1e3:.3g})" for s in (self.unsplit, self.split)
         )
-        return f"{whole} un-split, {parts} under the plan, {self.speed_up:.2f}x as fast (medians, least - greatest)"
+        return (
+            f"{whole} un-split, {parts} under the plan, {self.speed_up:.2f}x as fast (medians, least - greatest, "
+            "of two starts)"
+        )
 
 
 @dataclass(frozen=True)

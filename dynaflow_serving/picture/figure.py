@@ -41,7 +41,7 @@ COLOURS = (
 SEVERAL = ("#cfd4da", "#4a525c")  # one call for several micro-batches
 INK, QUIET = "#1c2128", "#5b6472"
 ROW, GAP, LEFT, RIGHT = 0.6, 0.46, 0.85, 0.15  # inches
-TITLE, TOP, BOTTOM = 0.26, 0.52, 0.46  # inches: of the title, of legend and first heading, of the time axis
+TITLE, TOP, BOTTOM = 0.26, 0.52, 0.34  # inches: of the title, of legend and first heading, of the time axis
 WIDTH, WIDEST = 13.0, 60.0  # inches: as wide as the busiest stream's bars need
 BAR = 0.17  # inches a bar should have in the mean
 FONT, UPRIGHT = 7.0, 6.0  # points, of names along their bars and of those across
@@ -134,13 +134,15 @@ class _Panel:
             self._bar(span, streams.index(span.step.stream))
 
     def scale_axis(self, scale: float, unit: str) -> None:
-        """Ticks in `unit`; without one, none."""
+        """Ticks in `unit`, one for each inch or two; without a unit, none."""
+        from matplotlib.ticker import MaxNLocator
+
         if not unit:
             self.axes.set_xticks([])
             return
-        self.axes.xaxis.set_major_formatter(lambda x, _: f"{x * scale:g}")
+        self.axes.xaxis.set_major_locator(MaxNLocator(int(self.points / 72)))
+        self.axes.xaxis.set_major_formatter(lambda x, _: f"{x * scale:g} {unit}")
         self.axes.tick_params(axis="x", length=3, color="#b9c0c8", labelsize=8)
-        self.axes.set_xlabel(unit, fontsize=8.5, color=INK, labelpad=1)
 
     def _bar(self, span: Span, row: int) -> None:
         from matplotlib.patches import Rectangle
@@ -216,7 +218,7 @@ def _legend(figure: Figure, comparison: Comparison, place: tuple[float, float]) 
         handles.append(Patch(facecolor=fill, edgecolor=ink, linewidth=0.5, label=whose))
     spans = [(p.timeline, s) for p in comparison.shown for s in p.timeline.spans]
     if any(s.step.stop - s.step.start != 1 for _, s in spans):
-        handles.append(Patch(facecolor=SEVERAL[0], edgecolor=SEVERAL[1], linewidth=0.5, label="several together"))
+        handles.append(Patch(facecolor=SEVERAL[0], edgecolor=SEVERAL[1], linewidth=0.5, label="several micro-batches"))
     if any(t.is_network(s) for t, s in spans):
         handles.append(Patch(facecolor="white", edgecolor=QUIET, linewidth=0.5, hatch="////", label="network"))
     figure.legend(
