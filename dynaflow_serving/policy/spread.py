@@ -1,8 +1,8 @@
 """Tuning on a Ray cluster: one task per share of the candidates.
 
 Contract
-- A task starts an engine, or an example, of its own with the devices that Ray gives it: as many GPUs as there are ranks
-  where the cluster has GPUs, else as many CPUs.
+- A task starts an engine, or an example, of its own with the devices that Ray gives it: a CPU per rank, and a GPU per
+  rank where the cluster has GPUs.
 - All shares succeed, or none counts: the first that fails ends the others, and the error names its host and its log.
 - Ray is imported inside functions.
 """
@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,12 @@ def spread(job: Job, address: str, tell: Tell = lambda share, what: None) -> lis
     Raises `TuningError` without Ray, without the cluster, for a cluster without room, and for a share that fails.
     """
     with _cluster(address) as ray:
-        resource = "GPU" if job.engine and ray.cluster_resources().get("GPU") else "CPU"
-        jobs = shares(job, _room(ray, resource, job.tensor_parallel))
-        options: dict[str, Any] = {"num_cpus": job.tensor_parallel, "max_retries": 0, "scheduling_strategy": "SPREAD"}
-        if resource == "GPU":
-            options["num_gpus"] = job.tensor_parallel
-        task = ray.remote(_measure).options(**options)
+        needs = {"CPU": job.tensor_parallel}
+        if job.engine and ray.cluster_resources().get("GPU"):
+            needs["GPU"] = job.tensor_parallel
+        jobs = shares(job, _room(ray, needs))
+        options = {"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0)}
+        task = ray.remote(_measure).options(**options, max_retries=0, scheduling_strategy="SPREAD")
         running = {}
         for number, part in enumerate(jobs, 1):
             name = f"share {number} of {len(jobs)}"
@@ -136,13 +136,12 @@ def _cluster(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _room(ray: Any, resource: str, each: int) -> int:
-    """How many tasks with `each` of `resource` the cluster's nodes can run at a time."""
-    nodes = [node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"]]
-    room = sum(int(have // each) for have in nodes)
+def _room(ray: Any, needs: Mapping[str, int]) -> int:
+    """How many tasks that need so much of each resource the cluster's nodes can run at a time."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) // count) for name, count in needs.items()) for node in nodes)
     if not room:
-        raise TuningError(
-            f"no node of the Ray cluster has {each} {resource}s, one per rank: they have "
-            f"{', '.join(f'{have:g}' for have in nodes) or 'none'}"
-        )
+        wanted = " and ".join(f"{count} {name}s" for name, count in needs.items())
+        there = ["{" + ", ".join(f"{name}: {node.get(name, 0):g}" for name in needs) + "}" for node in nodes]
+        raise TuningError(f"no node of the Ray cluster has {wanted}, one per rank. Its nodes: {', '.join(there)}")
     return room

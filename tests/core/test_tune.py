@@ -199,12 +199,12 @@ def test_an_engine_that_does_not_tune_is_an_error(engine: Path) -> None:
 # -- Ray ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """Two nodes with one CPU each."""
+    """Two nodes with one CPU each, of which one claims to have two GPUs."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster()
     nodes.add_node(num_cpus=1, include_dashboard=False)
-    nodes.add_node(num_cpus=1)
+    nodes.add_node(num_cpus=1, num_gpus=2)
     yield nodes.address
     nodes.shutdown()
 
@@ -244,9 +244,26 @@ def test_a_share_that_fails_ends_the_command_without_a_table(cluster: str, tmp_p
 
 
 @needs_ray
+def test_an_engine_goes_where_the_gpus_are(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynaflow_serving.policy.spread._measure", _where)
+    (share,) = spread(Job("model", {"strategy": "auto"}, engine="vllm"), cluster)
+    assert share.node in ("0", "1") and set(share.job.auto.measured) == set(LABELS)
+
+
+def _where(job: Job, name: str, threads: str | None) -> dict[str, Any]:
+    """A task that measures nothing and answers with the GPUs that it was given."""
+    import ray
+
+    (gpu,) = ray.get_gpu_ids()
+    return {"host": "", "node": str(gpu), "pid": 0, "seconds": 0.0, "table": table().model_dump()}
+
+
+@needs_ray
 def test_a_cluster_without_room_or_without_an_answer(cluster: str) -> None:
-    with pytest.raises(TuningError, match=r"no node of the Ray cluster has 2 CPUs, one per rank: they have 1, 1"):
-        spread(Job("model", {"strategy": "auto"}, engine="vllm", tensor_parallel=2), cluster)
+    model = Job("model", {"strategy": "auto"}, engine="vllm", tensor_parallel=2)
+    with pytest.raises(TuningError, match=r"no node of the Ray cluster has 2 CPUs and 2 GPUs, one per rank") as error:
+        spread(model, cluster)
+    assert "{CPU: 1, GPU: 0}, {CPU: 1, GPU: 2}" in str(error.value)
     with pytest.raises(TuningError, match="no Ray cluster at 'nowhere'"):
         spread(job(), "nowhere")
 
