@@ -233,7 +233,7 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 
 def _wrapped(text: str, width: float) -> list[str]:
-    return textwrap.wrap(text, int((width - LEFT - RIGHT) * 72 / (8 * 0.52)))
+    return textwrap.wrap(text, int((width - LEFT - RIGHT) * 72 / (8 * 0.52)), break_on_hyphens=False)
 
 
 def _svg(figure: Figure) -> str:
