@@ -25,6 +25,7 @@ def mixed_prompts():
 
 
 PROMPTS = mixed_prompts()
+FEW = {"max_num_seqs": 4}  # few kinds of batches to tune
 
 
 def auto(table, budget_seconds, **config):
@@ -63,7 +64,7 @@ def tuned(generate, tmp_path_factory):
     file = tmp_path_factory.mktemp("policy") / "table.json"
     with pytest.MonkeyPatch.context() as patch:
         watched = Watched(patch)
-        outcome = generate("llama", MODE, dynaflow=auto(file, 60), prompts=PROMPTS)
+        outcome = generate("llama", MODE, dynaflow=auto(file, 60), prompts=PROMPTS, **FEW)
     return file, watched, outcome
 
 
@@ -78,17 +79,19 @@ def test_trials_are_the_batches_that_were_asked_for_and_leave_nothing(tuned):
 
 
 def test_every_kind_of_batch_has_a_decision_and_a_reason(tuned, check_tokens):
-    file, watched, outcome = tuned
+    file, _, outcome = tuned
     check_tokens(outcome, "llama", MODE, prompts=PROMPTS)
     policy = outcome.reports[0]["policy"]
     assert policy == json.loads(file.read_text())
     assert {d["kind"] for d in policy["decisions"]} == set(KINDS)
-    assert max(d["requests"] for d in policy["decisions"] if d["kind"] == DECODE) == 16
+    assert max(d["requests"] for d in policy["decisions"] if d["kind"] == DECODE) == 4
     assert all(d["reason"] for d in policy["decisions"])
     assert all(t["verdict"] for d in policy["decisions"] for t in d["trials"] if t["candidate"] != d["candidate"])
+
+
+def steps_of(outcome):
     steps = outcome.reports[0]["steps"]
-    counted = steps["split"] + sum(steps["unsplit"].values())
-    assert 0 < counted < 40 and len(watched.asked) > 4  # those of the requests alone
+    return steps["split"] + sum(steps["unsplit"].values())
 
 
 def test_second_start_obeys_the_table_and_does_not_tune(tuned, generate, check_tokens, tmp_path, monkeypatch):
@@ -98,18 +101,20 @@ def test_second_start_obeys_the_table_and_does_not_tune(tuned, generate, check_t
     file, traces = tmp_path / "table.json", tmp_path / "traces"
     file.write_text(json.dumps(content))
     watched = Watched(monkeypatch)
-    trace = {"folder": str(traces), "every": 2, "limit": 3}
-    ours = generate("llama", MODE, dynaflow=auto(file, 60, trace=trace), prompts=PROMPTS)
+    trace = {"folder": str(traces), "every": 2, "limit": 2}
+    ours = generate("llama", MODE, dynaflow=auto(file, 60, trace=trace), prompts=PROMPTS, **FEW)
     assert watched.asked == []
     assert ours.reports[0]["policy"] == content and json.loads(file.read_text()) == content
     check_tokens(ours, "llama", MODE, prompts=PROMPTS)
     assert ours.split > 0 and ours.reports[0]["steps"]["unsplit"][COMPARING] > 0
+    assert steps_of(ours) == steps_of(tuned[2])  # trials are not counted
     written = sorted(traces.iterdir())
-    assert [p.name for p in written] == [f"step{n:06d}-rank0.json" for n in (1, 3, 5)]
+    assert [p.name for p in written] == [f"step{n:06d}-rank0.json" for n in (1, 3)]
     names = [event["name"] for event in json.loads(written[0].read_text())["traceEvents"]]
     assert any("layers.0.attention" in name for name in names)
 
 
+@pytest.mark.skipif(V2, reason="does not depend on the model runner")
 def test_a_table_of_another_release_is_not_used(tuned, generate, tmp_path):
     content = json.loads(tuned[0].read_text())
     content["key"]["dynaflow_serving"] = "0.0.0"
@@ -117,7 +122,7 @@ def test_a_table_of_another_release_is_not_used(tuned, generate, tmp_path):
         decision["candidate"] = "nanoflow x2"
     file = tmp_path / "table.json"
     file.write_text(json.dumps(content))
-    ours = generate("llama", MODE, dynaflow=auto(file, 1e-9), prompts=PROMPTS)
+    ours = generate("llama", MODE, dynaflow=auto(file, 1e-9), prompts=PROMPTS, **FEW)
     assert ours.split == 0
     policy = ours.reports[0]["policy"]
     assert policy["key"] == json.loads(tuned[0].read_text())["key"]
@@ -125,10 +130,10 @@ def test_a_table_of_another_release_is_not_used(tuned, generate, tmp_path):
     assert json.loads(file.read_text()) == policy
 
 
-@pytest.mark.ranks
+@pytest.mark.alone
 @pytest.mark.skipif(V2, reason="Model Runner V2 is tested on one rank here")
 def test_ranks_decide_alike(generate, check_tokens, tmp_path):
-    ours = generate("llama", tp=2, dynaflow=auto(tmp_path / "table.json", 60))
+    ours = generate("llama", tp=2, dynaflow=auto(tmp_path / "table.json", 60), **FEW)
     check_tokens(ours, "llama", tp=2)
     first, second = (report["policy"] for report in ours.reports)
     assert first == second

@@ -47,7 +47,7 @@ def counted():
     return lambda result: value("shadow_steps", {"result": result}) - before[result]
 
 
-@pytest.mark.parametrize("mode", ["mode2-uncompiled", "none"])
+@pytest.mark.parametrize("mode", ["none"] if V2 else ["mode2-uncompiled", "none"])
 def test_a_wrong_kernel_is_stopped_and_its_output_not_used(generate, check_tokens, tmp_path, counted, mode):
     file, folder = tmp_path / "wrong.py", tmp_path / "mismatches"
     file.write_text(WRONG)
@@ -76,7 +76,7 @@ def test_a_right_strategy_goes_on(generate, check_tokens, tmp_path, counted, mod
     assert not folder.exists()
 
 
-@pytest.mark.ranks
+@pytest.mark.alone
 @pytest.mark.skipif(V2, reason="Model Runner V2 is tested on one rank here")
 def test_ranks_compare_together_and_the_first_counts(generate, check_tokens, tmp_path):
     from dynaflow_serving.integrations.vllm import metrics
