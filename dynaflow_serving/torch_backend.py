@@ -243,8 +243,8 @@ def make_backend(
     if executor not in (*EXECUTORS, "auto"):
         raise ConfigError(unknown_name("executor", executor, [*EXECUTORS, "auto"]))
     if isinstance(strategy, OpScheduler):
-        given = Config(strategy=strategy.name or type(strategy).__name__, executor=executor)
-        return Backend(strategy, given, batch_dim, level)
+        given = Config(strategy=strategy.name or type(strategy).__name__)
+        return Backend(strategy, _on(given, executor), batch_dim, level)
     if config is not None:
         strategy = {"strategy": strategy, "options": dict(config)}
     loaded = load(strategy)
@@ -253,9 +253,12 @@ def make_backend(
             "capture: segments is for engines that run models without a graph (vLLM, SGLang); here torch.compile makes "
             "one: set capture: auto"
         )
-    if executor != "auto":
-        loaded = loaded.model_copy(update={"executor": executor})
-    return Backend(loaded.build(), loaded, batch_dim, level)
+    return Backend(loaded.build(), _on(loaded, executor), batch_dim, level)
+
+
+def _on(config: Config, executor: str) -> Config:
+    """`config`, with an `executor` that is asked for."""
+    return config if executor == "auto" else config.model_copy(update={"executor": executor})
 
 
 def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:

@@ -112,7 +112,7 @@ class Auto(OpScheduler):
             return self._by_label[candidate]
         prefix, _, number = candidate.rpartition(" x")
         if prefix == Sequential.name:  # the reference of the tuner's profiles
-            return Sequential(Sequential.Options(micro_batches=int(number)))
+            return Sequential(Sequential.Options(micro_batches=int(number), min_tokens=1))
         return Sequential()
 
     def adopt(self, table: Table, ranks: Ranks) -> None:

@@ -84,7 +84,7 @@ class ExecutorOptions(BaseModel):
 class Captured(NamedTuple):
     """Plans that an executor has captured as graphs."""
 
-    count: int
+    graphs: int
     mib: float
 
 

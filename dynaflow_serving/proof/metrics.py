@@ -107,7 +107,7 @@ class Metrics:
         self._up_to("plans", sum(r.made for r in runtimes))
         self._up_to("plan_cache_hits", sum(r.hits for r in runtimes))
         if runtimes and (graphs := runtimes[0].executor.graphs):
-            self._up_to("graph_captures", graphs.count)
+            self._up_to("graph_captures", graphs.graphs)
             self._made["graph_mebibytes"].set(graphs.mib)
 
     def _up_to(self, name: str, total: float) -> None:

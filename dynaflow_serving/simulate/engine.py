@@ -37,7 +37,7 @@ class Simulation(Timeline):
     critical_path: float  # its length
 
     @property
-    def makespan(self) -> float:  # type: ignore[override]
+    def makespan(self) -> float:
         """Seconds."""
         return self.ended
 
