@@ -356,8 +356,8 @@ def test_engagement() -> None:
 
 
 def test_the_middle_of_two_gains_favours_no_side() -> None:
-    figures = {"completed": 1, "failed": 0, "seconds": 1.0, "input_tokens": 1, "output_tokens": 1, "errors": {}}
-    figures |= {"requests_per_s": 1.0, "total_tokens_per_s": 1.0}
+    figures: dict[str, Any] = {"completed": 1, "failed": 0, "seconds": 1.0, "input_tokens": 1, "output_tokens": 1}
+    figures |= {"requests_per_s": 1.0, "total_tokens_per_s": 1.0, "errors": {}}
     stock, half, double = (
         Figures(**figures, output_tokens_per_s=speed, latencies={"ttft median": speed or None})
         for speed in (4.0, 2.0, 8.0)
