@@ -196,6 +196,8 @@ def vllm_v2(session: nox.Session) -> None:
         str(python.with_name("pytest")),
         "tests/vllm/test_runner_v2.py",
         "tests/vllm/test_hazards.py",
+        "tests/vllm/test_policy.py",
+        "tests/vllm/test_proof.py",
         env=VLLM_ENV | {"PYTHONPATH": str(folder)},
         external=True,
     )

@@ -24,7 +24,7 @@ from dynaflow_serving.policy.bucket import Limits, representatives
 from dynaflow_serving.policy.calls import machine_key, strategy_key
 from dynaflow_serving.policy.effects import Facts
 
-NAME = "_dynaflow_trial_{}_"
+NAME = "_dynaflow_trial_{}_{}_"
 
 
 class WorkerTrials:
@@ -33,7 +33,7 @@ class WorkerTrials:
     def __init__(self, worker: Any) -> None:
         from vllm import SamplingParams
 
-        self.worker = worker
+        self.worker, self._run = worker, 0
         groups = worker.model_runner.kv_cache_config.kv_cache_groups
         self._block_sizes: list[int] = [group.kv_cache_spec.block_size for group in groups]
         # Greedy, with a seed: nothing is drawn from the generators that users' requests will draw from.
@@ -56,7 +56,8 @@ class WorkerTrials:
     def run(self, batch: Batch) -> None:
         from vllm.v1.core.sched.output import SchedulerOutput
 
-        names = [NAME.format(i) for i in range(len(batch.tokens))]
+        self._run += 1  # asynchronous scheduling looks for the names of the step before
+        names = [NAME.format(self._run, i) for i in range(len(batch.tokens))]
         step, finished = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
         step.scheduled_new_reqs = self._requests(names, batch)
         step.num_scheduled_tokens = dict(zip(names, batch.tokens, strict=True))
