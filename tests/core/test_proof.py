@@ -15,7 +15,7 @@ from cuda_standin import FakeCuda
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_support import Engine, per_token
-from prometheus_client import generate_latest
+from prometheus_client import REGISTRY
 from torch import nn
 
 import dynaflow_serving
@@ -208,10 +208,7 @@ def test_nan_and_shapes_differ_and_equal_nan_does_not() -> None:
 
 # -- counters ------------------------------------------------------------------------------------------
 def metric(name: str, **labels: str) -> float:
-    told = ",".join(f'{k}="{v}"' for k, v in labels.items())
-    line = f"dynaflow_{name}" + (f"{{{told}}}" if told else "")
-    values = [x.rpartition(" ")[2] for x in generate_latest().decode().splitlines() if x.rpartition(" ")[0] == line]
-    return float(values[0]) if values else 0.0
+    return REGISTRY.get_sample_value(f"dynaflow_{name}", labels) or 0.0
 
 
 def test_every_step_is_counted_by_strategy_and_reason(tmp_path: Path) -> None:

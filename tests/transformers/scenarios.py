@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dynaflow_serving.errors import InactiveError, PartitionError
-from dynaflow_serving.integrations.transformers import enable, report
+from dynaflow_serving.integrations.transformers import enable, report, tune
 from dynaflow_serving.integrations.transformers.body import ATTRIBUTE, Body
 from dynaflow_serving.ir import Resource, StepKind
 
@@ -89,6 +89,54 @@ def generate(path: str, cache: str | None) -> dict[str, Any]:
         ]  # fmt: skip
         equal.append(torch.equal(*tokens))
     return {"equal": equal, "steps": report(model)["steps"], "graphs": len(report(model)["programs"])}
+
+
+@torch.no_grad()
+def auto(path: str, folder: str) -> dict[str, Any]:
+    """Every operator sleeps in proportion to its rows, so that an overlap wins on a busy machine too; then a new body,
+    which finds the decision on disk; then one with a table of this rank's own."""
+    model, inputs = load(path), {"input_ids": ids(8, 12), "use_cache": False}
+    expected = model(**inputs).logits
+
+    def enabled(**options: Any) -> Any:
+        enable(model, {"strategy": "auto", "options": {"candidates": ["comm_overlap", "nanoflow"], **options}})
+        model(**inputs)
+        Body.of(model)(**inputs)  # as `tune` does, which is another graph: the head passes more arguments
+        for runtime in Body.of(model).backend.runtimes:
+            runtime.capture.functions = {n: slowed(f) for n, f in runtime.capture.functions.items()}
+            runtime.capture.into = {n: slowed(f) for n, f in runtime.capture.into.items()}
+            runtime._prepared.clear()
+        return model
+
+    def slowed(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            rows = max((a.shape[0] for a in args if isinstance(a, torch.Tensor) and a.dim() == 3), default=0)
+            time.sleep(0.002 * rows)
+            return function(*args)
+
+        return call
+
+    found: dict[str, Any] = {}
+    file = f"{folder}/table.json"
+    table = tune(enabled(table=file), [inputs])
+    found["decided"] = [(d.candidate, d.reason) for d in table.decisions]
+    found["equal"] = [torch.equal(model(**inputs).logits, expected) for _ in range(3)]
+    found["steps"] = report(model)["steps"]
+    found["other"] = torch.equal(model(input_ids=ids(3, 5)).logits, load(path)(input_ids=ids(3, 5)).logits)
+    found["reasons"] = report(model)["steps"]["unsplit"]
+    disable(model)
+    found["again"] = tune(enabled(table=file), [inputs]) == table  # to the seconds that it took
+    disable(model)
+    own = f"{folder}/own{dist.get_rank()}.json"
+    changed = table.model_copy(deep=True)
+    changed.decisions[0].candidate = "" if dist.get_rank() else "comm_overlap x2"
+    changed.save(Path(own))
+    try:
+        tune(enabled(table=own), [inputs])
+        found["error"] = ""
+    except InactiveError as error:
+        found["error"] = str(error)
+    return found
 
 
 def training(path: str, micro_batches: int) -> dict[str, Any]:
