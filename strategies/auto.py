@@ -121,7 +121,7 @@ class Auto(OpScheduler):
             raise ConfigError(f"the policy table names {', '.join(sorted(unknown))}: no candidate of this config")
         self.forced = None
         self._adopted = dict(table.adopted)
-        self._why = {d.bucket: FASTER_WHOLE for d in table.decisions if not d.candidate and d.trials}
+        self._why = {d.bucket: FASTER_WHOLE for d in table.decisions if not d.candidate and d.decided}
         self.guard = Guard(self.options.guard_window, ranks, self._switch_off)
         for decision in table.decisions:
             if decision.candidate:

@@ -42,7 +42,8 @@ def ratios(comparison: Comparison) -> dict[str, float]:
 def failures(comparison: Comparison) -> list[str]:
     """Empty if the figures compare what they claim to compare."""
     engagement, found = comparison.engagement, []
-    if not engagement.split:
+    declined = engagement.strategy == "auto" and sum(engagement.unsplit.values()) > 0  # a decision, which was counted
+    if not engagement.split and not declined:
         counts = [f"{count} because: {why}" for why, count in engagement.unsplit.items()]
         reasons = "; ".join(counts) or "none was counted"
         hint = f" {SMALL_HINT}" if any(is_small(why) for why in engagement.unsplit) else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 from dynaflow_serving.ir import Batch
@@ -50,19 +51,30 @@ def bucket_of(batch: Batch) -> Bucket:
 
 
 def representatives(limits: Limits) -> Iterator[Batch]:
-    """The largest batch that `limits` allow, of every bucket of at least two requests."""
-    most = min(limits.requests, limits.tokens)
-    for tokens in _halving(limits.tokens, LEAST_TOKENS):
-        for requests in sorted({min(most, 4**k) for k in range(1, (most - 1).bit_length() // 2 + 2)}):
-            for kind in (PREFILL, MIXED):
-                batch = _prompts(kind, tokens, requests, limits)
-                if batch is not None:
-                    yield batch
-    for requests in _halving(most, 2):
+    """The largest batch that `limits` allow, of every bucket of at least two requests; the kinds take turns."""
+    kinds = (_prompts(PREFILL, limits), _decodes(limits), _prompts(MIXED, limits))
+    for batches in zip_longest(*kinds):
+        yield from (batch for batch in batches if batch is not None)
+
+
+def _most_requests(limits: Limits) -> int:
+    return min(limits.requests, limits.tokens)
+
+
+def _decodes(limits: Limits) -> Iterator[Batch]:
+    for requests in _halving(_most_requests(limits), 2):
         context = min(CONTEXT, limits.length - 1, limits.cached // requests - 1)
         if context > 0:
-            batch = Batch((1,) * requests, (context,) * requests)
-            yield batch
+            yield Batch((1,) * requests, (context,) * requests)
+
+
+def _prompts(kind: str, limits: Limits) -> Iterator[Batch]:
+    most = _most_requests(limits)
+    for tokens in _halving(limits.tokens, LEAST_TOKENS):
+        for requests in sorted({min(most, 4**k) for k in range(1, (most - 1).bit_length() // 2 + 2)}):
+            batch = _batch(kind, tokens, requests, limits)
+            if batch is not None:
+                yield batch
 
 
 def _halving(most: int, least: int) -> Iterator[int]:
@@ -73,7 +85,7 @@ def _halving(most: int, least: int) -> Iterator[int]:
         size = 1 << (size - 1).bit_length() - 1
 
 
-def _prompts(kind: str, tokens: int, requests: int, limits: Limits) -> Batch | None:
+def _batch(kind: str, tokens: int, requests: int, limits: Limits) -> Batch | None:
     """None if there is no such batch."""
     decodes = requests * 3 // 4 if kind == MIXED else 0
     prompts = requests - decodes

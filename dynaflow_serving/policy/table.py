@@ -50,6 +50,7 @@ class Decision(_Record):
     requests: int
     candidate: str = ""
     reason: str = ""
+    decided: bool = Field(default=True, description="false: the budget did not reach it")
     plain_ms: float | None = Field(default=None, description="an un-split step, median")
     noise: float | None = Field(default=None, description="relative spread of un-split steps")
     trials: list[Trial] = Field(default_factory=list)

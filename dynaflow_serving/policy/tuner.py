@@ -82,6 +82,7 @@ class Tuner:
             (elapsed,) = self.ranks.greatest([time.perf_counter() - started])
             decision = Decision(kind=bucket.kind, tokens=bucket.tokens, requests=bucket.requests)
             if elapsed > self.options.budget_seconds:
+                decision.decided = False
                 decision.reason = f"not tuned: the budget of {self.options.budget_seconds:g} s was used up"
             elif lost := _lost_before(bucket, decisions):
                 decision.reason = lost
@@ -129,10 +130,13 @@ class Tuner:
         conclude(decision, self.options.min_gain)
 
     def _race(self, trial: Trial, batch: Batch) -> list[float]:
-        """Pairs in turn, until it is clear that there is nothing to win; returns the un-split seconds."""
+        """Pairs in turn, until it is clear that there is nothing to win; what seems to win is timed as often again.
+        Returns the un-split seconds."""
         plain: list[float] = []
         self._seconds(trial.candidate, batch)
-        for number in range(self.options.pairs):
+        for number in range(2 * self.options.pairs):
+            if number == self.options.pairs and _lost(trial, noise(plain), self.options.min_gain):
+                break
             order = (PLAIN, trial.candidate) if number % 2 == 0 else (trial.candidate, PLAIN)
             seconds = {label: self._seconds(label, batch) for label in order}
             plain.append(seconds[PLAIN])
