@@ -4,6 +4,8 @@
 #   make test [SESSIONS=...]    lint, types, core, kernels, ray, transformers, vllm, vllm_v2, sglang, or those named;
 #                               stops at the first failure
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json
+#   make never-slower           what the policy decides in vLLM, SGLang and, over a rate-limited link (needs root, iproute2),
+#                               in Transformers, and what that does; figures into bench-results/
 #   make clean                  delete environments, caches and build output
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ ENVS := $(CURDIR)/.nox
 NOX := $(ENVS)/bootstrap/bin/python -m nox
 BOOTSTRAP := $(ENVS)/bootstrap/nox-$(NOX_VERSION)
 
-.PHONY: help env test bench clean
+.PHONY: help env test bench never-slower clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
@@ -35,6 +37,11 @@ bench:
 	@$(MAKE) env ENGINE=vllm
 	@mkdir -p bench-results
 	PATH="$(ENVS)/vllm/bin:$$PATH" dynaflow bench vllm --json bench-results/latest.json $(ARGS)
+
+never-slower:
+	@for system in vllm sglang transformers; do $(MAKE) env ENGINE=$$system; done
+	@for system in vllm sglang transformers; do PATH="$(ENVS)/$$system/bin:$$PATH" \
+	$(ENVS)/$$system/bin/python benchmarks/never_slower.py $$system --folder bench-results || failed=1; done; exit $${failed:-0}
 
 clean:
 	rm -rf .nox .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
