@@ -55,6 +55,7 @@ def attach() -> None:
 
         _serving = _Reader()
         REGISTRY.register(_serving)
+    _serving.file.unlink(missing_ok=True)  # of an engine that was here before: counters of the next one start anew
     os.environ[VARIABLE] = str(_serving.file)
 
 

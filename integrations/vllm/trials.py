@@ -45,7 +45,7 @@ class WorkerTrials:
         scheduler, model = self.worker.vllm_config.scheduler_config, self.worker.vllm_config.model_config
         blocks = self.worker.model_runner.kv_cache_config.num_blocks - 1  # without the null block
         groups = len(self._block_sizes)
-        requests = min(scheduler.max_num_seqs, blocks // (2 * groups))
+        requests = max(1, min(scheduler.max_num_seqs, blocks // (2 * groups)))
         cached = int((blocks - requests * groups) / sum(1 / size for size in self._block_sizes))
         # The sampled token needs a place, too.
         return Limits(scheduler.max_num_batched_tokens, requests, model.max_model_len - 1, cached)

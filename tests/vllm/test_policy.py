@@ -3,8 +3,11 @@
 import json
 import random
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy.bucket import DECODE, KINDS
@@ -56,6 +59,32 @@ def requests_in(runner):
         states = runner.req_states
         return states.num_reqs, len(runner._block_ids), states.max_num_reqs - len(states.free_indices)
     return len(runner.requests), runner.input_batch.num_reqs, len(runner.input_batch.req_id_to_index)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.integers(1, 9000), requests=st.integers(1, 300), length=st.integers(2, 9000), blocks=st.integers(1, 3000),
+    sizes=st.lists(st.sampled_from([16, 32, 128]), min_size=1, max_size=3), v2=st.booleans(),
+)  # fmt: skip
+def test_trials_fit_into_the_engine(tokens, requests, length, blocks, sizes, v2):
+    from dynaflow_serving.integrations.vllm.trials import WorkerTrials
+
+    groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size)) for size in sizes]
+    scheduler = SimpleNamespace(max_num_batched_tokens=tokens, max_num_seqs=requests)
+    config = SimpleNamespace(scheduler_config=scheduler, model_config=SimpleNamespace(max_model_len=length))
+    cache = SimpleNamespace(kv_cache_groups=groups, num_blocks=blocks)
+    trials = WorkerTrials(
+        SimpleNamespace(vllm_config=config, model_runner=SimpleNamespace(kv_cache_config=cache), use_v2_model_runner=v2)
+    )
+    for batch in trials.batches():
+        assert sum(batch.tokens) <= tokens and len(batch.tokens) <= requests
+        made = trials._requests([str(i) for i in range(len(batch.tokens))], batch)
+        ids = [block for request in made for group in request.block_ids for block in group]
+        assert len(ids) == len(set(ids)) and 0 not in ids and max(ids) < blocks
+        for request, new in zip(made, batch.tokens, strict=True):
+            held = request.num_computed_tokens + new
+            assert held < length
+            assert [len(group) for group in request.block_ids] == [-(-held // size) for size in sizes]
 
 
 @pytest.fixture(scope="module")
