@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 COLOURS = {BASELINE: "#5b6472", DYNAFLOW: "#1f6fb4", WIN: "#1a7f37", LOSS: "#c62828", NOISE: "#8a8f98", "": "#8a8f98"}
 MARKERS = {BASELINE: "s", DYNAFLOW: "o"}
 THROUGHPUT = "output_tokens_per_s"
-WIDE = 4.0  # greatest over least gain, from where on the axis is logarithmic
+WIDE = 4.0  # greatest over least gain, from where on the axis is logarithmic,
+VERY_WIDE = 1000.0  # and has a label per decade only
 
 
 def pareto(loads: Sequence[Mapping[str, Any]]) -> str:
@@ -49,6 +50,8 @@ def pareto(loads: Sequence[Mapping[str, Any]]) -> str:
 
 def gains(rows: Sequence[Mapping[str, Any]]) -> str:
     """A point with its spread per row of `record.headline`; right of the line DynaFlow is better."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     rows = [row for row in rows if row["gain"]]
     figure, (panel,) = _figure(10, 0.9 + 0.28 * len(rows))
     for position, row in enumerate(rows):
@@ -58,9 +61,12 @@ def gains(rows: Sequence[Mapping[str, Any]]) -> str:
             capsize=3,
         )  # fmt: skip
     panel.axvline(1, color="#222222", linewidth=1)
-    if rows and max(row["gain"]["max"] for row in rows) > WIDE * min(row["gain"]["min"] for row in rows):
+    width = max(row["gain"]["max"] for row in rows) / min(row["gain"]["min"] for row in rows) if rows else 1.0
+    if width > WIDE:
         panel.set_xscale("log")  # half and double are equally far from 1
+        panel.xaxis.set_major_locator(LogLocator(subs=(1,) if width > VERY_WIDE else (1, 2, 5), numticks=20))
         panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_yticks(range(len(rows)), [f"{row['load']}: {row['label']}" for row in rows])
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlabel("gain (above 1: DynaFlow is better)")
