@@ -79,15 +79,16 @@ port, requests, result = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 fault, times = os.environ.get("FAKE", ""), []
 for _ in range(requests):
     times.append(float(urllib.request.urlopen(f"http://127.0.0.1:{port}/work").read()))
-failed = 1 if fault == "fails" else 0
+failed = {"fails": 1, "all fail": requests}.get(fault, 0)
+done = requests - failed
 seconds = sum(times) / 1000
 unequal = fault == "unequal" and times[0] == 4
 figures = dict(completed=requests - failed, duration=seconds, total_input_tokens=10 * requests,
-    total_output_tokens=5 * requests - unequal, request_throughput=requests / seconds,
-    output_throughput=5 * requests / seconds, total=15 * requests / seconds,
+    total_output_tokens=5 * requests - unequal, request_throughput=done / seconds,
+    output_throughput=5 * done / seconds, total=15 * done / seconds,
     errors=["Traceback\\nOSError: gone"] * failed + [""] * (requests - failed))
 for name in ("ttft", "tpot", "itl", "e2el"):
-    value = float("nan") if name == "itl" else statistics.median(times)
+    value = float("nan") if name == "itl" or not done else statistics.median(times)
     figures |= {f"{how}_{name}_ms": value for how in ("mean", "median", "p99")}
 open(result, "w").write(json.dumps(figures))
 """
@@ -194,6 +195,7 @@ def test_what_is_written_on_the_page_is_escaped(engine: Path) -> None:
             "unequal",
             "The two servers did unequal work (random, 4/s, pair 0): 100 in, 49 out and 100 in, 50 out tokens.",
         ),
+        ("all fail", "30 of 30 requests failed against dynaflow (random, all at once). The first error: OSError: gone"),
         ("fails", "3 of 30 requests failed against baseline (random, 4/s). The first error: OSError: gone"),
     ],
 )

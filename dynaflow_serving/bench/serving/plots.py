@@ -2,7 +2,7 @@
 
 Contract
 - Points are medians over the pairs, bars reach from the least to the greatest.
-- Nothing is left out but figures that were not measured.
+- Nothing is left out but figures that were not measured; without any, the plot is "".
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ VERY_WIDE = 1000.0  # and has a label per decade only
 
 def pareto(loads: Sequence[Mapping[str, Any]]) -> str:
     """Output throughput over median TPOT and median TTFT of one data set's loads: a line per side, a point per rate."""
+    if not any(_has(load, THROUGHPUT) for load in loads):
+        return ""
     figure, axes = _figure(10, 3.9, columns=2)
     for panel, (key, label) in zip(axes, (("tpot median", "TPOT, median (ms)"), ("ttft median", "TTFT, median (ms)"))):
         drawn = [load for load in loads if _has(load, THROUGHPUT) and _has(load, key)]
@@ -53,6 +55,8 @@ def gains(rows: Sequence[Mapping[str, Any]]) -> str:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = [row for row in rows if row["gain"]]
+    if not rows:
+        return ""
     figure, (panel,) = _figure(10, 0.9 + 0.28 * len(rows))
     for position, row in enumerate(rows):
         gain, colour = row["gain"], COLOURS[row["verdict"]]
@@ -61,7 +65,7 @@ def gains(rows: Sequence[Mapping[str, Any]]) -> str:
             capsize=3,
         )  # fmt: skip
     panel.axvline(1, color="#222222", linewidth=1)
-    width = max(row["gain"]["max"] for row in rows) / min(row["gain"]["min"] for row in rows) if rows else 1.0
+    width = max(row["gain"]["max"] for row in rows) / min(row["gain"]["min"] for row in rows)
     if width > WIDE:
         panel.set_xscale("log")  # half and double are equally far from 1
         panel.xaxis.set_major_locator(LogLocator(subs=(1,) if width > VERY_WIDE else (1, 2, 5), numticks=20))
