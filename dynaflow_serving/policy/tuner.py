@@ -38,6 +38,7 @@ from dynaflow_serving.strategies.sequential import Sequential
 LOSES_CLEARLY = 0.9  # speed-up under which smaller buckets are not tried
 HOPELESS = 0.97  # predicted speed-up under which a candidate is not timed
 PLAIN_STEPS = 3
+UNTIMED = 2  # first steps of a candidate: its plan is made, and in the second, captured (`graph: whole`)
 
 Progress = Callable[[int, int, str], None]  # (buckets done, of, what begins)
 
@@ -124,7 +125,10 @@ class Tuner:
             else:
                 timed.append(trial)
         for trial in timed:
+            before = self._graph_mib()
             plain += self._race(trial, batch)
+            if more := self._graph_mib() - before:
+                trial.effects.append(f"{more:,.0f} MiB of CUDA graphs")
         decision.plain_ms = median(plain) * 1e3
         decision.noise = noise(plain)
         conclude(decision, self.options.min_gain)
@@ -133,7 +137,8 @@ class Tuner:
         """Pairs in turn, until it is clear that there is nothing to win; what seems to win is timed as often again.
         Returns the un-split seconds."""
         plain: list[float] = []
-        self._seconds(trial.candidate, batch)
+        for _ in range(UNTIMED):
+            self._seconds(trial.candidate, batch)
         for number in range(2 * self.options.pairs):
             if number == self.options.pairs and _lost(trial, noise(plain), self.options.min_gain):
                 break
@@ -144,6 +149,11 @@ class Tuner:
             if number >= 2 and max(trial.ratios) < 1:
                 break
         return plain
+
+    def _graph_mib(self) -> float:
+        """Of the plans that executors have captured."""
+        graphs = [e.graphs for e in {id(r.executor): r.executor for r in self.runtimes}.values()]
+        return sum(g.mib for g in graphs if g is not None)
 
     def _seconds(self, label: str, batch: Batch) -> float:
         """One step under `label`, on the slowest rank."""
