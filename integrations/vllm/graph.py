@@ -2,7 +2,7 @@
 
 Contract
 - A split step runs its plan, each micro-batch under the forward context that the session has for it.
-- Any other call goes to `whole`: vLLM's own stitching in mode 3, the un-split plan in mode 2.
+- Any other call goes to `whole`: vLLM's own stitching in mode 3; in mode 2 its un-compiled graph, or the un-split plan.
 """
 
 from __future__ import annotations

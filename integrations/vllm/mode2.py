@@ -4,6 +4,8 @@ Contract
 - The whole Dynamo graph is cut at vLLM's operators (`operators`) and the strategy's own annotations.
 - Each compute operator is compiled as vLLM would have compiled the graph: by Inductor with vLLM's own
   options, or not at all when vLLM's backend is "eager". Custom operators run as they are.
+- Un-split steps run Dynamo's graph as it is where nothing compiles it; compiled, the un-split plan of these operators,
+  so that nothing is compiled twice. A strategy that schedules un-split steps has them under its plan in both cases.
 - Compiled operators that produce the graph's outputs get a second form that writes into a merge buffer.
 """
 
@@ -26,6 +28,9 @@ def backend(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., 
     capture = partition(
         gm, rules=(*session.strategy.annotations, *rules()), tokens=token_symbols(gm), effects=effects()
     )
+    whole = None
     if session.piece_compiler == "inductor":
         compile_pieces(capture, session.vllm_config.compilation_config.inductor_compile_config)
-    return MicroBatchedGraph(session, session.add(capture))
+    elif not session.strategy.schedules_unsplit:
+        whole = gm.forward  # what vLLM would have run
+    return MicroBatchedGraph(session, session.add(capture), whole)
