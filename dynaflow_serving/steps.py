@@ -48,6 +48,7 @@ class Steps:
         self.split: Split | None = None  # of the step in flight
         self.traced = False  # whether the step in flight is
         self.timelines: list[tuple[Runtime, Timeline]] = []  # of the latest traced step
+        self.trial_seconds = 0.0  # of the tuner's steps, from begin to end
         self._batch = Batch(())
         self._runtimes: Sequence[Runtime] = ()
         self._compared = False
@@ -163,6 +164,7 @@ class Steps:
 
     def _took(self, batch: Batch, split: Split, tuning: bool, sampled: bool, seconds: float) -> None:
         if tuning:
+            self.trial_seconds += seconds
             return
         saved = 0.0
         if self.auto is not None and self.auto.guard is not None and not sampled:  # sampling takes time, too
@@ -173,7 +175,7 @@ class Steps:
         self.metrics.plans(self._runtimes)
 
     def _take_timelines(self, split: Split) -> None:
-        found = [(r, r.timeline(split.signature)) for r in self._runtimes]
+        found = [(r, t) for r in self._runtimes if (t := r.timeline(split.signature)).spans]
         self.timelines += found
         timelines = [t for _, t in found]
         if self._profiling:

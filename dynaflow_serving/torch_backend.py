@@ -202,6 +202,9 @@ class Backend:
                 del groups[0]
             batch = Batch((1,) * count(args), width=self.width)
             zero_copy = not torch.is_grad_enabled()
+            if self.steps.split is not None:  # of the whole forward: what began it ends and checks it, too
+                split = runtime.admit(batch, self.steps.split)
+                return runtime.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)
             split = self.steps.begin(batch, [runtime])
             try:
                 result = runtime.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)

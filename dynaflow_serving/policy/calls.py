@@ -24,6 +24,7 @@ from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.ranks import Ranks
 from dynaflow_serving.steps import Steps
+from dynaflow_serving.strategies.sequential import Sequential
 
 logger = logging.getLogger("dynaflow_serving")
 
@@ -54,6 +55,7 @@ def tune_calls(
     trials = CallTrials(calls)
     if not trials.batches():
         raise ConfigError("nothing to tune with: give inputs like those that will come, each of two requests at least")
+    steps.auto.forced = f"{Sequential.name} x2"
     for batch in trials.batches():  # captures the graphs
         trials.run(batch)
     weights = list(parameters)

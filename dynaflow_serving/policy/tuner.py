@@ -156,12 +156,13 @@ class Tuner:
         return sum(g.mib for g in graphs if g is not None)
 
     def _seconds(self, label: str, batch: Batch) -> float:
-        """One step under `label`, on the slowest rank."""
+        """One step under `label`, from begin to end, on the slowest rank."""
         self.auto.forced = label
-        started = time.perf_counter()
+        self.steps.trial_seconds = 0.0
         self.trials.run(batch)
         self.steps.clock.synchronize()
-        (seconds,) = self.ranks.greatest([time.perf_counter() - started])
+        self.steps.clock.poll()
+        (seconds,) = self.ranks.greatest([self.steps.trial_seconds])
         return seconds
 
     # -- prediction ----------------------------------------------------------------------------------

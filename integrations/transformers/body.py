@@ -7,7 +7,7 @@ Contract
 - The batch dimension is dimension 0 of all batched arguments and of a cache's keys and values, which are cut into
   views per micro-batch; a static cache is written in place.
 - A call with one request, or one that the strategy does not split, is counted with the reason. A forward with
-  graph breaks has several graphs, which are counted each.
+  graph breaks has several graphs, which are counted each. What `strategy: auto` does not split runs the stock forward.
 - A model whose graph cannot be split ends the first forward with an error, or, with `fallback: true`, goes on as
   the stock model with a warning.
 """
@@ -71,7 +71,21 @@ class Body:
             self.counts.add(whole(Batch((1,) * size), self.refused or "one request"))
             return self.original(*args, **kwargs)
         self.backend.width = first.shape[1] if first.dim() > 1 else 1
-        batched = [first]
+        steps = self.backend.steps
+        if steps.auto is None:
+            return self._under_plans(first, given, args, kwargs)
+        steps.begin(Batch((1,) * size, width=self.backend.width))
+        try:
+            if not steps.micro_batches:
+                return self.original(*args, **kwargs)
+            result = self._under_plans(first, given, args, kwargs)
+            return steps.checked(result, lambda: self.original(*args, **kwargs), [first])
+        finally:
+            steps.end()
+
+    def _under_plans(self, first: torch.Tensor, given: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
+        """The captured forward. first: that says the size of the batch; given: all arguments, by name."""
+        size, batched = first.shape[0], [first]
         for value in given.values():
             if isinstance(value, torch.Tensor) and value is not first and value.dim() > 1 and value.shape[0] == size:
                 batched.append(value)

@@ -99,19 +99,33 @@ def auto(path: str, folder: str) -> dict[str, Any]:
     expected = model(**inputs).logits
 
     def enabled(**options: Any) -> Any:
+        """The stock forward, which un-split steps run, sleeps as long as all operators together."""
         enable(model, {"strategy": "auto", "options": {"candidates": ["comm_overlap", "nanoflow"], **options}})
-        model(**inputs)
-        Body.of(model)(**inputs)  # as `tune` does, which is another graph: the head passes more arguments
-        for runtime in Body.of(model).backend.runtimes:
-            runtime.capture.functions = {n: slowed(f) for n, f in runtime.capture.functions.items()}
-            runtime.capture.into = {n: slowed(f) for n, f in runtime.capture.into.items()}
+        body, slept = Body.of(model), [0.0]
+        body.backend.steps.auto.forced = "sequential x2"
+        for call in (model, body):  # two graphs, for the head passes more arguments
+            call(**inputs)
+        for runtime in body.backend.runtimes:
+            runtime.capture.functions = {n: slowed(f, slept) for n, f in runtime.capture.functions.items()}
+            runtime.capture.into = {n: slowed(f, slept) for n, f in runtime.capture.into.items()}
             runtime._prepared.clear()
+        body(**inputs)
+        stock, rows, all_slept = body.original, inputs["input_ids"].shape[0], slept[0]
+
+        def slow_stock(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(all_slept * kwargs["input_ids"].shape[0] / rows)
+            return stock(*args, **kwargs)
+
+        body.original = slow_stock
+        body.backend.steps.auto.forced = None
+        body.backend.steps.reset()
         return model
 
-    def slowed(function: Any) -> Any:
+    def slowed(function: Any, slept: list[float]) -> Any:
         def call(*args: Any) -> Any:
             rows = max((a.shape[0] for a in args if isinstance(a, torch.Tensor) and a.dim() == 3), default=0)
             time.sleep(0.002 * rows)
+            slept[0] += 0.002 * rows
             return function(*args)
 
         return call
