@@ -4,7 +4,7 @@ Contract
 - `bucket_of` is what happens per step: a few integer operations, a function of the batch alone, so that all ranks of a
   tensor-parallel group get the same.
 - A bucket is named by its greatest batch: tokens up to a power of two, requests up to a power of four.
-- `representatives` gives, for what an engine can serve, one batch of each bucket that can occur, largest first.
+- `representatives` gives, for what an engine can serve, one batch of each bucket that can occur.
 """
 
 from __future__ import annotations
@@ -51,10 +51,20 @@ def bucket_of(batch: Batch) -> Bucket:
 
 
 def representatives(limits: Limits) -> Iterator[Batch]:
-    """The largest batch that `limits` allow, of every bucket of at least two requests; the kinds take turns."""
+    """The largest batch that `limits` allow, of every bucket of at least two requests.
+
+    Kinds take turns, each from large to small, first every fourth bucket, then those between: a budget that ends early
+    has seen all sizes.
+    """
     kinds = (_prompts(PREFILL, limits), _decodes(limits), _prompts(MIXED, limits))
-    for batches in zip_longest(*kinds):
+    for batches in zip_longest(*map(_coarse_to_fine, kinds)):
         yield from (batch for batch in batches if batch is not None)
+
+
+def _coarse_to_fine(batches: Iterator[Batch]) -> list[Batch]:
+    found = list(batches)
+    order = dict.fromkeys(i for stride in (4, 2, 1) for i in range(0, len(found), stride))
+    return [found[i] for i in order]
 
 
 def _most_requests(limits: Limits) -> int:

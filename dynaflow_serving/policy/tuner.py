@@ -3,11 +3,11 @@
 Contract
 - What is timed is a real step of the engine, in the mode that will serve; an integration says how to run it (`Trials`).
 - Per bucket: un-split steps; per number of micro-batches one traced run on one stream, whose operator times and the
-  simulator predict every candidate's step; candidates predicted to lose are not timed; the others are timed against
-  un-split steps in turn, and the best one is adopted if its median gain exceeds the measured noise and `min_gain`.
+  simulator predict every candidate's step; candidates predicted to lose are not timed; the best ones are timed against
+  un-split steps in turn, and the best of these is adopted if its median gain exceeds the measured noise and `min_gain`.
 - A prediction knows no contention, so it errs towards timing. Plans with replacement kernels are always timed.
-- Buckets go from large to small; where the best candidate of a larger bucket of the same kind and number of requests
-  has lost clearly, smaller ones are not tried, for what a split costs weighs more there.
+- Where the best candidate of a larger bucket of the same kind and number of requests has lost clearly, smaller ones
+  are not tried, for what a split costs weighs more there.
 - Times are the slowest rank's, so that all ranks decide alike. The budget is checked between buckets.
 
 Steps
@@ -38,6 +38,7 @@ from dynaflow_serving.strategies.sequential import Sequential
 LOSES_CLEARLY = 0.9  # speed-up under which smaller buckets are not tried
 HOPELESS = 0.97  # predicted speed-up under which a candidate is not timed
 PLAIN_STEPS = 3
+TIMED = 3  # candidates of a bucket that are timed at most, the best predicted ones, besides those with kernels
 UNTIMED = 2  # first steps of a candidate: its plan is made, and in the second, captured (`graph: whole`)
 
 Progress = Callable[[int, int, str], None]  # (buckets done, of, what begins)
@@ -47,7 +48,7 @@ class Trials(Protocol):
     """How an engine runs steps that no user asked for."""
 
     def batches(self) -> Iterable[Batch]:
-        """One per bucket that can occur, largest first (`bucket.representatives`)."""
+        """One per bucket that can occur, in the order of their importance (`bucket.representatives`)."""
 
     def run(self, batch: Batch) -> None:
         """One real step of `batch`, decided by `Steps` like any other."""
@@ -100,6 +101,7 @@ class Tuner:
         plain = [self._seconds(PLAIN, batch) for _ in range(1 + PLAIN_STEPS)][1:]
         profiles: dict[int, _Profile] = {}
         timed: list[Trial] = []
+        promising: list[Trial] = []
         for label in self.auto.measured:
             trial = Trial(candidate=label, verdict=refused.get(label, ""))
             decision.trials.append(trial)
@@ -120,11 +122,16 @@ class Tuner:
             if n not in profiles:
                 profiles[n] = self._profile(n, batch)
             trial.predicted = min(plain) / self._predict(profiles[n], split.signature)
-            if trial.predicted < HOPELESS and not self._replaces(split.signature):
+            if self._replaces(split.signature):
+                timed.append(trial)
+            elif trial.predicted < HOPELESS:
                 trial.verdict = f"predicted to be slower ({trial.predicted:.2f}x)"
             else:
-                timed.append(trial)
-        for trial in timed:
+                promising.append(trial)
+        promising.sort(key=lambda t: t.predicted or 0.0, reverse=True)
+        for trial in promising[TIMED:]:
+            trial.verdict = f"predicted to be no faster than {', '.join(t.candidate for t in promising[:TIMED])}"
+        for trial in (*timed, *promising[:TIMED]):
             before = self._graph_mib()
             plain += self._race(trial, batch)
             if more := self._graph_mib() - before:

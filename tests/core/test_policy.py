@@ -65,7 +65,8 @@ def test_representatives_are_what_the_engine_can_run_one_per_bucket(
         assert sum(batch.tokens) + sum(batch.context) <= cached
     assert len({bucket_of(b) for b in found}) == len(found)
     decodes = [len(b.tokens) for b in found if bucket_of(b).kind == DECODE]
-    assert decodes == sorted(decodes, reverse=True)
+    coarse, rest = decodes[: -(-len(decodes) // 4)], decodes[-(-len(decodes) // 4) :]
+    assert coarse == sorted(coarse, reverse=True) and all(coarse[0] > n for n in rest)
 
 
 # -- decisions -----------------------------------------------------------------------------------------
@@ -340,6 +341,7 @@ def test_the_start_up_table_says_what_and_why(caplog: pytest.LogCaptureFixture) 
 
 
 # -- ranks ---------------------------------------------------------------------------------------------
+@pytest.mark.alone
 @pytest.mark.parametrize("scenario", [policy_ranks.different_tables, policy_ranks.guard_of_one_rank])
 def test_two_ranks(tmp_path: Path, scenario: Callable[..., None]) -> None:
     mp.spawn(policy_ranks.main, (str(tmp_path), scenario.__name__), nprocs=2)
