@@ -3,7 +3,8 @@
     make never-slower        # makes the environments, then runs this with each
 
 - vllm, sglang: the engine against itself under `strategy: auto`, on this machine (a CPU, where a split has nothing to
-  win): it must decline, and the ratio to the stock engine must be 1.00 within the noise, which is printed.
+  win): it must decline where a split loses, and the ratio to the stock engine
+  must be 1.00 within the noise, which is printed.
 - transformers: two ranks over a rate-limited link (emulated network; needs root and iproute2). Stock, every candidate
   as a fixed strategy, and auto take turns. Where the link is slow, auto must adopt an overlap and keep at least 95 % of
   the best fixed strategy's gain (which is the best one in every second round; figures are of the other rounds);
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,23 +43,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=12, help="sequences")
     parser.add_argument("--sequence", type=int, default=64, help="tokens of each")
-    parser.add_argument("--pairs", type=int, default=7, help="engines: pairs of passes")
+    parser.add_argument("--pairs", type=int, default=5, help="engines: pairs of passes per start")
+    parser.add_argument("--starts", type=int, default=5, help="engines: how often both are started")
     parser.add_argument("--folder", type=Path, help="write the raw figures into this folder")
     return parser.parse_args()
 
 
 def engine(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of `dynaflow bench`, which asserts that tokens are equal."""
+    """The figures of `dynaflow bench`, several times: two processes of one engine may differ by some percent for as
+    long as they live, which no number of pairs would show. The first start tunes, the others read its table."""
+    starts = []
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "figures.json")
-        command = [str(Path(sys.executable).with_name("dynaflow")), "bench", name, "--strategy", "auto"]
-        command += ["-o", f"table={folder}/table.json", "--pairs", str(options.pairs), "--json", str(file)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if not file.exists():
-            raise SystemExit(f"never_slower: {' '.join(command)} ended with exit code {done.returncode}\n{done.stdout}")
-        figures: dict[str, Any] = json.loads(file.read_text())
-        figures["policy"] = json.loads(Path(folder, "table.json").read_text())
-    return figures
+        for number in range(options.starts):
+            file = Path(folder, f"figures{number}.json")
+            command = [str(Path(sys.executable).with_name("dynaflow")), "bench", name, "--strategy", "auto"]
+            command += ["-o", f"table={folder}/table.json", "--pairs", str(options.pairs), "--json", str(file)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if not file.exists():
+                what = f"{' '.join(command)} ended with exit code {done.returncode}"
+                raise SystemExit(f"never_slower: {what}\n{done.stdout}")
+            starts.append(json.loads(file.read_text()))
+        policy = json.loads(Path(folder, "table.json").read_text())
+    middle = [s["ratio"]["median"] for s in starts]
+    return {
+        "ratio": {"median": statistics.median(middle), "min": min(middle), "max": max(middle)},
+        "tokens_equal": all(s["tokens_equal"] for s in starts),
+        "starts": starts,
+        "policy": policy,
+    }
 
 
 def judge_engine(figures: dict[str, Any]) -> list[str]:
@@ -96,15 +109,20 @@ def judge_transformers(figures: dict[str, Any]) -> list[str]:
 
 
 def show_engine(name: str, figures: dict[str, Any]) -> Table:
-    title = f"{name} {figures['engine_version']} on {figures['device']}, strategy auto"
+    first, ratio = figures["starts"][0], figures["ratio"]
+    title = (
+        f"{name} {first['engine_version']} on {first['device']}, strategy auto: ratio to stock {ratio['median']:.3f} "
+        f"({ratio['min']:.3f} - {ratio['max']:.3f} of {len(figures['starts'])} starts)"
+    )
     table = Table(title=title, title_justify="left")
-    for head in ("ratio to stock, median", "min - max", "tokens equal", "steps split", "un-split"):
+    for head in ("start", "ratio, median of pairs", "min - max", "tokens equal", "steps split", "un-split"):
         table.add_column(head)
-    ratio, steps = figures["ratio"], figures["steps"]
-    unsplit = "\n".join(f"{count}: {why}" for why, count in steps["unsplit"].items())
-    spread = f"{ratio['min']:.3f} - {ratio['max']:.3f}"
-    equal = "yes" if figures["tokens_equal"] else "NO"
-    table.add_row(f"{ratio['median']:.3f}", spread, equal, str(steps["split"]), unsplit)
+    for number, start in enumerate(figures["starts"], 1):
+        unsplit = "\n".join(f"{count}: {why}" for why, count in start["steps"]["unsplit"].items())
+        spread = "{min:.3f} - {max:.3f}".format(**start["ratio"])
+        equal = "yes" if start["tokens_equal"] else "NO"
+        median = f"{start['ratio']['median']:.3f}"
+        table.add_row(str(number), median, spread, equal, str(start["steps"]["split"]), unsplit)
     return table
 
 

@@ -29,7 +29,7 @@ from dynaflow_serving.ranks import Ranks
 from dynaflow_serving.runtime import Runtime, StepCounts
 from dynaflow_serving.scheduler import OpScheduler
 from dynaflow_serving.splitting import whole
-from dynaflow_serving.strategies.auto import Auto
+from dynaflow_serving.strategies.auto import SWITCHED_OFF, Auto
 from dynaflow_serving.timeline import Timeline
 
 
@@ -100,7 +100,7 @@ class Steps:
         if self.shadow is not None and self.shadow.stopped:
             return whole(batch, self.shadow.stopped)
         split = self.strategy.split(batch)
-        if len(split.micro_batches) > self.strategy.max_micro_batches:
+        if len(split.micro_batches) > 1 and len(split.micro_batches) > self.strategy.max_micro_batches:
             raise ScheduleError(
                 f"strategy {self.strategy.name!r} made {len(split.micro_batches)} micro-batches, more than its "
                 f"max_micro_batches ({self.strategy.max_micro_batches})"
@@ -167,12 +167,15 @@ class Steps:
             self.trial_seconds += seconds
             return
         saved = 0.0
-        if self.auto is not None and self.auto.guard is not None and not sampled:  # sampling takes time, too
-            parts = len(split.micro_batches)
-            saved = self.auto.guard.observe(bucket_of(batch), parts > 1, sum(batch.tokens), seconds)
-            self.metrics.switched_off(self.auto.switched_off)
+        parts = len(split.micro_batches)
+        guard = None if self.auto is None else self.auto.guard
+        if guard is not None and guard.watching and not sampled:  # sampling takes time, too
+            saved = guard.observe(bucket_of(batch), parts > 1, sum(batch.tokens), seconds)
         self.metrics.step(split, saved)
-        self.metrics.plans(self._runtimes)
+        if parts > 1:
+            self.metrics.plans(self._runtimes)
+        elif self.auto is not None and split.reason == SWITCHED_OFF:
+            self.metrics.switched_off(self.auto.switched_off)
 
     def _take_timelines(self, split: Split) -> None:
         found = [(r, t) for r in self._runtimes if (t := r.timeline(split.signature)).spans]

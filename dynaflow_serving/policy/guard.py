@@ -43,6 +43,10 @@ class Guard:
         self.window, self.ranks, self._switch_off = window, ranks, switch_off
         self._watches: dict[Bucket, Watch] = {}
 
+    @property
+    def watching(self) -> bool:
+        return bool(self._watches)
+
     def add(self, bucket: Bucket, noise: float) -> None:
         self._watches[bucket] = Watch(noise)
 

@@ -12,7 +12,13 @@ import pytest
 from dynaflow_serving.bench import sglang_driver
 from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, Comparison, Engagement, Mismatch, Pair
 from dynaflow_serving.bench.engines import ENGINES, find_engine
-from dynaflow_serving.bench.environment import cores_of_ranks, sglang_environment, usable_cores, vllm_environment
+from dynaflow_serving.bench.environment import (
+    KEPT_MEMORY,
+    cores_of_ranks,
+    sglang_environment,
+    usable_cores,
+    vllm_environment,
+)
 from dynaflow_serving.bench.result import failures, noise, ratios, record, throughput, write_json
 from dynaflow_serving.bench.settings import EngineSettings, Traffic, requests_of_pass
 from dynaflow_serving.bench.vllm_driver import engine_arguments
@@ -88,7 +94,10 @@ def test_sglang_arguments_differ_in_the_model_overrides_only() -> None:
 def test_sglang_environment() -> None:
     given = {"OMP_NUM_THREADS": "2"}
     cpu = sglang_environment(1, gpu=False, compiled=False, local_model=True, given=given)
-    assert cpu == {"HF_HUB_OFFLINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": ",".join(map(str, usable_cores()))}
+    assert cpu == KEPT_MEMORY | {
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_CPU_OMP_THREADS_BIND": ",".join(map(str, usable_cores())),
+    }
     assert sglang_environment(1, gpu=True, compiled=False, local_model=False, given={}) == {}
 
 
