@@ -112,8 +112,11 @@ def table(title: str, rows: list[Row]) -> Table:
 
 
 def _variants(config: Config) -> list[OpScheduler]:
-    """The strategy with each number of micro-batches, unless it has no such option or the user gave one."""
+    """The strategy with each number of micro-batches, unless it has no such option or the user gave one; of one that
+    chooses among candidates, these."""
     strategy = config.build()
+    if strategy.candidates != ("",):
+        return [strategy.of(candidate) for candidate in strategy.candidates]
     if "micro_batches" not in type(strategy.options).model_fields or "micro_batches" in config.options:
         return [strategy]
     return [config.model_copy(update={"options": config.options | {"micro_batches": n}}).build() for n in MICRO_BATCHES]
