@@ -11,7 +11,7 @@ Contract
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynaflow_serving.agreement import agree
@@ -98,13 +98,14 @@ class Session(Steps):
                 raise InactiveError(f"this model cannot be split: {program.unsplittable}")
             self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
 
-    def start(self, trials: Trials, facts: Facts) -> None:
-        """After `check`: decide by measuring, where the strategy is one that decides. Steps are counted from here on.
-        Raises `InactiveError` for ranks that have different decisions."""
+    def start(self, trials: Trials, facts: Callable[[], Facts]) -> None:
+        """After `check`: decide by measuring, where the strategy is one that decides; `facts` is asked only then. Steps
+        are counted from here on. Raises `InactiveError` for ranks that have different decisions."""
         ranks = Ranks(self._group)
-        self.meet(ranks)
-        if self.auto is not None:
-            self.policy = start_policy(self, self.runtimes, trials, facts, ranks, self.logger)
+        if self.auto is None:
+            self.meet(ranks)
+        else:
+            self.policy = start_policy(self, self.runtimes, trials, facts(), ranks, self.logger)
 
     def report(self) -> dict[str, Any]:
         """What `dynaflow bench` and `dynaflow explain` show; plain data, for a remote call."""

@@ -24,18 +24,10 @@ from dynaflow_serving.partition.capture import Capture
 class Emitter:
     """Writes the body of a plan in issue order, as one function."""
 
-    def __init__(
-        self,
-        capture: Capture,
-        plan: Plan,
-        kernels: Mapping[str, Callable[..., Any]],
-        tracer: Tracer | None = None,
-    ) -> None:
+    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
         self.capture, self.program, self.plan = capture, capture.program, plan
         self.names: dict[str, Any] = {"cat": torch.cat}  # globals of the generated function
-        self.tracer = tracer
-        if tracer is not None:
-            self.names |= {"stamp": tracer.stamp, "mark": tracer.mark}
+        self.tracer: Tracer | None = None
         self.variables: dict[Instance, str] = {}
         self.buffer_of: dict[tuple[str, int], Instance] = {}  # value @ micro-batch -> merge buffer
         self.in_place: set[Instance] = set()  # parts that their operator wrote into the buffer
@@ -83,7 +75,11 @@ class Emitter:
         return [line for i, step in enumerate(self.plan.steps) for line in (*self.before(step), *self.traced(i, step))]
 
     # -- shared --------------------------------------------------------------------------------------
-    def build(self) -> Callable[..., list[Any]]:
+    def build(self, tracer: Tracer | None = None) -> Callable[..., list[Any]]:
+        """The function. With a `tracer` each run tells it the time of every step that does work."""
+        self.tracer = tracer
+        if tracer is not None:
+            self.names |= {"stamp": tracer.stamp, "mark": tracer.mark}
         lines = self.body()
         head = [f"({', '.join(self.taken)},) = args"] if self.taken else []
         head += [f"({', '.join(f'c{i}' for i in range(self.plan.micro_batches + 1))},) = bounds"]

@@ -180,12 +180,12 @@ class CPUExecutor(Executor):
                         f"not share: schedule it on stream {COMPUTE_STREAM!r} (not {step.stream!r}), or use executor: "
                         "cuda or sequential"
                     )
-        emitter = _ThreadEmitter(capture, plan, kernels, tracer)
+        emitter = _ThreadEmitter(capture, plan, kernels)
         for i, stream in enumerate(s for s in plan.streams if s != COMPUTE_STREAM):
             if stream not in self._workers:
                 self._workers[stream] = Worker(stream)
             emitter.names[f"w{i}"] = self._workers[stream]
-        return emitter.build()
+        return emitter.build(tracer)
 
     def close(self) -> None:
         for worker in self._workers.values():

@@ -36,14 +36,8 @@ from dynaflow_serving.partition.capture import Capture
 
 
 class _StreamEmitter(Emitter):
-    def __init__(
-        self,
-        capture: Capture,
-        plan: Plan,
-        kernels: Mapping[str, Callable[..., Any]],
-        tracer: Tracer | None = None,
-    ) -> None:
-        super().__init__(capture, plan, kernels, tracer)
+    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(capture, plan, kernels)
         self.stream_names = {s: f"s{i}" for i, s in enumerate(plan.streams)}
         self.active = COMPUTE_STREAM
 
@@ -97,7 +91,7 @@ class CUDAExecutor(Executor):
     def _emit(
         self, capture: Capture, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None, plan: Plan
     ) -> BoundPlan:
-        emitter = _StreamEmitter(capture, plan, kernels, tracer)
+        emitter = _StreamEmitter(capture, plan, kernels)
         extra = {v: self._streams.stream(s) for s, v in emitter.stream_names.items() if s != COMPUTE_STREAM}
 
         def rejoin(current: Any) -> None:
@@ -109,7 +103,7 @@ class CUDAExecutor(Executor):
         emitter.names |= {"rejoin": rejoin, **extra}
         for i, e in enumerate(sorted({s.event for s in plan.steps if s.event >= 0})):
             emitter.names[f"e{e}"] = self._streams.event(i)
-        return emitter.build()
+        return emitter.build(tracer)
 
     @property
     def graphs(self) -> Captured | None:

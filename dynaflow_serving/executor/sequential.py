@@ -28,14 +28,8 @@ def poison(tensor: Any) -> None:
 
 
 class _PoisonEmitter(Emitter):
-    def __init__(
-        self,
-        capture: Capture,
-        plan: Plan,
-        kernels: Mapping[str, Callable[..., Any]],
-        tracer: Tracer | None = None,
-    ) -> None:
-        super().__init__(capture, plan, kernels, tracer)
+    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(capture, plan, kernels)
         self.names["poison"] = poison
         count = Counter(v.storage for v in self.program.values.values())
         viewed = {s.instances[0] for s in plan.steps if s.kind is StepKind.SPLIT}
@@ -59,4 +53,4 @@ class SequentialExecutor(Executor):
     def _bind(
         self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
-        return _PoisonEmitter(capture, plan, kernels, tracer).build()
+        return _PoisonEmitter(capture, plan, kernels).build(tracer)

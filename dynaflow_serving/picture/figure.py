@@ -10,16 +10,14 @@ Contract
 from __future__ import annotations
 
 import html
-import importlib.util
-import io
 import re
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynaflow_serving.errors import DynaflowError
 from dynaflow_serving.ir import StepKind
+from dynaflow_serving.pages import assert_installed, svg
 from dynaflow_serving.picture.comparison import Comparison, Shown
 from dynaflow_serving.text import range_text, step_text
 from dynaflow_serving.timeline import Span, Timeline
@@ -50,12 +48,7 @@ CHARACTER = 0.6  # width of a character relative to its height
 
 def assert_can_draw(*also: str) -> None:
     """Raises `DynaflowError` if matplotlib, or a package of `also`, is not installed."""
-    needed = ("matplotlib", *also)
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise DynaflowError(
-            f"a picture needs the packages {', '.join(needed)}; missing here: {', '.join(missing)}. Install them with: "
-            "pip install 'dynaflow-serving[report]'"
-        )
+    assert_installed("a picture", "matplotlib", *also)
 
 
 def draw(comparison: Comparison, title: str = "", caption: str = "") -> str:
@@ -89,7 +82,7 @@ def draw(comparison: Comparison, title: str = "", caption: str = "") -> str:
     _legend(figure, comparison, (LEFT / width, 1 - (top - TOP + 0.1) / height))
     for i, line in enumerate(reversed(lines)):
         figure.text(LEFT / width, (0.08 + 0.16 * i) / height, line, fontsize=8, color=QUIET, va="bottom")
-    return _with_titles(_svg(figure), titles)
+    return _with_titles(svg(figure), titles)
 
 
 def summary(shown: Shown) -> str:
@@ -236,19 +229,9 @@ def _wrapped(text: str, width: float) -> list[str]:
     return textwrap.wrap(text, int((width - LEFT - RIGHT) * 72 / (8 * 0.52)), break_on_hyphens=False)
 
 
-def _svg(figure: Figure) -> str:
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dynaflow", "font.family": "sans-serif"}):
-        output = io.StringIO()
-        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
-    svg = output.getvalue()
-    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-
-
-def _with_titles(svg: str, titles: dict[str, str]) -> str:
+def _with_titles(drawn: str, titles: dict[str, str]) -> str:
     def add(match: re.Match[str]) -> str:
         title = titles.get(match[1])
         return match[0] if title is None else f"{match[0]}<title>{html.escape(title)}</title>"
 
-    return re.sub(r'<g id="([^"]+)">', add, svg)
+    return re.sub(r'<g id="([^"]+)">', add, drawn)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.grid import grid
+from dynaflow_serving.pages import templates
 from dynaflow_serving.picture.comparison import Comparison, Shown, operator_times
 from dynaflow_serving.picture.figure import draw
 
@@ -31,16 +32,9 @@ class Caption:
 
 def render(comparisons: Sequence[Comparison], caption: Caption, command: str) -> str:
     """The page; one part per program."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters |= {"ms": _milliseconds, "us": _microseconds, "percent": "{:.0%}".format}
     parts = [
         {
@@ -54,7 +48,8 @@ def render(comparisons: Sequence[Comparison], caption: Caption, command: str) ->
         }
         for c in comparisons
     ]
-    return environment.get_template("page.html.j2").render(caption=caption, parts=parts, command=command)
+    page: str = environment.get_template("page.html.j2").render(caption=caption, parts=parts, command=command)
+    return page
 
 
 def _figures(shown: Shown, unsplit: Shown | None) -> dict[str, Any]:

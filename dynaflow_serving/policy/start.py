@@ -39,27 +39,21 @@ def start_policy(
             task = bar.add_task("", total=None)
             tuner = Tuner(steps, runtimes, trials, facts, ranks)
             source = tuner.tune(lambda done, of, what: bar.update(task, completed=done, total=of, description=what))
+        _agreed(source, ranks)
         if ranks.first:
             source.save(path)
             logger.info("DynaFlow: policy table written to %s", path)
     elif ranks.first:
         logger.info("DynaFlow: policy table read from %s", path)
-    adopt(steps, source, ranks)
+    auto.adopt(source, ranks)
+    steps.meet(ranks)
+    steps.reset()
     if ranks.first:
         for line in log_lines(source):
             logger.info("%s", line)
         if sys.stderr.isatty():
             sys.stderr.write(as_text(source))
     return source
-
-
-def adopt(steps: Steps, table: Table, ranks: Ranks) -> None:
-    """Serve by `table`, if it is every rank's. Raises `InactiveError` if not."""
-    assert steps.auto is not None
-    _agreed(table, ranks)
-    steps.auto.adopt(table, ranks)
-    steps.meet(ranks)
-    steps.reset()
 
 
 def _agreed(table: Table | None, ranks: Ranks) -> Table | None:

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -38,8 +39,7 @@ class Trial(_Record):
     @property
     def measured(self) -> float | None:
         """Median of the pairs."""
-        values = sorted(self.ratios)
-        return (values[len(values) // 2] + values[(len(values) - 1) // 2]) / 2 if values else None
+        return median(self.ratios) if self.ratios else None
 
 
 class Decision(_Record):

@@ -116,7 +116,7 @@ class DynaflowRunner:
         """After `check`, with an empty `tree_cache`: decide by measuring, where the strategy is one that decides.
         Raises `InactiveError` for ranks that have different decisions."""
         with RunnerTrials(self.runner, tree_cache) as trials:
-            self.session.start(trials, facts(self.runner, self.session, self.body, trials.limits))
+            self.session.start(trials, lambda: facts(self.runner, self.session, self.body, trials.limits))
 
     def decided(self) -> dict[str, Any] | None:
         """The policy in short, for `/server_info`; None where the strategy decides nothing."""

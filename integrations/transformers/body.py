@@ -65,7 +65,8 @@ class Body:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        first = next(t for name in ("input_ids", "inputs_embeds") if (t := given.get(name)) is not None)
+        first = batched_input(given)
+        assert first is not None
         size = first.shape[0]
         if size < 2 or self.refused:  # Dynamo specialises on 0 and 1, and there is nothing to split
             self.counts.add(whole(Batch((1,) * size), self.refused or "one request"))
@@ -115,7 +116,7 @@ class Body:
         """Decide by calling the body with each of `inputs`. Raises `ConfigError`, `InactiveError`."""
         calls = []
         for given in inputs:
-            first = next((t for name in ("input_ids", "inputs_embeds") if (t := given.get(name)) is not None), None)
+            first = batched_input(given)
             if first is None or first.dim() < 2 or first.shape[0] < 2:
                 raise ConfigError(
                     "inputs to tune with are keyword arguments of the model's body, with input_ids or inputs_embeds of "
@@ -128,3 +129,8 @@ class Body:
     @torch.no_grad()
     def _call_without_gradients(self, given: Mapping[str, Any]) -> None:
         self(**given)
+
+
+def batched_input(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """The argument that says the size of the batch."""
+    return next((t for name in ("input_ids", "inputs_embeds") if (t := given.get(name)) is not None), None)

@@ -48,7 +48,7 @@ class DynaflowWorkerMixin:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         self.dynaflow.check(get_tp_group().cpu_group)
         self.dynaflow.serving = True
-        self.dynaflow.start(WorkerTrials(self), facts(self, self.dynaflow))
+        self.dynaflow.start(WorkerTrials(self), lambda: facts(self, self.dynaflow))
         return result
 
     def dynaflow_report(self) -> dict[str, Any]:

@@ -1,13 +1,8 @@
 """Shadow mode and metrics in real vLLM: wrong strategies are caught, and the counters are on vLLM's own endpoint."""
 
-import os
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -91,41 +86,6 @@ def test_ranks_compare_together_and_the_first_counts(generate, check_tokens, tmp
     assert found["dynaflow_shadow_steps_total", "equal"] == -(-ours.split // 3)
 
 
-@pytest.fixture
-def endpoint(model_path, tmp_path):
-    """`endpoint(*flags)` -> URL of a `vllm serve` that answers; stopped afterwards."""
-    running = []
-
-    def start(*flags):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        log = tmp_path / f"serve{len(running)}.log"
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", model_path("llama"), "--served-model-name", "tiny",
-            "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16",
-            "--compilation-config", '{"mode": 2, "backend": "eager"}', *flags,
-        ]  # fmt: skip
-        process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
-        running.append(process)
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                return url
-            except OSError:
-                time.sleep(0.5)
-        raise TimeoutError(log.read_text()[-3000:])
-
-    yield start
-    for process in running:
-        process.terminate()
-    for process in running:
-        process.wait(60)
-
-
 def by_labels(samples):
     """(name, label values by the labels' names) -> value of the DynaFlow metrics."""
     ours = [s for s in samples if s.name.startswith("dynaflow_")]
@@ -144,12 +104,12 @@ def served(url):
 
 
 @pytest.mark.skipif(V2, reason="the endpoint does not depend on the model runner")
-def test_metrics_endpoint(endpoint, prompts, tmp_path):
+def test_metrics_endpoint(server, prompts, tmp_path):
     from openai import OpenAI
 
     file = tmp_path / "nanoflow.yaml"
     file.write_text("{strategy: nanoflow, options: {min_tokens: 1}}")
-    url = endpoint("--dynaflow", str(file))
+    url, _ = server("--dynaflow", str(file))
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     client.completions.create(model="tiny", prompt=prompts, max_tokens=8, extra_body={"ignore_eos": True})
     client.completions.create(model="tiny", prompt=prompts[1], max_tokens=8, extra_body={"ignore_eos": True})
@@ -161,5 +121,5 @@ def test_metrics_endpoint(endpoint, prompts, tmp_path):
 
 
 @pytest.mark.skipif(V2, reason="the endpoint does not depend on the model runner")
-def test_a_stock_server_has_none(endpoint):
-    assert served(endpoint()) == {}
+def test_a_stock_server_has_none(server):
+    assert served(server()[0]) == {}

@@ -7,13 +7,12 @@ Contract
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW
 from dynaflow_serving.bench.serving.record import LOSS, NOISE, WIN
+from dynaflow_serving.pages import svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +46,7 @@ def pareto(loads: Sequence[Mapping[str, Any]]) -> str:
         panel.set_xlim(left=0)
         panel.margins(0.12)
         panel.legend(frameon=False, loc="best")
-    return _svg(figure)
+    return svg(figure)
 
 
 def gains(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -75,7 +74,7 @@ def gains(rows: Sequence[Mapping[str, Any]]) -> str:
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlabel("gain (above 1: DynaFlow is better)")
     panel.grid(axis="y", visible=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -114,15 +113,3 @@ def _has(load: Mapping[str, Any], key: str) -> bool:
 def _reach(spreads: Sequence[Mapping[str, float]]) -> list[list[float]]:
     """Lower and upper bars of points, as matplotlib takes them."""
     return [[s["median"] - s["min"] for s in spreads], [s["max"] - s["median"] for s in spreads]]
-
-
-def _svg(figure: Figure) -> str:
-    import matplotlib
-
-    # Text stays text, which the browser's font draws; the salt makes equal figures equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dynaflow", "font.family": "sans-serif"}):
-        output = io.StringIO()
-        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
-    svg = output.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -16,36 +16,23 @@ from typing import Any
 from dynaflow_serving.bench.report import CPU_SERVERS
 from dynaflow_serving.bench.serving.loads import DATASETS
 from dynaflow_serving.bench.serving.record import headline
-from dynaflow_serving.errors import DynaflowError
+from dynaflow_serving.pages import assert_installed, templates
 
 PACKAGES = ("jinja2", "matplotlib")
 
 
 def assert_can_report() -> None:
     """Raises `DynaflowError` before anything runs, if the page could not be made."""
-    import importlib.util
-
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise DynaflowError(
-            f"--html needs the packages {', '.join(PACKAGES)}; missing here: {', '.join(missing)}. "
-            "Install them with: pip install 'dynaflow-serving[report]'"
-        )
+    assert_installed("--html", *PACKAGES)
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The page."""
-    import jinja2
     from markupsafe import Markup
 
     from dynaflow_serving.bench.serving.plots import gains, pareto
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters |= {"spread": spread, "span": _span, "pretty": _pretty}
     rows = headline(result)
     datasets = [
@@ -53,7 +40,9 @@ def render(result: Mapping[str, Any]) -> str:
         for name, loads in itertools.groupby(result["loads"], key=lambda load: load["dataset"])
     ]
     template = environment.get_template("report.html.j2")
-    return template.render(result=result, rows=rows, datasets=datasets, gains=Markup(gains(rows)), cpu_note=CPU_SERVERS)
+    drawn = Markup(gains(rows))
+    page: str = template.render(result=result, rows=rows, datasets=datasets, gains=drawn, cpu_note=CPU_SERVERS)
+    return page
 
 
 def number(value: float) -> str:
