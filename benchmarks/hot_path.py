@@ -26,18 +26,20 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.plan import ActionKind
+from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.executor.cpu import CPUExecutor
-from dynaflow_serving.ir import Batch, Operator, Program, Resource, Scope, StepKind, Value
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.partition import Capture
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.bucket import bucket_of
 from dynaflow_serving.policy.table import Decision, Table, Trial
-from dynaflow_serving.ranks import Ranks
-from dynaflow_serving.scheduler import Schedule
-from dynaflow_serving.steps import Steps
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.steps import Steps
 from dynaflow_serving.strategies import get_strategy
-from dynaflow_serving.verify import verify
+from dynaflow_serving.strategy.schedule import Schedule
 
 SIZES = (10, 130, 1000)
 MICRO_BATCHES = 2
@@ -47,13 +49,13 @@ def identity(x: Any) -> Any:
     return x
 
 
-def chain(operators: int) -> Capture:
+def chain(operators: int) -> CapturedProgram:
     """x -> v1 -> v2 ..., every operator a function that returns its argument."""
     names = ["x", *(f"v{i}" for i in range(operators))]
     values = {n: Value(n, Scope.BATCH, 0) for n in names}
     ops = tuple(Operator(f"op{i}", Resource.COMPUTE, (names[i],), (names[i + 1],)) for i in range(operators))
     program = Program(("x",), (names[-1],), values, ops)
-    return Capture(program, {o.name: identity for o in ops})
+    return CapturedProgram(program, {o.name: identity for o in ops})
 
 
 def no_context(micro_batch: int) -> None:
@@ -111,7 +113,7 @@ def hot_path(operators: int, repeat: int) -> dict[str, float]:
     looped, loop_spread = microseconds(loop, repeat)
     direct, direct_spread = microseconds(lambda: straight(x), repeat)
     tensors, _ = microseconds(tensor_work, repeat)
-    steps = len(plan.steps)
+    steps = len(plan.actions)
     return {
         "operators": operators,
         "steps": steps,
@@ -159,7 +161,7 @@ def planning() -> dict[str, float]:
         lowered = time.perf_counter()
         verify(capture.program, plan)
         end = time.perf_counter()
-        assert sum(s.kind is StepKind.RUN for s in plan.steps) == 2000
+        assert sum(s.kind is ActionKind.RUN for s in plan.actions) == 2000
         results[f"{strategy}_record_s"] = done - started
         results[f"{strategy}_lower_s"] = lowered - done
         results[f"{strategy}_verify_s"] = end - lowered

@@ -20,13 +20,14 @@ from rate_limited_link import set_rate
 from rich.console import Console
 from rich.progress import Progress
 
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.program import Resource
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.integrations.transformers.body import Body
-from dynaflow_serving.ir import Batch, Resource
-from dynaflow_serving.partition import Capture
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.splitting import cut_at_requests, whole
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.strategy.splitting import cut_at_requests, whole
 from dynaflow_serving.torch_backend import make_backend
 
 Variant = Callable[[], Any]
@@ -56,7 +57,7 @@ def body_under(module: torch.nn.Module, strategy: str) -> Body:
     return Body(module, make_backend(config, level="aot"))
 
 
-def captured(body: Body, call: Variant) -> list[tuple[Capture, Any]]:
+def captured(body: Body, call: Variant) -> list[tuple[CapturedProgram, Any]]:
     """The graphs that DynaFlow captures of `body`, with the arguments that `call` gives each."""
     call()
     arguments: dict[int, Any] = {}
@@ -68,16 +69,16 @@ def captured(body: Body, call: Variant) -> list[tuple[Capture, Any]]:
 
         return record
 
-    runtimes = body.backend.runtimes
-    for i, runtime in enumerate(runtimes):
-        runtime.run = recording(i, runtime.run)  # type: ignore[method-assign]
+    plan_caches = body.backend.plan_caches
+    for i, plan_cache in enumerate(plan_caches):
+        plan_cache.run = recording(i, plan_cache.run)  # type: ignore[method-assign]
     call()
-    for runtime in runtimes:
-        del runtime.run  # type: ignore[attr-defined]
-    return [(r.capture, arguments[i]) for i, r in enumerate(runtimes)]
+    for plan_cache in plan_caches:
+        del plan_cache.run  # type: ignore[attr-defined]
+    return [(r.captured, arguments[i]) for i, r in enumerate(plan_caches)]
 
 
-def wrapped(capture: Capture, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Capture:
+def wrapped(capture: CapturedProgram, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> CapturedProgram:
     """`capture` with every callable of its operators replaced by `wrap(operator, callable)`."""
     return dataclasses.replace(
         capture,
@@ -86,30 +87,32 @@ def wrapped(capture: Capture, wrap: Callable[[str, Callable[..., Any]], Callable
     )
 
 
-def runner(capture: Capture, args: Any, strategy: str, micro_batches: int, batch: int) -> tuple[Variant, Runtime]:
-    """A variant that runs `capture` under `strategy`, and its runtime."""
+def runner(
+    capture: CapturedProgram, args: Any, strategy: str, micro_batches: int, batch: int
+) -> tuple[Variant, PlanCache]:
+    """A variant that runs `capture` under `strategy`, and its plan_cache."""
     options = {"micro_batches": micro_batches, "min_tokens": 1}
-    runtime = Runtime(capture, Config(strategy=strategy, options=options).build(), get_executor("cpu"))
+    plan_cache = PlanCache(capture, Config(strategy=strategy, options=options).build(), get_executor("cpu"))
     rows = Batch((1,) * batch)
     split = cut_at_requests(rows, micro_batches) if micro_batches > 1 else whole(rows, "as asked")
 
     def run() -> Any:
         with torch.no_grad():  # a graph of AOT autograd holds its own backward
-            return runtime.run(args, split)
+            return plan_cache.run(args, split)
 
-    return run, runtime
+    return run, plan_cache
 
 
-def network_operators(capture: Capture) -> set[str]:
+def network_operators(capture: CapturedProgram) -> set[str]:
     return {o.name for o in capture.program.operators if o.resource is Resource.NETWORK}
 
 
-def without_network(capture: Capture) -> Capture:
+def without_network(capture: CapturedProgram) -> CapturedProgram:
     network = network_operators(capture)
     return wrapped(capture, lambda name, function: (lambda x, *_: x) if name in network else function)
 
 
-def collectives(capture: Capture, make: Callable[[Capture], Variant]) -> Variant:
+def collectives(capture: CapturedProgram, make: Callable[[CapturedProgram], Variant]) -> Variant:
     """The network operators of one call of `make(capture)`, on tensors of the same shapes, without the rest."""
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     network = network_operators(capture)
@@ -130,7 +133,9 @@ def collectives(capture: Capture, make: Callable[[Capture], Variant]) -> Variant
     return run
 
 
-def profile(capture: Capture, make: Callable[[Capture], Variant], rounds: int, micro_batches: int) -> list[Any]:
+def profile(
+    capture: CapturedProgram, make: Callable[[CapturedProgram], Variant], rounds: int, micro_batches: int
+) -> list[Any]:
     """Milliseconds of every operator of every micro-batch, run one after the other; medians."""
     samples: dict[tuple[str, int], list[float]] = {}
     counts: Counter[str] = Counter()
@@ -207,7 +212,7 @@ def forward_rows(model: Any, settings: dict[str, Any], progress: Progress) -> li
     with torch.no_grad():
         ((capture, args),) = captured(body, lambda: body(input_ids=ids, use_cache=False))
 
-        def sequentially(n: int) -> Callable[[Capture], Variant]:
+        def sequentially(n: int) -> Callable[[CapturedProgram], Variant]:
             return lambda c: runner(c, args, "sequential", n, batch)[0]
 
         expected = module(input_ids=ids, use_cache=False).last_hidden_state
@@ -223,9 +228,7 @@ def forward_rows(model: Any, settings: dict[str, Any], progress: Progress) -> li
                 "communication": collectives(capture, sequentially(n)),
             }  # fmt: skip
             prepared[n] = variants, "bit for bit" if same else "NO", planned.plans[-1].to_text()
-        task = progress.add_task(
-            "forward", total=len(settings["rates"]) * len(prepared) * 5 * (1 + settings["rounds"])
-        )
+        task = progress.add_task("forward", total=len(settings["rates"]) * len(prepared) * 5 * (1 + settings["rounds"]))
         compute_gives_way()
         rows = []
         for rate in settings["rates"]:
@@ -257,7 +260,7 @@ def training_rows(model: Any, settings: dict[str, Any], progress: Progress) -> l
     for capture, args in captured(bodies["overlapped"], lambda: gradients(bodies["overlapped"])):
         n = 1 if capture.program.unsplittable else 2
 
-        def sequentially(c: Capture, args: Any = args, n: int = n) -> Variant:
+        def sequentially(c: CapturedProgram, args: Any = args, n: int = n) -> Variant:
             return runner(c, args, "sequential", n, settings["batch"])[0]
 
         networks.append(collectives(capture, sequentially))

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.ir import Plan, Program
+from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.simulate import Measured, simulate
-from dynaflow_serving.verify import verify
 
 TOLERANCE = 0.15
 NEEDED = ("program", "plan", "operators", "overlapped_ms")
@@ -51,7 +51,7 @@ def predict(row: Mapping[str, Any], network_compute: float = 0.0) -> Prediction:
     """Raises `ConfigError` for a row without what is needed, `PlanError` for a plan that is not the program's."""
     if missing := [key for key in NEEDED if key not in row]:
         raise ConfigError(f"a row lacks {', '.join(missing)}. Needed: {', '.join(NEEDED)}.")
-    program, plan = Program.from_text(row["program"]), Plan.from_text(row["plan"])
+    program, plan = parse_program(row["program"]), parse_plan(row["plan"])
     verify(program, plan)
     seconds = {(o["name"], int(o["micro_batch"])): o["ms"] / 1e3 for o in row["operators"]}
     timeline = simulate(plan, Measured(program, seconds, network_compute).demands(plan))

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 
-from dynaflow_serving.ir import Batch
-from dynaflow_serving.partition.capture import Capture
-from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.simulate import Device, Link, Shape, Topology, decoder, find, parse_requests
 from dynaflow_serving.simulate.executor import SimulatedExecutor
-from dynaflow_serving.splitting import whole
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.strategy.splitting import whole
 
 TOLERANCE = 0.05
 HEAVY = ("4x1024", "8x1024", "16x1024", "128x1@1024,8x1024")  # what a best is searched over
@@ -64,10 +64,12 @@ def seconds(
     described = decoder(find(Shape, model), where)
     executor = SimulatedExecutor(described, where, graphs)
     cls = get_strategy(strategy)
-    runtime = Runtime(Capture(described.program, {}), cls(cls.Options(**dict(options))), executor, zero_copy)
+    plan_cache = PlanCache(
+        CapturedProgram(described.program, {}), cls(cls.Options(**dict(options))), executor, zero_copy
+    )
     batch: Batch = parse_requests(requests)
-    split = runtime.decide(batch) if strategy != "sequential" else whole(batch, "baseline")
-    return float(runtime.run([batch], split)[0].makespan)
+    split = plan_cache.decide(batch) if strategy != "sequential" else whole(batch, "baseline")
+    return float(plan_cache.run([batch], split)[0].makespan)
 
 
 def speed_up(model: str, where: Topology, requests: str, strategy: str, **options: object) -> float:

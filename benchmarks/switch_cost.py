@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from dynaflow_serving.annotations import SplitModule
-from dynaflow_serving.ir import Resource, Signature
-from dynaflow_serving.runtime import no_context
-from dynaflow_serving.segments import Segments
-from dynaflow_serving.segments.frames import Frame
-from dynaflow_serving.segments.state import TorchState
+from dynaflow_serving.capture.eager import Segments
+from dynaflow_serving.capture.eager.frames import Frame
+from dynaflow_serving.capture.eager.state import TorchState
+from dynaflow_serving.core.batch import Signature
+from dynaflow_serving.core.program import Resource
+from dynaflow_serving.session.plan_cache import no_context
+from dynaflow_serving.strategy.rules import SplitModule
 
 BORDERS = 200
 
@@ -115,7 +116,7 @@ def frames(enter: Callable[[], Any] | None = None) -> Callable[[], None]:
 def planned() -> Callable[[], None]:
     """One micro-batch of a recorded model under its plan, less the same borders called un-split."""
     from dynaflow_serving.executor import get_executor
-    from dynaflow_serving.runtime import Runtime
+    from dynaflow_serving.session.plan_cache import PlanCache
     from dynaflow_serving.strategies import get_strategy
 
     model = Chain()
@@ -124,8 +125,8 @@ def planned() -> Callable[[], None]:
     made.attach()
     for tokens in (4, 6):
         made.record(tokens, (torch.zeros(tokens, 2),), {})
-    assert made.capture is not None
-    plan = Runtime(made.capture, get_strategy("sequential")(), get_executor("cpu")).prepare(Signature(2)).run
+    assert made.captured is not None
+    plan = PlanCache(made.captured, get_strategy("sequential")(), get_executor("cpu")).prepare(Signature(2)).run
     x = torch.zeros(8, 2)
 
     def run() -> None:

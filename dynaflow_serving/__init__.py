@@ -3,14 +3,18 @@
 Importing this package needs torch and light libraries only; engines are imported inside functions.
 """
 
-from dynaflow_serving.annotations import SplitFunc, SplitModule, mark
+from dynaflow_serving.capture.mark import mark
 from dynaflow_serving.config import Config, load
+from dynaflow_serving.core.batch import Batch, MicroBatch, Split
+from dynaflow_serving.core.plan import Plan
+from dynaflow_serving.core.program import Operator, Program, Resource
 from dynaflow_serving.errors import DynaflowError, InactiveError, PlanError
-from dynaflow_serving.ir import Batch, MicroBatch, Operator, Plan, Program, Resource, Split
-from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
-from dynaflow_serving.strategies import register_strategy
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.registry import register_strategy
+from dynaflow_serving.strategy.rules import SplitFunc, SplitModule
+from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.torch_backend import compile
-from dynaflow_serving.verify import verify
 
 __version__ = "0.1.0"
 

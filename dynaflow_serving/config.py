@@ -14,13 +14,92 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.executor.base import ExecutorOptions, StreamOptions
-from dynaflow_serving.proof.options import ShadowOptions, TraceOptions
-from dynaflow_serving.scheduler import OpScheduler
 from dynaflow_serving.strategies import get_strategy, strategy_names
+from dynaflow_serving.strategy.base import OpScheduler
+
+
+class StreamOptions(BaseModel):
+    """One stream of a plan, by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    priority: int | None = Field(
+        default=None,
+        description="CUDA priority, lower goes first; default -1 for stream 'network', else 0; a hint that executors "
+        "without devices ignore",
+    )
+    sm_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the device's multiprocessors that the stream may use at most (green context, "
+        "experimental); streams with one share have the same multiprocessors, different shares may overlap",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> StreamOptions:
+        if self.sm_share is not None and self.priority is not None:
+            raise ValueError("the stream of a green context has no priority: give priority or sm_share, not both")
+        return self
+
+
+class ExecutorOptions(BaseModel):
+    """How plans are executed; part of the YAML config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    streams: dict[str, StreamOptions] = Field(
+        default_factory=dict,
+        description="options of the strategy's streams, by name; the compute stream is the caller's and has none",
+    )
+    graph: Literal["off", "whole"] = Field(
+        default="off",
+        description="whole: capture each plan, per token offsets of the micro-batches, into one CUDA graph when they "
+        "come up for the second time",
+    )
+    max_graphs: int = Field(default=32, ge=1, description="with graph: whole, how many graphs are captured at most")
+
+    @field_validator("graph", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as a boolean
+
+    @field_validator("streams")
+    @classmethod
+    def _not_the_callers(cls, streams: dict[str, StreamOptions]) -> dict[str, StreamOptions]:
+        if COMPUTE_STREAM in streams:
+            raise ValueError(f"stream {COMPUTE_STREAM!r} is the caller's own and has no options here")
+        return streams
+
+
+class TraceOptions(BaseModel):
+    """Traces of real split steps, for chrome://tracing or Perfetto."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: str = Field(description="where the traces go; made if need be")
+    every: int = Field(100, ge=1, description="one split step in so many is traced")
+    limit: int = Field(20, ge=1, description="how many traces are written at most, per rank")
+
+
+class ShadowOptions(BaseModel):
+    """Split steps that are also run un-split, and compared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every: int = Field(100, ge=1, description="one split step in so many is compared")
+    tolerance: float | None = Field(
+        None,
+        ge=0,
+        description="greatest difference, relative to the greatest magnitude of the un-split output; 0: bit for bit; "
+        "default: by dtype (float32 1e-4, bfloat16 and float16 5e-2), because kernels sum in another order for another "
+        "number of rows",
+    )
+    folder: str = Field("dynaflow-mismatch", description="where a reproducer goes when outputs differ")
 
 
 class Config(ExecutorOptions):

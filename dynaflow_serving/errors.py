@@ -32,11 +32,11 @@ class ScheduleError(DynaflowError):
 
 
 class PlanError(DynaflowError):
-    """A Plan is not a correct schedule of its Program. `step` is the offending index, -1 for none."""
+    """A Plan is not a correct schedule of its Program. `action` is the offending index, -1 for none."""
 
-    def __init__(self, message: str, step: int = -1) -> None:
+    def __init__(self, message: str, action: int = -1) -> None:
         super().__init__(message)
-        self.step = step
+        self.action = action
 
 
 class TextError(DynaflowError):

@@ -27,30 +27,31 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx
 
-from dynaflow_serving.agreement import agree, groups_of
-from dynaflow_serving.annotations import apply_rules
-from dynaflow_serving.clock import clock_of
+from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.inductor import compile_pieces
+from dynaflow_serving.capture.fx.input_writes import settle_input_writes
+from dynaflow_serving.capture.fx.matching import apply_rules
+from dynaflow_serving.capture.fx.rows import Rows
+from dynaflow_serving.capture.fx.symbols import batch_symbols, expression, fake_value
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config, load
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError, DynaflowError, InactiveError, PartitionError, unknown_name
 from dynaflow_serving.executor import EXECUTORS, Executor, get_executor
-from dynaflow_serving.ir import Batch
-from dynaflow_serving.partition import Capture, partition
-from dynaflow_serving.partition.effects import fake_value
-from dynaflow_serving.partition.inductor import compile_pieces
-from dynaflow_serving.partition.input_writes import settle_input_writes
-from dynaflow_serving.partition.rows import Rows, expression
 from dynaflow_serving.policy.calls import tune_calls
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.scheduler import OpScheduler
-from dynaflow_serving.steps import Steps
+from dynaflow_serving.session.agreement import agree, groups_of
+from dynaflow_serving.session.clock import clock_of
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.strategy.base import OpScheduler
 
 Level = Literal["dynamo", "aot", "inductor"]
 LEVELS = get_args(Level)
 
 
 class Compiled(torch.nn.Module):
-    """A model under a strategy; call it like the model. `runtimes` holds one Runtime per graph."""
+    """A model under a strategy; call it like the model. `plan_caches` holds one PlanCache per graph."""
 
     def __init__(self, model: Callable[..., Any], backend: Backend, batch_dim: int) -> None:
         super().__init__()
@@ -58,8 +59,8 @@ class Compiled(torch.nn.Module):
         self._compiled = torch.compile(self._same_batch, backend=backend)
 
     @property
-    def runtimes(self) -> list[Runtime]:
-        return self._backend.runtimes
+    def plan_caches(self) -> list[PlanCache]:
+        return self._backend.plan_caches
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         dim = self._batch_dim
@@ -120,7 +121,7 @@ class Backend:
         self.batch_dim, self.level = batch_dim, level
         self.width = 1  # positions per row of the batch, in the call in flight (`Batch.width`)
         self.steps = Steps(strategy, config)
-        self.runtimes = self.steps.runtimes
+        self.plan_caches = self.steps.plan_caches
         self._executors: dict[str, Executor] = {}  # by device: the graphs of a model share streams, events and memory
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -142,13 +143,13 @@ class Backend:
     def check_active(self) -> None:
         """Raise `InactiveError` if no graph has a batch, `PartitionError` if none that has can be split (one of
         several may well run whole, with the reason counted)."""
-        if not self.runtimes:
+        if not self.plan_caches:
             raise InactiveError(
                 f"no graph of this model has a dynamic dimension {self.batch_dim}: DynaFlow was requested but would "
                 "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
             )
-        if all(r.capture.program.unsplittable for r in self.runtimes) and self.strategy.max_micro_batches > 1:
-            raise PartitionError(f"this model cannot be split: {self.runtimes[0].capture.program.unsplittable}")
+        if all(r.captured.program.unsplittable for r in self.plan_caches) and self.strategy.max_micro_batches > 1:
+            raise PartitionError(f"this model cannot be split: {self.plan_caches[0].captured.program.unsplittable}")
 
     def _forward_runner(self, gm: fx.GraphModule, rows: dict[str, int]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()
@@ -182,15 +183,15 @@ class Backend:
             rows |= {capture.nodes.get(v.name, v.name): v.rows for v in capture.program.values.values() if v.rows > 1}
         return self._add(gm, capture)
 
-    def _add(self, gm: fx.GraphModule, capture: Capture) -> Callable[..., Any]:
+    def _add(self, gm: fx.GraphModule, capture: CapturedProgram) -> Callable[..., Any]:
         device = _device(gm)
         if device not in self._executors:
             self._executors[device] = get_executor(self.config.executor, device, self.config)
             self.steps.clock = clock_of(device)
         if self.level == "inductor":
             compile_pieces(capture, {})
-        runtime = Runtime(capture, self.strategy, self._executors[device])
-        self.runtimes.append(runtime)
+        plan_cache = PlanCache(capture, self.strategy, self._executors[device])
+        self.plan_caches.append(plan_cache)
         outputs = [capture.program.values[v] for v in capture.program.outputs]
         axes = [(i, v.axis) for i, v in enumerate(outputs) if v.axis is not None]
         capture.rebuild = _marked_dynamic(capture.rebuild, axes)
@@ -198,17 +199,17 @@ class Backend:
 
         def run(*args: Any) -> Any:
             while groups:
-                agree([runtime.texts()], groups[0])
+                agree([plan_cache.texts()], groups[0])
                 del groups[0]
             batch = Batch((1,) * count(args), width=self.width)
             zero_copy = not torch.is_grad_enabled()
             if self.steps.split is not None:  # of the whole forward: what began it ends and checks it, too
-                split = runtime.admit(batch, self.steps.split)
-                return runtime.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)
-            split = self.steps.begin(batch, [runtime])
+                split = plan_cache.admit(batch, self.steps.split)
+                return plan_cache.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)
+            split = self.steps.begin(batch, [plan_cache])
             try:
-                result = runtime.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)
-                return self.steps.checked(result, lambda: runtime.run_whole(args, len(batch.tokens)), args)
+                result = plan_cache.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)
+                return self.steps.checked(result, lambda: plan_cache.run_whole(args, len(batch.tokens)), args)
             finally:
                 self.steps.end()
 
@@ -288,19 +289,6 @@ def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapp
     compiled = backend(gm, example_inputs)
     backend.check_active()
     return compiled
-
-
-def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
-    """The symbol that most tensor inputs have at `batch_dim`."""
-    count: Counter[Any] = Counter()
-    for n in gm.graph.nodes:
-        if n.op == "placeholder":
-            fake = fake_value(n)
-            if isinstance(fake, torch.Tensor) and fake.dim() > batch_dim:
-                expr = expression(fake.shape[batch_dim])
-                if expr.is_Symbol:
-                    count[expr] += 1
-    return {count.most_common(1)[0][0]} if count else set()
 
 
 def _same_size(gm: fx.GraphModule, batch_dim: int, symbols: set[Any]) -> list[str]:

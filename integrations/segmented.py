@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.annotations import Rule
+from dynaflow_serving.capture.eager import Arguments, Diverged, Segments
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.executor.base import Enter
 from dynaflow_serving.integrations.session import Session
-from dynaflow_serving.segments import Arguments, Diverged, Segments
+from dynaflow_serving.strategy.rules import Rule
 
 
 class SegmentedForward:
@@ -48,7 +48,7 @@ class SegmentedForward:
             yield
         finally:
             self._recording = False
-        if not self.session.runtimes:
+        if not self.session.plan_caches:
             raise InactiveError(f"DynaFlow cannot schedule this model: {self.segments.waiting}")
 
     def __call__(
@@ -64,7 +64,7 @@ class SegmentedForward:
         split = self.session.split
         if split is None or not self.session.micro_batches:
             return self._whole(tokens, args, kwargs)
-        plan = self.session.plan(self.session.runtimes[0])
+        plan = self.session.plan(self.session.plan_caches[0])
         try:
             return self.segments.run(plan, split.bounds, args, kwargs, enter, arguments)
         except Diverged as error:
@@ -75,6 +75,6 @@ class SegmentedForward:
         if self.session.split is None and not self._recording:
             return self.segments.forward(*args, **kwargs)
         result = self.segments.record(tokens, args, kwargs)
-        if self.segments.capture is not None and not self.session.runtimes:
-            self.session.add(self.segments.capture)
+        if self.segments.captured is not None and not self.session.plan_caches:
+            self.session.add(self.segments.captured)
         return result

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dynaflow_serving.errors import ScheduleError, unknown_name
 
 if TYPE_CHECKING:
-    from dynaflow_serving.ir import Plan, Step
-    from dynaflow_serving.partition import Capture
+    from dynaflow_serving.capture.program import CapturedProgram
+    from dynaflow_serving.core.plan import Action, Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,7 +44,7 @@ class Composed(abc.ABC):
     __name__: str
 
     @abc.abstractmethod
-    def __call__(self, capture: Capture, plan: Plan, step: Step) -> Callable[..., Any]:
+    def __call__(self, capture: CapturedProgram, plan: Plan, step: Action) -> Callable[..., Any]:
         """The kernel of `step`, a REPLACE of `plan`."""
 
 

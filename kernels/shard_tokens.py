@@ -6,9 +6,9 @@ model's own, since the replaced operators' own callables run, on a shard of the 
 Contract
 - Operators: a sum over a group (`_c10d_functional.all_reduce`), then operators that treat tokens independently and
   compute the same on all ranks from the same inputs. Results are then the same, up to the order of the sum.
-- That the other inputs are the same on all ranks is checked on each step's first run, on the first token and all of
+- That the other inputs are the same on all ranks is checked on each action's first run, on the first token and all of
   what the ranks share; a difference is a `ScheduleError` on every rank.
-- A result that only steps of the same kind and the same micro-batches read stays sharded: of its tensor the rows of
+- A result that only actions of the same kind and the same micro-batches read stays sharded: of its tensor the rows of
   other ranks are unspecified, and it is not sent. A residual stream is sent once, at the end.
 - Every rank takes ceil(tokens / ranks) tokens; the last ones are padded with zeros. With fewer than two tokens a rank,
   the operators run as they are.
@@ -23,37 +23,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dynaflow_serving.annotations import calls, function_names
-from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.capture.fx.matching import calls
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.order import external_ports
+from dynaflow_serving.core.plan import Action, ActionKind, Plan
+from dynaflow_serving.core.program import Program, Scope, Value
 from dynaflow_serving.errors import ScheduleError
-from dynaflow_serving.ir import Plan, Program, Scope, Step, StepKind, Value
 from dynaflow_serving.kernels import Composed
 from dynaflow_serving.kernels.collectives import all_gather, own_tokens, padded, process_group, reduce_scatter
-from dynaflow_serving.partition import Capture
+from dynaflow_serving.strategy.rules import function_names
 
 
 class ShardTokens(Composed):
     __name__ = "shard_tokens"
 
-    def __call__(self, capture: Capture, plan: Plan, step: Step) -> Callable[..., Any]:
+    def __call__(self, capture: CapturedProgram, plan: Plan, action: Action) -> Callable[..., Any]:
         """Raises `ScheduleError` if the first operator is no sum over a group that torch knows."""
-        group = _group(capture, step.operators[0])
-        return _Sharded(capture, plan, step, group)
+        group = _group(capture, action.operators[0])
+        return _Sharded(capture, plan, action, group)
 
 
 class _Sharded:
-    def __init__(self, capture: Capture, plan: Plan, step: Step, group: dist.ProcessGroup) -> None:
+    def __init__(self, capture: CapturedProgram, plan: Plan, action: Action, group: dist.ProcessGroup) -> None:
         program = capture.program
         self.group = group
-        self.inputs, self.outputs = external_ports(program, step.operators)
+        self.inputs, self.outputs = external_ports(program, action.operators)
         self.values = program.values
-        self.operators = [program.by_name[n] for n in step.operators]
-        self.functions = [capture.functions[n] for n in step.operators]
+        self.operators = [program.by_name[n] for n in action.operators]
+        self.functions = [capture.functions[n] for n in action.operators]
         self.partial = _batched(self.operators[0].inputs, self.values)
         self.reduced = self.operators[0].outputs[0]
-        sharded = {v for s in _alike(plan, step) for n in s.operators for v in program.by_name[n].outputs}
+        sharded = {v for s in _alike(plan, action) for n in s.operators for v in program.by_name[n].outputs}
         self.sharded_inputs = {v for v in self.inputs if v in sharded}
-        self.kept = {v for v in self.outputs if _read_by_alike_only(program, plan, step, v)}
+        self.kept = {v for v in self.outputs if _read_by_alike_only(program, plan, action, v)}
         self.checked = False
 
     def __call__(self, *args: Any) -> Any:
@@ -138,7 +140,7 @@ class _Sharded:
                 )
 
 
-def _group(capture: Capture, name: str) -> dist.ProcessGroup:
+def _group(capture: CapturedProgram, name: str) -> dist.ProcessGroup:
     reduces = [n for n in calls(capture.pieces[name]) if function_names(n) & {"_c10d_functional::all_reduce"}]
     others = [n for n in calls(capture.pieces[name]) if n not in reduces and not function_names(n) & {"wait_tensor"}]
     if len(reduces) != 1 or others or reduces[0].args[1] != "sum":
@@ -146,22 +148,21 @@ def _group(capture: Capture, name: str) -> dist.ProcessGroup:
     return process_group(reduces[0].args[2])
 
 
-def _alike(plan: Plan, step: Step) -> list[Step]:
-    """The steps of the same kernel for the same micro-batches."""
+def _alike(plan: Plan, action: Action) -> list[Action]:
+    """The actions of the same kernel for the same micro-batches."""
     return [
         s
-        for s in plan.steps
-        if (s.kind, s.kernel, s.start, s.stop) == (StepKind.REPLACE, step.kernel, step.start, step.stop)
+        for s in plan.actions
+        if (s.kind, s.kernel, s.start, s.stop) == (ActionKind.REPLACE, action.kernel, action.start, action.stop)
     ]
 
 
-def _read_by_alike_only(program: Program, plan: Plan, step: Step, value: str) -> bool:
-    """Whether `value` is read, by steps of this kind only, beside their partial sums."""
-    fit = {n for s in _alike(plan, step) for n in s.operators[1:]}
+def _read_by_alike_only(program: Program, plan: Plan, action: Action, value: str) -> bool:
+    """Whether `value` is read, by actions of this kind only, beside their partial sums."""
+    fit = {n for s in _alike(plan, action) for n in s.operators[1:]}
     readers = {o.name for o in program.operators if value in o.inputs}
     return value not in program.outputs and bool(readers) and readers <= fit
 
 
 def _batched(names: Sequence[str], values: dict[str, Value]) -> str:
     return next(v for v in names if values[v].scope is Scope.BATCH)
-

@@ -9,43 +9,26 @@ Contract
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.scheduler import OpScheduler
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.registry import STRATEGIES
 
-STRATEGIES: dict[str, type[OpScheduler]] = {}
-
-
-def register_strategy(name: str) -> Callable[[type[OpScheduler]], type[OpScheduler]]:
-    def register(cls: type[OpScheduler]) -> type[OpScheduler]:
-        known = STRATEGIES.setdefault(name, cls)
-        if known is not cls and known.__qualname__ != cls.__qualname__:
-            raise ConfigError(f"two strategies are called {name!r}: {known.__qualname__}, {cls.__qualname__}")
-        STRATEGIES[name] = cls
-        cls.name = name
-        return cls
-
-    return register
+SHIPPED = (
+    "auto", "branches", "comm_overlap", "dual_batch", "nanoflow", "prefill_decode", "sequential", "token_weave",
+)  # fmt: skip
 
 
 @cache
 def _load_all() -> None:
-    from dynaflow_serving.strategies import (  # noqa: F401
-        auto,
-        branches,
-        comm_overlap,
-        dual_batch,
-        nanoflow,
-        prefill_decode,
-        sequential,
-        token_weave,
-    )
+    for name in SHIPPED:
+        importlib.import_module(f"{__name__}.{name}")
 
     for point in entry_points(group="dynaflow_serving.strategies"):
         point.load()

@@ -13,17 +13,19 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from dynaflow_serving.annotations import Rule
+from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import ConfigError, ScheduleError, unknown_name
-from dynaflow_serving.ir import Batch, Split
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
 from dynaflow_serving.policy.guard import Guard
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.ranks import Ranks
-from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
-from dynaflow_serving.splitting import whole
-from dynaflow_serving.strategies import get_strategy, register_strategy
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.registry import register_strategy
+from dynaflow_serving.strategy.rules import Rule
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import whole
 
 PLAIN = ""  # the candidate that does not split
 NOT_DECIDED = "auto: this kind of batch was not tuned"

@@ -21,11 +21,14 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from dynaflow_serving.dependencies import order_edges
-from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Operator, Program, Resource, Scope, Split
-from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
-from dynaflow_serving.splitting import whole
-from dynaflow_serving.strategies import register_strategy
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.order import order_edges
+from dynaflow_serving.core.plan import COMPUTE_STREAM
+from dynaflow_serving.core.program import Operator, Program, Resource, Scope
+from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.registry import register_strategy
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import whole
 
 
 class BranchesOptions(Options):

@@ -23,10 +23,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Operator, Program, Scope, Split
-from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
-from dynaflow_serving.splitting import cut_prefill_decode
-from dynaflow_serving.strategies import register_strategy
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.plan import COMPUTE_STREAM
+from dynaflow_serving.core.program import Operator, Program, Scope
+from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.registry import register_strategy
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import cut_prefill_decode
 
 
 class PrefillDecodeOptions(Options):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dynaflow_serving.ir import Batch, Split
-from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
-from dynaflow_serving.splitting import cut_at_requests, whole
-from dynaflow_serving.strategies import register_strategy
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.registry import register_strategy
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import cut_at_requests, whole
 
 
 class SequentialOptions(Options):

@@ -17,14 +17,17 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from dynaflow_serving.annotations import CALLS, Rule, function_names
+from dynaflow_serving.capture.fx.symbols import fake_value
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.plan import COMPUTE_STREAM
+from dynaflow_serving.core.program import Operator, Program, Resource, Scope
 from dynaflow_serving.errors import ScheduleError
-from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Operator, Program, Resource, Scope, Split
 from dynaflow_serving.kernels.shard_tokens import ShardTokens
-from dynaflow_serving.partition.effects import fake_value
-from dynaflow_serving.scheduler import OpScheduler, Options, Schedule, Task
-from dynaflow_serving.splitting import cut_at_tokens, whole
-from dynaflow_serving.strategies import register_strategy
+from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.registry import register_strategy
+from dynaflow_serving.strategy.rules import CALLS, Rule, function_names
+from dynaflow_serving.strategy.schedule import Schedule, Task
+from dynaflow_serving.strategy.splitting import cut_at_tokens, whole
 
 SHARD_TOKENS = ShardTokens()
 REPLICATED = "replicated"

@@ -21,12 +21,16 @@ import torch.nn.functional as F
 from benchmarks.gpu.limits import Limits, Work
 from benchmarks.gpu.report import Row, rows_of
 from benchmarks.gpu.timing import Timer, in_turn
-from dynaflow_serving.executor import Executor, ExecutorOptions, StreamOptions
-from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Operator, Program, Resource, Scope, Signature, Split, Value
-from dynaflow_serving.partition import Capture
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.scheduler import OpScheduler, Schedule
-from dynaflow_serving.splitting import whole
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import ExecutorOptions, StreamOptions
+from dynaflow_serving.core.batch import Batch, Signature, Split
+from dynaflow_serving.core.plan import COMPUTE_STREAM
+from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
+from dynaflow_serving.executor import Executor
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import whole
 
 MakeExecutor = Callable[[ExecutorOptions], Executor]
 SEQUENTIAL, STREAMS = "one after the other", "two streams"
@@ -96,7 +100,7 @@ def rows(
             x = torch.randn(max(2, int(wanted / a[0].nbytes)), hidden, device=device).to(dtype)
             work = Work(0, neighbour.passes * x.nbytes)
         functions = {"product": torch.matmul, "neighbour": neighbour.run}
-        calls, facts = _variants(Capture(program(), functions), [a, x, w], make_executor)
+        calls, facts = _variants(CapturedProgram(program(), functions), [a, x, w], make_executor)
         measured = in_turn(calls, timer, seconds / len(NEIGHBOURS))
         for variant, row in facts.items():
             if "error" in row:
@@ -108,7 +112,7 @@ def rows(
 
 
 def _variants(
-    capture: Capture, args: list[Any], make_executor: MakeExecutor
+    capture: CapturedProgram, args: list[Any], make_executor: MakeExecutor
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Row]]:
     wanted: dict[str, tuple[str, ExecutorOptions]] = {
         SEQUENTIAL: (COMPUTE_STREAM, ExecutorOptions()),
@@ -121,12 +125,12 @@ def _variants(
     facts: dict[str, Row] = {}
     for variant, (side, options) in wanted.items():
         try:
-            runtime = Runtime(capture, CoRun(side), make_executor(options))
-            prepared = runtime.prepare(Signature(1))
+            plan_cache = PlanCache(capture, CoRun(side), make_executor(options))
+            prepared = plan_cache.prepare(Signature(1))
         except Exception as e:  # no green contexts here
             facts[variant] = {"error": f"{type(e).__name__}: {e}"}
             continue
         facts[variant] = {"plan": prepared.plan.digest, "streams": list(prepared.plan.streams)}
         split = whole(Batch((len(args[0]),)), "co-run")
-        calls[variant] = lambda runtime=runtime, split=split: runtime.run(args, split)  # type: ignore[misc]
+        calls[variant] = lambda plan_cache=plan_cache, split=split: plan_cache.run(args, split)  # type: ignore[misc]
     return calls, facts

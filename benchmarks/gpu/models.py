@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from benchmarks.gpu.limits import Work
-from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule, mark
-from dynaflow_serving.ir import Batch, Resource, Split
-from dynaflow_serving.partition.effects import EffectTable
+from dynaflow_serving.capture.fx.effects import EffectTable
+from dynaflow_serving.capture.mark import mark
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.program import Resource
+from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,7 @@ def experts(
 
 
 @experts.register_fake
-def _(
-    x: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+def _(x: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 

@@ -1,7 +1,7 @@
 """(b) Layer stacks under the strategies for one GPU, each against the same kernels without overlap.
 
-Every case is captured and run by the product (partition, Runtime, executor), in three modes: eager operators, operators
-compiled by Inductor, and these in one CUDA graph per plan (`graph: whole`).
+Every case is captured and run by the product (partition, PlanCache, executor), in three modes: eager operators,
+operators compiled by Inductor, and these in one CUDA graph per plan (`graph: whole`).
 
 | variant | what it is |
 |---|---|
@@ -34,15 +34,20 @@ from benchmarks.gpu.corun import MakeExecutor
 from benchmarks.gpu.limits import Limits, Work
 from benchmarks.gpu.report import Row, rows_of
 from benchmarks.gpu.timing import Section, Timer, in_turn, run_sections
-from dynaflow_serving.examples import capture_model
-from dynaflow_serving.executor import Executor, ExecutorOptions, StreamOptions
-from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Scope, Split
-from dynaflow_serving.partition import Capture, add_into_variants
-from dynaflow_serving.partition.effects import fake_value
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.scheduler import OpScheduler, Schedule
-from dynaflow_serving.splitting import whole
+from dynaflow_serving.capture.examples import capture_model
+from dynaflow_serving.capture.fx import add_into_variants
+from dynaflow_serving.capture.fx.symbols import fake_value
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import ExecutorOptions, StreamOptions
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.plan import COMPUTE_STREAM
+from dynaflow_serving.core.program import Scope
+from dynaflow_serving.executor import Executor
+from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import whole
 
 MODEL, UNSPLIT = "model", "un-split plan"
 MODES = ("eager", "inductor", "graph")
@@ -191,11 +196,11 @@ def _mode(
     case: Case,
     expected: list[torch.Tensor],
     mode: str,
-    capture: Capture | Callable[[], Capture],
+    capture: CapturedProgram | Callable[[], CapturedProgram],
     seconds: float,
 ) -> list[Row]:
     began = time.perf_counter()
-    capture = capture if isinstance(capture, Capture) else capture()
+    capture = capture if isinstance(capture, CapturedProgram) else capture()
     entries = line_up(case, "whole" if mode == "graph" else "off")
     calls: dict[str, Callable[[], Any]] = {} if mode == "graph" else {MODEL: _plain(case, mode)}
     facts: dict[str, Row] = {}
@@ -254,11 +259,11 @@ def _runs(case: Case, split: Split) -> list[tuple[models.Run, ...]]:
 
 
 def _planned(
-    case: Case, capture: Capture, strategy: OpScheduler, executor: Executor
+    case: Case, capture: CapturedProgram, strategy: OpScheduler, executor: Executor
 ) -> tuple[Callable[[], Any], Row]:
     """One step of `case` under `strategy`, and what there is to say about its plan."""
-    runtime = Runtime(capture, strategy, executor)
-    split = runtime.decide(case.batch)
+    plan_cache = PlanCache(capture, strategy, executor)
+    split = plan_cache.decide(case.batch)
     runs, values = _runs(case, split), capture.program.values
     taken = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     tensors, tokens = dict(zip(INPUTS, case.inputs)), len(case.inputs[0])
@@ -267,12 +272,12 @@ def _planned(
     def enter(micro_batch: int) -> None:
         models.CONTEXT.runs = runs[micro_batch]
 
-    plan = runtime.prepare(split.signature).plan
+    plan = plan_cache.prepare(split.signature).plan
     facts = {"plan": plan.digest, "streams": list(plan.streams), "micro_batches": len(split.micro_batches)}
-    return lambda: runtime.run(args, split, enter), facts
+    return lambda: plan_cache.run(args, split, enter), facts
 
 
-def compiled(capture: Capture) -> Capture:
+def compiled(capture: CapturedProgram) -> CapturedProgram:
     """`capture` with every operator without tags compiled by Inductor; what is merged is copied."""
     from torch._inductor.compile_fx import compile_fx
 

@@ -23,7 +23,7 @@ from dynaflow_serving.bench.environment import has_gpu
 from dynaflow_serving.bench.process import EngineProcess
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.config import Config
-from dynaflow_serving.timeline import Timeline
+from dynaflow_serving.core.timeline import Timeline
 
 SPARE = 8  # positions beyond a prompt: one for its new token, and SGLang keeps six to itself
 

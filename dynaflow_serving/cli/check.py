@@ -2,7 +2,7 @@
 
 Contract
 - Text file: its Program and its Plan are read and the Plan is verified; a wrong Plan ends with exit code 1 and the
-  grid that marks the step.
+  grid that marks the action.
 - YAML config or .py strategy: its schedule is recorded, lowered and verified on the embedded examples for 2 to 4
   micro-batches, or for the number that the strategy itself splits into; of a strategy that chooses among candidates
   (`auto`), the schedule of each of them.
@@ -22,13 +22,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.errors import ConfigError, DynaflowError, PlanError, ScheduleError, TextError
 
 if TYPE_CHECKING:
     from dynaflow_serving.config import Config
-    from dynaflow_serving.ir import Plan, Program
-    from dynaflow_serving.proof.reproducer import Output, Row
-    from dynaflow_serving.scheduler import OpScheduler
+    from dynaflow_serving.core.plan import Plan
+    from dynaflow_serving.core.program import Program
+    from dynaflow_serving.session.reproducer import Output, Row
+    from dynaflow_serving.strategy.base import OpScheduler
 
 MICRO_BATCHES = (2, 3, 4)
 LARGE = (1,) * 64 + (100_000,) * 16  # tokens of each request, decode and prefill: no threshold keeps this batch whole
@@ -51,12 +53,11 @@ def check(
 
 
 def check_plan(path: Path) -> bool:
-    from dynaflow_serving.ir import Plan, Program
-    from dynaflow_serving.verify import verify
+    from dynaflow_serving.planning.verify import verify
 
     try:
         text = path.read_text()
-        program, plan = Program.from_text(text), Plan.from_text(text)
+        program, plan = parse_program(text), parse_plan(text)
     except (TextError, UnicodeDecodeError) as e:
         raise TextError(f"{path}: {e}") from None
     try:
@@ -69,14 +70,14 @@ def check_plan(path: Path) -> bool:
 
 
 def check_strategy(path: Path) -> bool:
+    from dynaflow_serving.capture.examples import EXAMPLES, example_capture
     from dynaflow_serving.config import load
-    from dynaflow_serving.examples import EXAMPLES, example_capture
-    from dynaflow_serving.lowering import lower
-    from dynaflow_serving.verify import verify
+    from dynaflow_serving.planning.lowering import lower
+    from dynaflow_serving.planning.verify import verify
 
     config = load(path)
     table = Table(title=f"{path}: strategy {config.build().name!r}", title_justify="left", box=box.SIMPLE)
-    for column in ("example", "strategy", "micro-batches", "steps", "streams", "waits", "plan hash", ""):
+    for column in ("example", "strategy", "micro-batches", "actions", "streams", "waits", "plan hash", ""):
         table.add_column(column, no_wrap=True)
     problems = []
     for example in EXAMPLES:
@@ -91,7 +92,7 @@ def check_strategy(path: Path) -> bool:
                 problems.append(f"{example}, {strategy.name}, {n} micro-batches: {e}")
                 table.add_row(example, strategy.name, str(n), *["-"] * 4, type(e).__name__)
                 continue
-            numbers = (str(n), str(len(plan.steps)), ", ".join(plan.streams), str(_waits(plan)))
+            numbers = (str(n), str(len(plan.actions)), ", ".join(plan.streams), str(_waits(plan)))
             table.add_row(example, strategy.name, *numbers, plan.digest, "OK")
     Console().print(table)
     for problem in problems:
@@ -100,8 +101,8 @@ def check_strategy(path: Path) -> bool:
 
 
 def check_reproducer(path: Path) -> bool:
-    from dynaflow_serving.proof.reproducer import load_reproducer
-    from dynaflow_serving.verify import verify
+    from dynaflow_serving.planning.verify import verify
+    from dynaflow_serving.session.reproducer import load_reproducer
 
     r = load_reproducer(path)
     out = Console()
@@ -147,7 +148,7 @@ def _table(title: str, headings: Iterable[str], lines: Iterable[Row | Output]) -
 def _variants(config: Config) -> list[tuple[OpScheduler, int]]:
     """(strategy, micro-batches) to try: each candidate where there are several, else with option micro_batches 2, 3, 4,
     else as the strategy itself splits."""
-    from dynaflow_serving.ir import Batch
+    from dynaflow_serving.core.batch import Batch
 
     given = config.build()
     if given.candidates != ("",):
@@ -167,15 +168,15 @@ def _variants(config: Config) -> list[tuple[OpScheduler, int]]:
 
 
 def describe(program: Program, plan: Plan) -> str:
-    """`strategy nanoflow, 13 operators x 2 micro-batches, 61 steps on compute, network, 8 waits, hash 0123...`."""
+    """`strategy nanoflow, 13 operators x 2 micro-batches, 61 actions on compute, network, 8 waits, hash 0123...`."""
     return (
         f"strategy {plan.strategy}, {len(program.operators)} operators x {plan.micro_batches} micro-batches, "
-        f"{len(plan.steps)} steps on {', '.join(plan.streams)}, {_waits(plan)} waits, hash {plan.digest}"
+        f"{len(plan.actions)} actions on {', '.join(plan.streams)}, {_waits(plan)} waits, hash {plan.digest}"
     )
 
 
 def _waits(plan: Plan) -> int:
-    return sum(step.kind.value == "wait" for step in plan.steps)
+    return sum(action.kind.value == "wait" for action in plan.actions)
 
 
 def _say(text: str) -> None:

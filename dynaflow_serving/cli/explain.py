@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynaflow_serving.cli.options import MicroBatchesOption, OptionOption, StrategyOption
+from dynaflow_serving.core.parse import parse_plan
 from dynaflow_serving.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,10 +63,10 @@ def explain(
         Path | None, typer.Option(help="Run the plan and write the measured Chrome trace to this file.")
     ] = None,
 ) -> None:
-    """Print the Program, the split of a batch, and the Plan as text and as a grid of steps and streams."""
+    """Print the Program, the split of a batch, and the Plan as text and as a grid of actions and streams."""
     from dynaflow_serving.bench.defaults import DEFAULT_CONFIG
+    from dynaflow_serving.capture.examples import EXAMPLES
     from dynaflow_serving.cli.options import configure
-    from dynaflow_serving.examples import EXAMPLES
 
     tokens = parse_batch(batch)
     config = configure(strategy or DEFAULT_CONFIG, micro_batches, option)
@@ -106,25 +107,26 @@ def _assert_can_write(files: Files) -> None:
 
 
 def _explain_example(name: str, tokens: tuple[int, ...], config: Config, files: Files) -> None:
-    from dynaflow_serving.examples import HIDDEN, example_capture
+    from dynaflow_serving.capture.examples import HIDDEN, example_capture
+    from dynaflow_serving.core.batch import Batch
+    from dynaflow_serving.core.program import Resource
     from dynaflow_serving.executor import get_executor
-    from dynaflow_serving.ir import Batch, Resource
     from dynaflow_serving.picture.measure import RUNS, example_inputs, measured_and_predicted
-    from dynaflow_serving.runtime import Runtime
+    from dynaflow_serving.session.plan_cache import PlanCache
 
     capture = example_capture(name)
     executor = get_executor(config.executor if files.wanted else "sequential", options=config if files.wanted else None)
-    runtime = Runtime(capture, config.build(), executor)
-    split = runtime.decide(Batch(tokens))
+    plan_cache = PlanCache(capture, config.build(), executor)
+    split = plan_cache.decide(Batch(tokens))
     print(capture.program.to_text())
     _print_split(tokens, split)
-    if len(split.micro_batches) > 1 or runtime.strategy.schedules_unsplit:
-        _print_plan(runtime.prepare(split.signature).plan)
+    if len(split.micro_batches) > 1 or plan_cache.strategy.schedules_unsplit:
+        _print_plan(plan_cache.prepare(split.signature).plan)
     elif files.wanted:
         raise _nothing_to_show(split.reason)
     if files.wanted:
         inputs = example_inputs(capture.program, len(capture.constants), sum(tokens), HIDDEN)
-        comparison = measured_and_predicted(runtime, split, inputs)
+        comparison = measured_and_predicted(plan_cache, split, inputs)
         executor.close()
         network = any(o.resource is Resource.NETWORK for o in capture.program.operators)
         stand_ins = ("Network operators are stand-ins on this machine: they move nothing",) if network else ()
@@ -143,9 +145,9 @@ def _explain_model(
     files: Files,
 ) -> None:
     from dynaflow_serving.bench.one_step import one_step
-    from dynaflow_serving.ir import Batch, Plan
+    from dynaflow_serving.core.batch import Batch
     from dynaflow_serving.picture.engine import RUNS, compare_in_engine
-    from dynaflow_serving.splitting import whole
+    from dynaflow_serving.strategy.splitting import whole
 
     comparisons: list[Comparison] = []
     if files.wanted:
@@ -164,7 +166,7 @@ def _explain_model(
     _print_split(tokens, config.build().split(Batch(tokens)))
     for program in report["programs"]:
         for text in program["plans"]:
-            plan = Plan.from_text(text)
+            plan = parse_plan(text)
             if plan.micro_batches > 1:
                 _print_plan(plan)
     if files.wanted:
@@ -183,10 +185,10 @@ def _write(
     import torch
 
     from dynaflow_serving.bench.environment import device_name
+    from dynaflow_serving.core.timeline import chrome_trace
     from dynaflow_serving.files import write_text
     from dynaflow_serving.picture.figure import draw
     from dynaflow_serving.picture.page import Caption, render
-    from dynaflow_serving.timeline import chrome_trace
 
     first = comparisons[0]
     parts = f"{len(first.tokens)} micro-batches of {', '.join(map(str, first.tokens))} tokens"
@@ -194,7 +196,7 @@ def _write(
     measured = f"Measured on {device_name()}; {where}; torch {torch.__version__}; the median one of {runs} runs"
     if first.engine_step is not None:
         notes = (f"The whole step in the engine, not traced: {first.engine_step}", *notes)
-    if any(s.kind.value == "replace" for s in first.measured.plan.steps):
+    if any(s.kind.value == "replace" for s in first.measured.plan.actions):
         notes += ("A replacement kernel is predicted as the sum of the operators that it replaces",)
     caption = Caption(f"{what}: {first.measured.plan.strategy}, {parts}", (measured, *notes))
     if files.html is not None:
@@ -230,8 +232,8 @@ def _print_split(tokens: tuple[int, ...], split: Any) -> None:
 
 
 def _print_plan(plan: Any) -> None:
-    from dynaflow_serving.grid import grid
+    from dynaflow_serving.core.grid import grid
 
     print(plan.to_text())
-    print(f"plan {plan.digest}, step by stream")
+    print(f"plan {plan.digest}, action by stream")
     print(grid(plan))

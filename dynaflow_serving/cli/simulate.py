@@ -23,8 +23,8 @@ from dynaflow_serving.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynaflow_serving.config import Config
-    from dynaflow_serving.scheduler import OpScheduler
     from dynaflow_serving.simulate import Row, Topology
+    from dynaflow_serving.strategy.base import OpScheduler
 
 MICRO_BATCHES = (2, 3, 4)  # compared where the user names no number
 
@@ -58,9 +58,9 @@ def simulate(
 ) -> None:  # fmt: skip
     """Simulate one step: un-split, sequential micro-batches, and the strategy's plan. No GPU needed, none measured."""
     from dynaflow_serving.bench.result import is_small
+    from dynaflow_serving.core.timeline import chrome_trace
     from dynaflow_serving.simulate import Device, Link, Shape, Topology, compare, find, parse_requests
     from dynaflow_serving.simulate.picture import strip
-    from dynaflow_serving.timeline import chrome_trace
 
     requests = parse_requests(batch)
     config = configure(strategy or "nanoflow", micro_batches, option)
@@ -96,7 +96,7 @@ def simulate(
 
 
 def table(title: str, rows: list[Row]) -> Table:
-    from dynaflow_serving.ir import Resource
+    from dynaflow_serving.core.program import Resource
     from dynaflow_serving.simulate.scenario import busy
 
     result = Table(title=f"simulated: {title}", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))

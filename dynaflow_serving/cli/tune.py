@@ -25,7 +25,7 @@ from dynaflow_serving.cli.options import OptionOption, configure, resolve_model
 from dynaflow_serving.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dynaflow_serving.policy.offline import Job
+    from dynaflow_serving.tune.offline import Job
 
 WIDTH = 160  # columns that the table needs, and gets where it is not shown on a terminal
 
@@ -69,9 +69,7 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=2, help="Default: the engine's.", show_default=False)
-    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Default: the engine's.", show_default=False)] = None,
     max_batched_tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens of one step at most. Default: the engine's.", show_default=False)
     ] = None,
@@ -90,9 +88,9 @@ def tune(
     ] = None,
 ) -> None:
     """Measure which strategy wins for which kind of batch, and keep the table for serving."""
-    from dynaflow_serving.policy.offline import Job, merge, run
     from dynaflow_serving.policy.show import as_table, log_lines
     from dynaflow_serving.policy.table import default_path
+    from dynaflow_serving.tune.offline import Job, merge, run
 
     changed: dict[str, Any] = {
         "candidates": candidate and [_absolute(name) for name in candidate],
@@ -123,7 +121,7 @@ def tune(
             table = run(job, engine or "example", log)
         shutil.rmtree(logs)
     else:
-        from dynaflow_serving.policy.spread import spread
+        from dynaflow_serving.tune.spread import spread
 
         with _progress(err) as tell:
             found = spread(job, ray, tell)
@@ -143,7 +141,7 @@ def tune(
 
 
 def _on_example(job: Job) -> Job:
-    from dynaflow_serving.examples import EXAMPLES
+    from dynaflow_serving.capture.examples import EXAMPLES
 
     if job.target not in EXAMPLES:
         raise ConfigError(

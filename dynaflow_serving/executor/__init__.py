@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dynaflow_serving.config import ExecutorOptions, StreamOptions
 from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.executor.base import BoundPlan, Executor, ExecutorOptions, StreamOptions
+from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor

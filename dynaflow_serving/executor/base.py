@@ -14,74 +14,19 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import ExecutorOptions
+from dynaflow_serving.core.plan import COMPUTE_STREAM, Plan
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError, unknown_name
 from dynaflow_serving.executor.tracing import ClockTracer, Tracer
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan
-from dynaflow_serving.partition.capture import Capture
 
 Enter = Callable[[int], Any]
 BoundPlan = Callable[[Sequence[Any], Sequence[int], Enter], list[Any]]
 
 
-class StreamOptions(BaseModel):
-    """One stream of a plan, by name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    priority: int | None = Field(
-        default=None,
-        description="CUDA priority, lower goes first; default -1 for stream 'network', else 0; a hint that executors "
-        "without devices ignore",
-    )
-    sm_share: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="share of the device's multiprocessors that the stream may use at most (green context, "
-        "experimental); streams with one share have the same multiprocessors, different shares may overlap",
-    )
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> StreamOptions:
-        if self.sm_share is not None and self.priority is not None:
-            raise ValueError("the stream of a green context has no priority: give priority or sm_share, not both")
-        return self
-
-
-class ExecutorOptions(BaseModel):
-    """How plans are executed; part of the YAML config."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    streams: dict[str, StreamOptions] = Field(
-        default_factory=dict,
-        description="options of the strategy's streams, by name; the compute stream is the caller's and has none",
-    )
-    graph: Literal["off", "whole"] = Field(
-        default="off",
-        description="whole: capture each plan, per token offsets of the micro-batches, into one CUDA graph when they "
-        "come up for the second time",
-    )
-    max_graphs: int = Field(default=32, ge=1, description="with graph: whole, how many graphs are captured at most")
-
-    @field_validator("graph", mode="before")
-    @classmethod
-    def _yaml_off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as a boolean
-
-    @field_validator("streams")
-    @classmethod
-    def _not_the_callers(cls, streams: dict[str, StreamOptions]) -> dict[str, StreamOptions]:
-        if COMPUTE_STREAM in streams:
-            raise ValueError(f"stream {COMPUTE_STREAM!r} is the caller's own and has no options here")
-        return streams
-
-
-class Captured(NamedTuple):
+class CapturedGraphs(NamedTuple):
     """Plans that an executor has captured as graphs."""
 
     graphs: int
@@ -106,7 +51,7 @@ class Executor(abc.ABC):
 
     def bind(
         self,
-        capture: Capture,
+        capture: CapturedProgram,
         plan: Plan,
         kernels: Mapping[str, Callable[..., Any]],
         tracer: Tracer | None = None,
@@ -125,14 +70,14 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def _bind(
-        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan: ...
 
     def tracer(self) -> Tracer:
         return ClockTracer()
 
     @property
-    def graphs(self) -> Captured | None:
+    def graphs(self) -> CapturedGraphs | None:
         """None where plans are not captured."""
         return None
 
@@ -144,10 +89,10 @@ class Executor(abc.ABC):
         """Stop what the executor has started (threads)."""
 
 
-def _check_one_stream(capture: Capture, plan: Plan) -> None:
+def _check_one_stream(capture: CapturedProgram, plan: Plan) -> None:
     """What a suspended computation holds, it allocates and drops in its own time: no plan could wait for that."""
     stream_of: dict[int, str] = {}
-    for step in plan.steps:
+    for step in plan.actions:
         if capture.one_stream.intersection(step.operators):
             stream = stream_of.setdefault(step.start, step.stream)
             if stream != step.stream:

@@ -1,4 +1,4 @@
-"""Plan -> straight-line Python: one local variable per instance, one line per step.
+"""Plan -> straight-line Python: one local variable per instance, one line per action.
 
 Contract
 - The text is plain Python that a person can read: `Emitter.source` is kept on the bound function.
@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.order import external_ports
+from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
+from dynaflow_serving.core.program import Scope
 from dynaflow_serving.executor.tracing import Tracer
-from dynaflow_serving.ir import Instance, Plan, Scope, Step, StepKind
 from dynaflow_serving.kernels import Composed
-from dynaflow_serving.partition.capture import Capture
 
 
 class Emitter:
     """Writes the body of a plan in issue order, as one function."""
 
-    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
-        self.capture, self.program, self.plan = capture, capture.program, plan
+    def __init__(self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+        self.captured, self.program, self.plan = capture, capture.program, plan
         self.names: dict[str, Any] = {"cat": torch.cat}  # globals of the generated function
         self.tracer: Tracer | None = None
         self.variables: dict[Instance, str] = {}
@@ -54,29 +55,33 @@ class Emitter:
                 self.variables[Instance(v, 0, plan.micro_batches)] = self.arguments[v]
 
     # -- what executors override ---------------------------------------------------------------------
-    def record(self, step: Step) -> list[str]:
+    def record(self, action: Action) -> list[str]:
         return []
 
-    def wait(self, step: Step) -> list[str]:
+    def wait(self, action: Action) -> list[str]:
         return []
 
-    def free(self, step: Step) -> list[str]:
-        return [" = ".join(self.variables[i] for i in step.instances) + " = None"]
+    def free(self, action: Action) -> list[str]:
+        return [" = ".join(self.variables[i] for i in action.instances) + " = None"]
 
-    def before(self, step: Step) -> list[str]:
-        """Lines before any step (a switch of streams)."""
+    def before(self, action: Action) -> list[str]:
+        """Lines before any action (a switch of streams)."""
         return []
 
-    def stream(self, step: Step) -> str:
-        """The step's stream as a tracer takes it."""
+    def stream(self, action: Action) -> str:
+        """The action's stream as a tracer takes it."""
         return "None"
 
     def body(self) -> list[str]:
-        return [line for i, step in enumerate(self.plan.steps) for line in (*self.before(step), *self.traced(i, step))]
+        return [
+            line
+            for i, action in enumerate(self.plan.actions)
+            for line in (*self.before(action), *self.traced(i, action))
+        ]
 
     # -- shared --------------------------------------------------------------------------------------
     def build(self, tracer: Tracer | None = None) -> Callable[..., list[Any]]:
-        """The function. With a `tracer` each run tells it the time of every step that does work."""
+        """The function. With a `tracer` each run tells it the time of every action that does work."""
         self.tracer = tracer
         if tracer is not None:
             self.names |= {"stamp": tracer.stamp, "mark": tracer.mark}
@@ -110,69 +115,75 @@ class Emitter:
             return self.arguments[value]
         return self.variable(Instance(value, start, stop))
 
-    def traced(self, index: int, step: Step) -> list[str]:
-        """The lines of a step, with the time taken around those that do work."""
-        lines = self.step(step)
-        if self.tracer is None or not lines or step.kind not in (StepKind.RUN, StepKind.REPLACE, StepKind.MERGE):
+    def traced(self, index: int, action: Action) -> list[str]:
+        """The lines of an action, with the time taken around those that do work."""
+        lines = self.action(action)
+        if (
+            self.tracer is None
+            or not lines
+            or action.kind not in (ActionKind.RUN, ActionKind.REPLACE, ActionKind.MERGE)
+        ):
             return lines
-        stamp = f"stamp({self.stream(step)})"
+        stamp = f"stamp({self.stream(action)})"
         return [f"begun = {stamp}", *lines, f"mark({index}, begun, {stamp})"]
 
-    def step(self, step: Step) -> list[str]:
-        match step.kind:
-            case StepKind.RUN | StepKind.REPLACE:
-                return self._call(step)
-            case StepKind.SPLIT:
-                whole, view = step.instances
+    def action(self, action: Action) -> list[str]:
+        match action.kind:
+            case ActionKind.RUN | ActionKind.REPLACE:
+                return self._call(action)
+            case ActionKind.SPLIT:
+                whole, view = action.instances
                 return [f"{self.variable(view)} = {self._narrow(whole, view)}"]
-            case StepKind.ALLOC:
-                return [self._alloc(whole) for whole in step.instances]
-            case StepKind.MERGE:
-                return self._merge(step.instances[0], step.instances[1:])
-            case StepKind.RECORD:
-                return self.record(step)
-            case StepKind.WAIT:
-                return self.wait(step)
-        return self.free(step)
+            case ActionKind.ALLOC:
+                return [self._alloc(whole) for whole in action.instances]
+            case ActionKind.MERGE:
+                return self._merge(action.instances[0], action.instances[1:])
+            case ActionKind.RECORD:
+                return self.record(action)
+            case ActionKind.WAIT:
+                return self.wait(action)
+        return self.free(action)
 
     def _alloc(self, whole: Instance) -> str:
         self.buffer_of.update({(whole.value, mb): whole for mb in range(whole.start, whole.stop)})
         return f"{self.variable(whole)} = {self.makers[whole.value]}({self._tokens(whole.start, whole.stop)})"
 
-    def _call(self, step: Step) -> list[str]:
-        inputs, outputs = external_ports(self.program, step.operators)
-        arguments = [self.read(v, step.start, step.stop) for v in inputs]
-        op = self.program.by_name[step.operators[0]]
+    def _call(self, action: Action) -> list[str]:
+        inputs, outputs = external_ports(self.program, action.operators)
+        arguments = [self.read(v, action.start, action.stop) for v in inputs]
+        op = self.program.by_name[action.operators[0]]
         lines = []
-        if any(self.program.by_name[n].context for n in step.operators) and self.entered != step.start:
-            self.entered = step.start
-            lines.append(f"enter({step.start})")
-        if step.kind is StepKind.REPLACE:
-            function = self._kernel(step)
-        elif step.into:
+        if any(self.program.by_name[n].context for n in action.operators) and self.entered != action.start:
+            self.entered = action.start
+            lines.append(f"enter({action.start})")
+        if action.kind is ActionKind.REPLACE:
+            function = self._kernel(action)
+        elif action.into:
             function = f"g{self.index[op.name]}"
             for v in op.into:
-                part = Instance(v, step.start, step.stop)
+                part = Instance(v, action.start, action.stop)
                 arguments.append(
-                    self._narrow(self.buffer_of[v, step.start], part)
-                    if v in step.into
-                    else f"{self.makers[v]}({self._tokens(step.start, step.stop)})"
+                    self._narrow(self.buffer_of[v, action.start], part)
+                    if v in action.into
+                    else f"{self.makers[v]}({self._tokens(action.start, action.stop)})"
                 )
-            self.in_place |= {Instance(v, step.start, step.stop) for v in step.into}
+            self.in_place |= {Instance(v, action.start, action.stop) for v in action.into}
         else:
             function = f"f{self.index[op.name]}"
         targets = [
-            "_" if self.program.values[v].scope is Scope.TOKENS else self.variable(Instance(v, step.start, step.stop))
+            "_"
+            if self.program.values[v].scope is Scope.TOKENS
+            else self.variable(Instance(v, action.start, action.stop))
             for v in outputs
         ]
         assign = f"{', '.join(targets)} = " if targets else ""
         return [*lines, f"{assign}{function}({', '.join(arguments)})"]
 
-    def _kernel(self, step: Step) -> str:
-        name, kernel = self.kernel_names[step.kernel], self.kernels[step.kernel]
+    def _kernel(self, action: Action) -> str:
+        name, kernel = self.kernel_names[action.kernel], self.kernels[action.kernel]
         if isinstance(kernel, Composed):
-            name = f"{name}_{self.index[step.operators[0]]}_{step.start}"
-            self.names[name] = kernel(self.capture, self.plan, step)
+            name = f"{name}_{self.index[action.operators[0]]}_{action.start}"
+            self.names[name] = kernel(self.captured, self.plan, action)
         return name
 
     def _merge(self, whole: Instance, parts: tuple[Instance, ...]) -> list[str]:

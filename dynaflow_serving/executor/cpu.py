@@ -1,7 +1,7 @@
 """Every extra stream is a worker thread; the compute stream stays on the caller's thread.
 
 Contract
-- A stream's steps run in order; an event is a lock that RECORD opens and WAIT passes. One hand-off per
+- A stream's actions run in order; an event is a lock that RECORD opens and WAIT passes. One hand-off per
   stream and run, not per operator.
 - A worker runs in the caller's grad, inference and autocast mode and with its number of intra-op threads.
 - An exception anywhere opens all events, so that every stream ends, and reaches the caller; the
@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import ExecutorOptions
+from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, Plan
 from dynaflow_serving.errors import ScheduleError
-from dynaflow_serving.executor.base import BoundPlan, Executor, ExecutorOptions
+from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.codegen import Emitter
 from dynaflow_serving.executor.tracing import Tracer
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step
-from dynaflow_serving.partition.capture import Capture
 
 
 class Aborted(Exception):
@@ -87,7 +88,7 @@ class Worker:
         self.thread.start()
         weakref.finalize(self, self.queue.put, None)
 
-    def submit(self, run: Run, steps: Callable[[], None]) -> None:
+    def submit(self, run: Run, actions: Callable[[], None]) -> None:
         done = event()
         run.busy.append(done)
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -104,9 +105,9 @@ class Worker:
                 with torch.inference_mode(inference), torch.set_grad_enabled(grad):
                     if autocast:
                         with torch.autocast("cpu", dtype):
-                            steps()
+                            actions()
                     else:
-                        steps()
+                        actions()
             except BaseException as error:  # handed to the caller by Run.finish
                 run.fail(error)
             finally:
@@ -128,19 +129,19 @@ def _work(queue: SimpleQueue[Callable[[], None] | None]) -> None:
 class _ThreadEmitter(Emitter):
     """A nested function per extra stream; variables that several streams use are closure cells."""
 
-    def record(self, step: Step) -> list[str]:
-        return [f"e{step.event}.release()"]
+    def record(self, action: Action) -> list[str]:
+        return [f"e{action.event}.release()"]
 
-    def wait(self, step: Step) -> list[str]:
-        return [f"wait(e{step.event})"]
+    def wait(self, action: Action) -> list[str]:
+        return [f"wait(e{action.event})"]
 
     def body(self) -> list[str]:
         blocks: dict[str, list[str]] = {s: [] for s in self.plan.streams}
-        for i, step in enumerate(self.plan.steps):
-            blocks[step.stream] += self.traced(i, step)
+        for i, action in enumerate(self.plan.actions):
+            blocks[action.stream] += self.traced(i, action)
         if len(blocks) == 1:
             return blocks[COMPUTE_STREAM]
-        events = [f"e{i}" for i in sorted({s.event for s in self.plan.steps if s.event >= 0})]
+        events = [f"e{i}" for i in sorted({s.event for s in self.plan.actions if s.event >= 0})]
         shared = sorted(v for v in self.variables.values() if v not in self.arguments.values())
         self.names |= {"Run": Run, "event": event}
         lines = [f"{e} = event()" for e in events]
@@ -170,15 +171,15 @@ class CPUExecutor(Executor):
         self._workers: dict[str, Worker] = {}
 
     def _bind(
-        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
-        for step in plan.steps:
-            for name in step.operators:
-                if step.stream != COMPUTE_STREAM and capture.program.by_name[name].context:
+        for action in plan.actions:
+            for name in action.operators:
+                if action.stream != COMPUTE_STREAM and capture.program.by_name[name].context:
                     raise ScheduleError(
                         f"{name} reads the engine's per-micro-batch context, which the threads of executor 'cpu' do "
-                        f"not share: schedule it on stream {COMPUTE_STREAM!r} (not {step.stream!r}), or use executor: "
-                        "cuda or sequential"
+                        f"not share: schedule it on stream {COMPUTE_STREAM!r} (not {action.stream!r}), or use "
+                        "executor: cuda or sequential"
                     )
         emitter = _ThreadEmitter(capture, plan, kernels)
         for i, stream in enumerate(s for s in plan.streams if s != COMPUTE_STREAM):

@@ -4,7 +4,7 @@ Contract
 - The compute stream is the caller's current stream; the others, and the events, are the executor's (`cuda_streams`),
   with priorities and SM shares from the config. One run of an executor's plans at a time.
 - No `record_stream`, which would delay reuse and is not allowed in graph capture. A tensor is allocated by the
-  caching allocator on the stream of the step that makes it, and goes back to that stream's free list when its
+  caching allocator on the stream of the action that makes it, and goes back to that stream's free list when its
   FREE drops the reference. That is safe because (a) FREE is issued after all readers, and (b) whatever the
   allocating stream launches after it also runs after all readers: lowering frees what crosses streams at the
   join, and `verify` proves (a) and (b) for every plan. What a plan returns may live on a side stream's list: the
@@ -25,42 +25,43 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import ExecutorOptions
+from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, ActionKind, Plan
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.executor.base import BoundPlan, Captured, Executor, ExecutorOptions
+from dynaflow_serving.executor.base import BoundPlan, CapturedGraphs, Executor
 from dynaflow_serving.executor.codegen import Emitter
 from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
 from dynaflow_serving.executor.cuda_streams import StreamPool
 from dynaflow_serving.executor.tracing import EventTracer, Tracer
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Step, StepKind
-from dynaflow_serving.partition.capture import Capture
 
 
 class _StreamEmitter(Emitter):
-    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__(capture, plan, kernels)
         self.stream_names = {s: f"s{i}" for i, s in enumerate(plan.streams)}
         self.active = COMPUTE_STREAM
 
-    def record(self, step: Step) -> list[str]:
-        return [f"e{step.event}.record({self.stream_names[step.stream]})"]
+    def record(self, action: Action) -> list[str]:
+        return [f"e{action.event}.record({self.stream_names[action.stream]})"]
 
-    def wait(self, step: Step) -> list[str]:
-        return [f"{self.stream_names[step.stream]}.wait_event(e{step.event})"]
+    def wait(self, action: Action) -> list[str]:
+        return [f"{self.stream_names[action.stream]}.wait_event(e{action.event})"]
 
-    def stream(self, step: Step) -> str:
-        return self.stream_names[step.stream]
+    def stream(self, action: Action) -> str:
+        return self.stream_names[action.stream]
 
-    def before(self, step: Step) -> list[str]:
-        if step.stream == self.active or step.event >= 0 or step.kind in (StepKind.SPLIT, StepKind.FREE):
+    def before(self, action: Action) -> list[str]:
+        if action.stream == self.active or action.event >= 0 or action.kind in (ActionKind.SPLIT, ActionKind.FREE):
             return []  # nothing is launched or allocated
-        self.active = step.stream
-        return [f"set_stream({self.stream_names[step.stream]})"]
+        self.active = action.stream
+        return [f"set_stream({self.stream_names[action.stream]})"]
 
     def body(self) -> list[str]:
-        steps = super().body()
+        actions = super().body()
         if len(self.stream_names) == 1:
-            return steps if self.tracer is None else ["s0 = current_stream()", *steps]
-        lines = ["s0 = current_stream()", "try:", *(f"    {line}" for line in steps)]
+            return actions if self.tracer is None else ["s0 = current_stream()", *actions]
+        lines = ["s0 = current_stream()", "try:", *(f"    {line}" for line in actions)]
         return [*lines, "except BaseException:", "    set_stream(s0)", "    rejoin(s0)", "    raise", "set_stream(s0)"]
 
 
@@ -81,15 +82,15 @@ class CUDAExecutor(Executor):
         return EventTracer(self._cuda)
 
     def _bind(
-        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
         bind = functools.partial(self._emit, capture, kernels, tracer)
-        if self._graphs is None or tracer is not None:  # a replay has no steps that could be timed
+        if self._graphs is None or tracer is not None:  # a replay has no actions that could be timed
             return bind(plan)
         return self._graphs.bind(capture, plan, bind)
 
     def _emit(
-        self, capture: Capture, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None, plan: Plan
+        self, capture: CapturedProgram, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None, plan: Plan
     ) -> BoundPlan:
         emitter = _StreamEmitter(capture, plan, kernels)
         extra = {v: self._streams.stream(s) for s, v in emitter.stream_names.items() if s != COMPUTE_STREAM}
@@ -101,15 +102,15 @@ class CUDAExecutor(Executor):
 
         emitter.names |= {"set_stream": self._cuda.set_stream, "current_stream": self._cuda.current_stream}
         emitter.names |= {"rejoin": rejoin, **extra}
-        for i, e in enumerate(sorted({s.event for s in plan.steps if s.event >= 0})):
+        for i, e in enumerate(sorted({s.event for s in plan.actions if s.event >= 0})):
             emitter.names[f"e{e}"] = self._streams.event(i)
         return emitter.build(tracer)
 
     @property
-    def graphs(self) -> Captured | None:
+    def graphs(self) -> CapturedGraphs | None:
         if self._graphs is None:
             return None
-        return Captured(len(self._graphs.graphs), sum(g.mib for g in self._graphs.graphs.values()))
+        return CapturedGraphs(len(self._graphs.graphs), sum(g.mib for g in self._graphs.graphs.values()))
 
     def report(self) -> dict[str, Any]:
         return super().report() | ({"graphs": self._graphs.report()} if self._graphs else {})

@@ -14,8 +14,8 @@ Contract
   workspace of its capture stream, which the others still use (pytorch#193402).
 - Steps are captured in the order of `lanes.reorder`, which is verified anew.
 - Replacement kernels are captured like operators. Not captured: operators with context, unless the integration
-  declares by `Capture.static_context` that its metadata keeps its addresses and host values; LOCAL inputs, which differ
-  per step; outputs that alias an input or one another (a copy would not); autograd.
+  declares by `CapturedProgram.static_context` that its metadata keeps its addresses and host values; LOCAL inputs,
+  which differ per step; outputs that alias an input or one another (a copy would not); autograd.
 - Collectives are captured like operators, so their communicators must support it, and every rank must reach each
   collective: ranks with one config, plan and batch history decide alike, and a rank whose capture fails runs the same
   collectives eagerly, in the same order. ProcessGroupNCCL is reported to hang at replay (sglang#31852).
@@ -35,11 +35,12 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.plan import Plan
+from dynaflow_serving.core.program import Program, Scope
 from dynaflow_serving.executor.base import BoundPlan, Enter
 from dynaflow_serving.executor.lanes import lanes, reorder
-from dynaflow_serving.ir import Plan, Program, Scope
-from dynaflow_serving.partition.capture import Capture
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.verify import verify
 
 PLAIN = {int, float, bool, str, type(None)}  # arguments that are no tensors
 REMEMBERED = 4096  # buckets seen once: most token counts of a prefill never come back
@@ -84,7 +85,7 @@ class WholePlanGraphs:
         self._stream: Any = None  # of all captures
         self._last: Any = None  # stream of the last replay
 
-    def bind(self, capture: Capture, plan: Plan, bind: Callable[[Plan], BoundPlan]) -> BoundPlan:
+    def bind(self, capture: CapturedProgram, plan: Plan, bind: Callable[[Plan], BoundPlan]) -> BoundPlan:
         """`bind` makes the plan's eager form, in the order of its steps."""
         ordered = reorder(plan)
         verify(capture.program, ordered)
@@ -105,7 +106,7 @@ class WholePlanGraphs:
         bounds: Sequence[int],
         enter: Enter,
     ) -> _Graph:
-        """Capture `run` with static buffers in place of the arguments `given`. Raises what `run` raises."""
+        """CapturedProgram `run` with static buffers in place of the arguments `given`. Raises what `run` raises."""
         cuda = self.cuda
         if self._stream is None:
             self._stream, self._pool = cuda.Stream(), cuda.graph_pool_handle()
@@ -132,7 +133,7 @@ class WholePlanGraphs:
         self._last = stream
 
     def report(self) -> dict[str, Any]:
-        """Captured graphs and what ran without one; plain data."""
+        """CapturedGraphs graphs and what ran without one; plain data."""
         captured = [
             {
                 "strategy": g.plan.strategy,
@@ -161,7 +162,7 @@ class _GraphedPlan:
         self,
         owner: WholePlanGraphs,
         number: int,
-        capture: Capture,
+        capture: CapturedProgram,
         plan: Plan,
         eager: BoundPlan,
         bind: Callable[[], BoundPlan],

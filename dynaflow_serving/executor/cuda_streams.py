@@ -19,8 +19,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from dynaflow_serving.config import StreamOptions
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.executor.base import StreamOptions
 
 NETWORK_PRIORITY = -1  # a collective should start as soon as its input is there: it needs few multiprocessors
 

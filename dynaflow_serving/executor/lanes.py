@@ -6,9 +6,9 @@ continues on the lane of its first-recorded parent, and a branch recorded before
 main chain to a new lane at every join.
 
 Contract
-- `reorder` is a permutation of the steps that keeps the order within every stream and each RECORD before its
+- `reorder` is a permutation of the actions that keeps the order within every stream and each RECORD before its
   WAITs, hence the happens-before relation exactly. Only FREEs may meet another issue order; `verify` the result.
-- The compute stream is issued first; a side stream's steps right before the WAIT that joins them.
+- The compute stream is issued first; a side stream's actions right before the WAIT that joins them.
 - `lanes` is a model of the rule above, not a measurement: it explains both reports, and is unmeasured here.
 """
 
@@ -17,37 +17,37 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 
-from dynaflow_serving.ir import Plan, Step, StepKind
+from dynaflow_serving.core.plan import Action, ActionKind, Plan
 
-LAUNCHES = (StepKind.RUN, StepKind.REPLACE, StepKind.MERGE)  # steps that become nodes of a graph
+LAUNCHES = (ActionKind.RUN, ActionKind.REPLACE, ActionKind.MERGE)  # actions that become nodes of a graph
 
 
 def reorder(plan: Plan) -> Plan:
-    """`plan` with the compute stream's steps as early, and the others' as late, as waits allow."""
-    queues: dict[str, list[Step]] = defaultdict(list)
+    """`plan` with the compute stream's actions as early, and the others' as late, as waits allow."""
+    queues: dict[str, list[Action]] = defaultdict(list)
     recorded: dict[int, tuple[str, int]] = {}  # event -> (stream, position there)
-    for step in plan.steps:
-        if step.kind is StepKind.RECORD:
-            recorded[step.event] = (step.stream, len(queues[step.stream]))
-        queues[step.stream].append(step)
+    for action in plan.actions:
+        if action.kind is ActionKind.RECORD:
+            recorded[action.event] = (action.stream, len(queues[action.stream]))
+        queues[action.stream].append(action)
     issued = dict.fromkeys(queues, 0)
-    steps: list[Step] = []
+    actions: list[Action] = []
 
     def issue(stream: str, stop: int) -> None:
         # A stream in progress is never asked for more than it has issued, or the plan would wait in a circle:
         # the recursion is no deeper than there are streams.
         while issued[stream] < stop:
-            step = queues[stream][issued[stream]]
-            if step.kind is StepKind.WAIT:
-                other, position = recorded[step.event]
+            action = queues[stream][issued[stream]]
+            if action.kind is ActionKind.WAIT:
+                other, position = recorded[action.event]
                 issue(other, position + 1)
             issued[stream] += 1
-            steps.append(step)
+            actions.append(action)
 
     for stream in plan.streams:  # compute first; what is left of the others nobody waits for
         if stream in queues:
             issue(stream, len(queues[stream]))
-    return dataclasses.replace(plan, steps=tuple(steps))
+    return dataclasses.replace(plan, actions=tuple(actions))
 
 
 def lanes(plan: Plan) -> int:
@@ -57,18 +57,18 @@ def lanes(plan: Plan) -> int:
     snapshot: dict[int, tuple[int, ...]] = {}
     lane: list[int] = []  # of each node, in the order of recording
     tip: list[int] = []  # of each lane, its last node
-    for step in plan.steps:
-        if step.kind is StepKind.RECORD:
-            snapshot[step.event] = last[step.stream]
-        elif step.kind is StepKind.WAIT:
-            last[step.stream] += snapshot[step.event]
-        elif step.kind in LAUNCHES:
+    for action in plan.actions:
+        if action.kind is ActionKind.RECORD:
+            snapshot[action.event] = last[action.stream]
+        elif action.kind is ActionKind.WAIT:
+            last[action.stream] += snapshot[action.event]
+        elif action.kind in LAUNCHES:
             node = len(lane)
-            continued = (lane[p] for p in sorted(last[step.stream]) if tip[lane[p]] == p)
+            continued = (lane[p] for p in sorted(last[action.stream]) if tip[lane[p]] == p)
             mine = next(continued, len(tip))
             if mine == len(tip):
                 tip.append(node)
             tip[mine] = node
             lane.append(mine)
-            last[step.stream] = (node,)
+            last[action.stream] = (node,)
     return len(tip)

@@ -1,4 +1,4 @@
-"""All steps in issue order on the caller's thread, for debugging.
+"""All actions in issue order on the caller's thread, for debugging.
 
 Contract
 - Streams and events are ignored: issue order is always a valid order.
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
 from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.codegen import Emitter
 from dynaflow_serving.executor.tracing import Tracer
-from dynaflow_serving.ir import Instance, Plan, Step, StepKind
-from dynaflow_serving.partition.capture import Capture
 
 
 def poison(tensor: Any) -> None:
@@ -28,29 +28,29 @@ def poison(tensor: Any) -> None:
 
 
 class _PoisonEmitter(Emitter):
-    def __init__(self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__(capture, plan, kernels)
         self.names["poison"] = poison
         count = Counter(v.storage for v in self.program.values.values())
-        viewed = {s.instances[0] for s in plan.steps if s.kind is StepKind.SPLIT}
+        viewed = {s.instances[0] for s in plan.actions if s.kind is ActionKind.SPLIT}
         self.owned: set[Instance] = set()
-        for s in plan.steps:
-            if s.kind in (StepKind.RUN, StepKind.REPLACE):
+        for s in plan.actions:
+            if s.kind in (ActionKind.RUN, ActionKind.REPLACE):
                 outputs = {v for n in s.operators for v in self.program.by_name[n].outputs} - set(s.into)
                 self.owned |= {
                     Instance(v, s.start, s.stop) for v in outputs if count[self.program.values[v].storage] == 1
                 }
         self.owned -= viewed
 
-    def free(self, step: Step) -> list[str]:
-        poisoned = [f"poison({self.variables[i]})" for i in step.instances if i in self.owned]
-        return [*poisoned, *super().free(step)]
+    def free(self, action: Action) -> list[str]:
+        poisoned = [f"poison({self.variables[i]})" for i in action.instances if i in self.owned]
+        return [*poisoned, *super().free(action)]
 
 
 class SequentialExecutor(Executor):
     name = "sequential"
 
     def _bind(
-        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
         return _PoisonEmitter(capture, plan, kernels).build(tracer)

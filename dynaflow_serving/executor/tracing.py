@@ -1,9 +1,9 @@
-"""How an executor notes when the steps of a run began and ended.
+"""How an executor notes when the actions of a run began and ended.
 
 Contract
 - A plan is bound with a tracer or without; without, nothing of this is in its code.
-- `stamp` is called on a step's stream right before and after it, `mark` once per step; both may be called by several
-  threads. `take` is called after the run, and waits for the device if there is one.
+- `stamp` is called on an action's stream right before and after it, `mark` once per action; both may be called by
+  several threads. `take` is called after the run, and waits for the device if there is one.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
-from dynaflow_serving.ir import Plan, Program, Resource
-from dynaflow_serving.timeline import Timeline, spans_of
+from dynaflow_serving.core.plan import Plan
+from dynaflow_serving.core.program import Program, Resource
+from dynaflow_serving.core.timeline import Timeline, spans_of
 
 
 class Tracer(Protocol):
     def stamp(self, stream: Any) -> Any:
         """The time on `stream`, as the executor's generated code names it."""
 
-    def mark(self, step: int, start: Any, end: Any) -> None: ...
+    def mark(self, action: int, start: Any, end: Any) -> None: ...
 
     def take(self) -> list[tuple[int, float, float]]:
-        """(step, start, end) in seconds of the run that has ended; forgets them."""
+        """(action, start, end) in seconds of the run that has ended; forgets them."""
 
 
 class ClockTracer:
@@ -34,8 +35,8 @@ class ClockTracer:
     def stamp(self, stream: Any) -> float:
         return time.perf_counter()
 
-    def mark(self, step: int, start: float, end: float) -> None:
-        self._marks.append((step, start, end))
+    def mark(self, action: int, start: float, end: float) -> None:
+        self._marks.append((action, start, end))
 
     def take(self) -> list[tuple[int, float, float]]:
         marks, self._marks = self._marks, []
@@ -54,8 +55,8 @@ class EventTracer:
         event.record(stream)
         return event
 
-    def mark(self, step: int, start: Any, end: Any) -> None:
-        self._marks.append((step, start, end))
+    def mark(self, action: int, start: Any, end: Any) -> None:
+        self._marks.append((action, start, end))
 
     def take(self) -> list[tuple[int, float, float]]:
         marks, self._marks = self._marks, []

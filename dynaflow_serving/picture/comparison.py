@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from dynaflow_serving.ir import Program
+from dynaflow_serving.core.program import Program
+from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.simulate.cost import Measured
 from dynaflow_serving.simulate.engine import simulate
-from dynaflow_serving.timeline import Timeline
 
 OperatorTimes = Mapping[tuple[str, int], float]  # (operator, micro-batch) -> seconds
 
@@ -103,6 +103,6 @@ def operator_times(timelines: Sequence[Timeline]) -> dict[tuple[str, int], float
     seconds: dict[tuple[str, int], list[float]] = {}
     for timeline in timelines:
         for span in timeline.spans:
-            if span.step.operators:
-                seconds.setdefault((span.step.operators[0], span.step.start), []).append(span.end - span.start)
+            if span.action.operators:
+                seconds.setdefault((span.action.operators[0], span.action.start), []).append(span.end - span.start)
     return {key: median(values) for key, values in seconds.items()}

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.one_step import StepRun, run_steps
-from dynaflow_serving.config import Config
+from dynaflow_serving.config import Config, TraceOptions
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.parse import parse_program
 from dynaflow_serving.errors import ConfigError, DynaflowError
-from dynaflow_serving.ir import Batch, Program
 from dynaflow_serving.picture.comparison import Comparison, EngineStep, compare
-from dynaflow_serving.proof.options import TraceOptions
 from dynaflow_serving.strategies.auto import Auto
 
 RUNS = 5
@@ -52,7 +52,7 @@ def compare_in_engine(
             return report, []
         turns, _ = run_steps(*run, _traced(in_turn, folder, every=1), *where)
     step = EngineStep(_seconds(planned, split=True, engine=engine), _seconds(turns, split=False, engine=engine))
-    programs = [Program.from_text(p["program"]) for p in report["programs"]]
+    programs = [parse_program(p["program"]) for p in report["programs"]]
     sizes = tuple(m.tokens[1] - m.tokens[0] for m in strategy.split(Batch(tokens)).micro_batches)
     traced = [[s.timelines for s in steps if s.timelines][1:] for steps in (planned, turns)]
     if not all(traced):

@@ -16,11 +16,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynaflow_serving.ir import StepKind
-from dynaflow_serving.pages import assert_installed, svg
+from dynaflow_serving.bench.pages import assert_installed, svg
+from dynaflow_serving.core.plan import ActionKind, range_text
+from dynaflow_serving.core.timeline import Span, Timeline
 from dynaflow_serving.picture.comparison import Comparison, Shown
-from dynaflow_serving.text import range_text, step_text
-from dynaflow_serving.timeline import Span, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +57,7 @@ def draw(comparison: Comparison, title: str = "", caption: str = "") -> str:
 
     panels = comparison.shown
     rows = [len(p.timeline.plan.streams) for p in panels]
-    busiest = max(Counter((i, s.step.stream) for i, p in enumerate(panels) for s in p.timeline.spans).values())
+    busiest = max(Counter((i, s.action.stream) for i, p in enumerate(panels) for s in p.timeline.spans).values())
     width = min(max(WIDTH, LEFT + RIGHT + BAR * busiest), WIDEST)
     lines = _wrapped(caption, width)
     top = TOP + (TITLE if title else 0.0)
@@ -124,7 +123,7 @@ class _Panel:
             self.axes.axhline(edge + 0.5, color="#e3e6ea", linewidth=0.6)
         self.axes.axvline(self.timeline.makespan, color=QUIET, linewidth=0.8, linestyle=(0, (3, 2)))
         for span in self.timeline.spans:
-            self._bar(span, streams.index(span.step.stream))
+            self._bar(span, streams.index(span.action.stream))
 
     def scale_axis(self, scale: float, unit: str) -> None:
         """Ticks in `unit`, one for each inch or two; without a unit, none."""
@@ -161,20 +160,20 @@ class _Panel:
     def _title(self, span: Span) -> str:
         scale, unit = _unit(span.end - span.start)
         at, at_unit = _unit(self.timeline.makespan)
-        parts = range(span.step.start, span.step.stop)
+        parts = range(span.action.start, span.action.stop)
         whose = f", micro-batch{'es' * (len(parts) > 1)} {', '.join(map(str, parts))}" if len(parts) else ""
         kind = "simulated" if self.timeline.simulated else "measured"
-        what = "network operator" if self.timeline.is_network(span) else span.step.kind.value
+        what = "network operator" if self.timeline.is_network(span) else span.action.kind.value
         return (
-            f"{step_text(span.step)}\n{what}{whose}, stream {span.step.stream}, step {span.index}\n"
+            f"{span.action!s}\n{what}{whose}, stream {span.action.stream}, action {span.index}\n"
             f"{(span.end - span.start) * scale:.3g} {unit}, "
             f"from {span.start * at:.4g} to {span.end * at:.4g} {at_unit}, {kind}"
         )
 
 
 def _colours(span: Span) -> tuple[str, str]:
-    if span.step.stop - span.step.start == 1:
-        return COLOURS[span.step.start % len(COLOURS)]
+    if span.action.stop - span.action.start == 1:
+        return COLOURS[span.action.start % len(COLOURS)]
     return SEVERAL
 
 
@@ -191,14 +190,14 @@ def _label(span: Span, width: float, height: float) -> tuple[str, bool]:
 
 def _names(span: Span) -> list[str]:
     """From the whole to the shortest: `layers.3.attention.0 @1`, `3.attention.0`, `attention`."""
-    step = span.step
-    if step.kind is StepKind.MERGE:
+    action = span.action
+    if action.kind is ActionKind.MERGE:
         return ["merge"]
-    if step.kind is StepKind.REPLACE:
-        return [f"{step.kernel} {range_text(step.start, step.stop)}", step.kernel]
-    name = step.operators[0]
+    if action.kind is ActionKind.REPLACE:
+        return [f"{action.kernel} {range_text(action.start, action.stop)}", action.kernel]
+    name = action.operators[0]
     kind = [part for part in name.split(".") if not part.isdigit()][-1]
-    return [f"{name} {range_text(step.start, step.stop)}", name.removeprefix("layers."), kind]
+    return [f"{name} {range_text(action.start, action.stop)}", name.removeprefix("layers."), kind]
 
 
 def _legend(figure: Figure, comparison: Comparison, place: tuple[float, float]) -> None:
@@ -210,7 +209,7 @@ def _legend(figure: Figure, comparison: Comparison, place: tuple[float, float]) 
         whose = f"micro-batch {i}: {tokens:,} tokens" if len(comparison.tokens) > 1 else f"{tokens:,} tokens"
         handles.append(Patch(facecolor=fill, edgecolor=ink, linewidth=0.5, label=whose))
     spans = [(p.timeline, s) for p in comparison.shown for s in p.timeline.spans]
-    if any(s.step.stop - s.step.start != 1 for _, s in spans):
+    if any(s.action.stop - s.action.start != 1 for _, s in spans):
         handles.append(Patch(facecolor=SEVERAL[0], edgecolor=SEVERAL[1], linewidth=0.5, label="several micro-batches"))
     if any(t.is_network(s) for t, s in spans):
         handles.append(Patch(facecolor="white", edgecolor=QUIET, linewidth=0.5, hatch="////", label="network"))

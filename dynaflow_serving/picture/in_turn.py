@@ -12,13 +12,14 @@ from typing import Any
 
 from pydantic import Field
 
-from dynaflow_serving.annotations import Rule
 from dynaflow_serving.config import Config
-from dynaflow_serving.ir import Batch, Split
-from dynaflow_serving.scheduler import OpScheduler, Options, Schedule
-from dynaflow_serving.splitting import whole
-from dynaflow_serving.strategies import register_strategy
+from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.registry import register_strategy
+from dynaflow_serving.strategy.rules import Rule
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import whole
 
 UNSPLIT = "un-split, to compare with"
 

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.ir import Program, Scope, Signature, Split
+from dynaflow_serving.core.batch import Signature, Split
+from dynaflow_serving.core.program import Program, Scope
+from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.picture.comparison import Comparison, compare
-from dynaflow_serving.runtime import Runtime, no_context
+from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.strategies.sequential import Sequential
-from dynaflow_serving.timeline import Timeline
 
 RUNS = 11
 
 
 def measured_and_predicted(
-    runtime: Runtime,
+    plan_cache: PlanCache,
     split: Split,
     args: Sequence[Any],
     enter: Callable[[int], Any] = no_context,
@@ -33,11 +34,11 @@ def measured_and_predicted(
 ) -> Comparison:
     """Run `args` (the program's inputs without constants) under the plan of `split`, `runs` times.
 
-    Raises `ScheduleError` and `PlanError`, as `Runtime.prepare` does."""
-    reference = Runtime(runtime.capture, Sequential(), runtime.executor, runtime.zero_copy)
+    Raises `ScheduleError` and `PlanError`, as `PlanCache.prepare` does."""
+    reference = PlanCache(plan_cache.captured, Sequential(), plan_cache.executor, plan_cache.zero_copy)
     in_turn = Signature(len(split.micro_batches), split.depends)
     ways = [
-        (runtime, split.signature, split.bounds),
+        (plan_cache, split.signature, split.bounds),
         (reference, in_turn, split.bounds),
         (reference, Signature(1), (0, split.bounds[-1])),
     ]
@@ -49,7 +50,7 @@ def measured_and_predicted(
                 seen.append(of.timeline(signature))
     planned, in_turns, unsplit = (seen[1:] for seen in timelines)
     tokens = tuple(m.tokens[1] - m.tokens[0] for m in split.micro_batches)
-    return compare(runtime.capture.program, tokens, planned, in_turns, unsplit)
+    return compare(plan_cache.captured.program, tokens, planned, in_turns, unsplit)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynaflow_serving.grid import grid
-from dynaflow_serving.pages import templates
+from dynaflow_serving.bench.pages import templates
+from dynaflow_serving.core.grid import grid
 from dynaflow_serving.picture.comparison import Comparison, Shown, operator_times
 from dynaflow_serving.picture.figure import draw
 
@@ -70,10 +70,10 @@ def _operators(comparison: Comparison) -> list[dict[str, Any]]:
     """Per operator of the Program: its seconds per micro-batch, in turn and under the plan."""
     planned = operator_times([comparison.measured])
     together = {
-        name: f"in {s.step.kernel or s.step.operators[0]} {s.step.start}..{s.step.stop - 1}"
+        name: f"in {s.action.kernel or s.action.operators[0]} {s.action.start}..{s.action.stop - 1}"
         for s in comparison.measured.spans
-        for name in s.step.operators
-        if len(s.step.operators) > 1 or s.step.stop - s.step.start > 1
+        for name in s.action.operators
+        if len(s.action.operators) > 1 or s.action.stop - s.action.start > 1
     }
     parts = range(len(comparison.tokens))
     return [

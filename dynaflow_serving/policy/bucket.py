@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
-from dynaflow_serving.ir import Batch
+from dynaflow_serving.core.batch import Batch
 
 DECODE, PREFILL, MIXED = "decode", "prefill", "mixed"
 KINDS = (PREFILL, MIXED, DECODE)

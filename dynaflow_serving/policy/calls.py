@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.ir import Batch
 from dynaflow_serving.policy.bucket import bucket_of
 from dynaflow_serving.policy.effects import Facts
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.ranks import Ranks
-from dynaflow_serving.steps import Steps
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.steps import Steps
 from dynaflow_serving.strategies.sequential import Sequential
 
 logger = logging.getLogger("dynaflow_serving")
@@ -65,7 +65,7 @@ def tune_calls(
     facts = Facts(
         {
             **key,
-            "programs": " ".join(r.capture.program.digest for r in steps.runtimes),
+            "programs": " ".join(r.captured.program.digest for r in steps.plan_caches),
             "dtype": str(weights[0].dtype) if weights else "",
             "ranks": str(ranks.size),
             **machine_key(device.type),
@@ -73,7 +73,7 @@ def tune_calls(
         },
         weight_bytes=sum(t.numel() * t.element_size() for t in map(_local, weights)),
     )
-    return start_policy(steps, steps.runtimes, trials, facts, ranks, logger)
+    return start_policy(steps, steps.plan_caches, trials, facts, ranks, logger)
 
 
 def machine_key(device_type: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dynaflow_serving.ir import Batch, Split
+from dynaflow_serving.core.batch import Batch, Split
 
 KIB, MIB = 2**10, 2**20
 
@@ -43,7 +43,7 @@ class SideEffects:
         )
 
     def veto(self, straddle: bool, min_collective_kib: int) -> str:
-        """"" if there is none."""
+        """ "" if there is none."""
         if self.straddling and not straddle:
             return f"cuts inside {self.straddling} requests (straddle: false)"
         if self.least_collective and self.least_collective < min_collective_kib * KIB:

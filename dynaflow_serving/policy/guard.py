@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from dynaflow_serving.policy.bucket import Bucket
-from dynaflow_serving.ranks import Ranks
+from dynaflow_serving.session.ranks import Ranks
 
 COMPARED = 8
 RECHECKED = 16

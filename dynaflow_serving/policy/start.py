@@ -14,20 +14,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynaflow_serving.agreement import differences
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.policy import table as tables
 from dynaflow_serving.policy.effects import Facts
 from dynaflow_serving.policy.show import as_text, log_lines, progress_bar
 from dynaflow_serving.policy.table import Table, default_path
 from dynaflow_serving.policy.tuner import Trials, Tuner
-from dynaflow_serving.ranks import Ranks
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.steps import Steps
+from dynaflow_serving.session.agreement import differences
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.steps import Steps
 
 
 def start_policy(
-    steps: Steps, runtimes: Sequence[Runtime], trials: Trials, facts: Facts, ranks: Ranks, logger: logging.Logger
+    steps: Steps, plan_caches: Sequence[PlanCache], trials: Trials, facts: Facts, ranks: Ranks, logger: logging.Logger
 ) -> Table:
     """Decide, or load what was decided, and serve by it. Raises `InactiveError` for ranks that differ."""
     auto = steps.auto
@@ -37,7 +37,7 @@ def start_policy(
     if (source := _agreed(table, ranks)) is None:
         with progress_bar(ranks.first and sys.stderr.isatty()) as bar:
             task = bar.add_task("", total=None)
-            tuner = Tuner(steps, runtimes, trials, facts, ranks)
+            tuner = Tuner(steps, plan_caches, trials, facts, ranks)
             source = tuner.tune(lambda done, of, what: bar.update(task, completed=done, total=of, description=what))
         _agreed(source, ranks)
         if ranks.first:

@@ -22,16 +22,17 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
 
+from dynaflow_serving.core.batch import Batch, Signature
+from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import PlanError, ScheduleError
-from dynaflow_serving.ir import Batch, Signature, StepKind
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
 from dynaflow_serving.policy.effects import Facts, SideEffects
 from dynaflow_serving.policy.table import Decision, Table, Trial
-from dynaflow_serving.ranks import Ranks
-from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.steps import Steps
 from dynaflow_serving.simulate.cost import Measured
 from dynaflow_serving.simulate.engine import simulate
-from dynaflow_serving.steps import Steps
 from dynaflow_serving.strategies.auto import PLAIN
 from dynaflow_serving.strategies.sequential import Sequential
 
@@ -59,7 +60,7 @@ class _Profile:
     """A step of sequential micro-batches: its seconds, and those of its operators."""
 
     step: float
-    ran: list[tuple[Runtime, dict[tuple[str, int], float]]]  # (operator, micro-batch) -> seconds
+    ran: list[tuple[PlanCache, dict[tuple[str, int], float]]]  # (operator, micro-batch) -> seconds
 
     @property
     def outside(self) -> float:
@@ -68,10 +69,12 @@ class _Profile:
 
 
 class Tuner:
-    def __init__(self, steps: Steps, runtimes: Sequence[Runtime], trials: Trials, facts: Facts, ranks: Ranks) -> None:
+    def __init__(
+        self, steps: Steps, plan_caches: Sequence[PlanCache], trials: Trials, facts: Facts, ranks: Ranks
+    ) -> None:
         assert steps.auto is not None
         self.auto = steps.auto
-        self.steps, self.runtimes, self.trials, self.facts, self.ranks = steps, runtimes, trials, facts, ranks
+        self.steps, self.plan_caches, self.trials, self.facts, self.ranks = steps, plan_caches, trials, facts, ranks
         self.options = self.auto.options
 
     def tune(self, progress: Progress = lambda done, of, what: None) -> Table:
@@ -108,8 +111,8 @@ class Tuner:
             if trial.verdict:
                 continue
             split = self.auto.cut(batch, label)
-            for runtime in self.runtimes:
-                split = runtime.admit(batch, split)
+            for plan_cache in self.plan_caches:
+                split = plan_cache.admit(batch, split)
             n = len(split.micro_batches)
             if n == 1:
                 trial.verdict = split.reason
@@ -159,7 +162,7 @@ class Tuner:
 
     def _graph_mib(self) -> float:
         """Of the plans that executors have captured."""
-        graphs = [e.graphs for e in {id(r.executor): r.executor for r in self.runtimes}.values()]
+        graphs = [e.graphs for e in {id(r.executor): r.executor for r in self.plan_caches}.values()]
         return sum(g.mib for g in graphs if g is not None)
 
     def _seconds(self, label: str, batch: Batch) -> float:
@@ -182,22 +185,22 @@ class Tuner:
             runs.append((step, self.steps.timelines))
         step, timelines = min(runs[1:], key=lambda run: run[0])
         ran = []
-        for runtime, timeline in timelines:
-            spans = [s for s in timeline.spans if s.step.operators]
+        for plan_cache, timeline in timelines:
+            spans = [s for s in timeline.spans if s.action.operators]
             values = self.ranks.greatest([s.end - s.start for s in spans])
-            ran.append((runtime, {(s.step.operators[0], s.step.start): v for s, v in zip(spans, values)}))
+            ran.append((plan_cache, {(s.action.operators[0], s.action.start): v for s, v in zip(spans, values)}))
         return _Profile(step, ran)
 
     def _predict(self, profile: _Profile, signature: Signature) -> float:
         """Seconds of a step under the plan of `signature`; simulated."""
         seconds = profile.outside
-        for runtime, operators in profile.ran:
-            plan = runtime.prepare(signature).plan
-            seconds += simulate(plan, Measured(runtime.capture.program, operators).demands(plan)).makespan
+        for plan_cache, operators in profile.ran:
+            plan = plan_cache.prepare(signature).plan
+            seconds += simulate(plan, Measured(plan_cache.captured.program, operators).demands(plan)).makespan
         return seconds
 
     def _replaces(self, signature: Signature) -> bool:
-        return any(s.kind is StepKind.REPLACE for r in self.runtimes for s in r.prepare(signature).plan.steps)
+        return any(s.kind is ActionKind.REPLACE for r in self.plan_caches for s in r.prepare(signature).plan.actions)
 
     def _refused(self) -> dict[str, str]:
         """Candidates that cannot schedule this model, or have the plan of an earlier one -> why."""
@@ -206,7 +209,7 @@ class Tuner:
         for label in self.auto.candidates:
             signature = Signature(self.auto.of(label).max_micro_batches, (), label)
             try:
-                plan = tuple(r.prepare(signature).plan.steps for r in self.runtimes)
+                plan = tuple(r.prepare(signature).plan.actions for r in self.plan_caches)
             except (ScheduleError, PlanError) as error:
                 found[label] = f"cannot schedule this model: {error}"
                 continue

@@ -1,7 +1,7 @@
 """How long an operator takes, and what it uses of the device meanwhile: roofline estimates, or measured seconds.
 
 Contract
-- A `CostModel` gives every step of a plan a `Demand`, or None for what takes no device time (views, frees, events).
+- A `CostModel` gives every action of a plan a `Demand`, or None for what takes no device time (views, frees, events).
 - Weights are read once per execution, so a split reads them once per micro-batch; activations go by tokens.
 - Everything is 16 bit, and a kernel reaches the larger of its compute and its memory time (roofline, Williams 2009).
 - Estimates, never measurements: whoever prints them says `simulated`.
@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Protocol
 
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
+from dynaflow_serving.core.program import Program, Resource
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.ir import Batch, Instance, Plan, Program, Resource, Step, StepKind
 from dynaflow_serving.simulate.collectives import transfer
 from dynaflow_serving.simulate.device import Device, Topology
 
@@ -31,8 +33,8 @@ STREAMING_SMS = 0.3  # share of the multiprocessors that it takes to saturate th
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """One execution of a step with the device to itself: `latency` seconds in which it uses nothing, then `seconds` in
-    which it uses `shares` (0 to 1) of the resources. `issue`: seconds of the host before it can start."""
+    """One execution of an action with the device to itself: `latency` seconds in which it uses nothing, then `seconds`
+    in which it uses `shares` (0 to 1) of the resources. `issue`: seconds of the host before it can start."""
 
     seconds: float
     shares: Mapping[Resource, float]
@@ -46,7 +48,7 @@ class Demand:
 
 class CostModel(Protocol):
     def demands(self, plan: Plan) -> list[Demand | None]:
-        """One entry per step of `plan`."""
+        """One entry per action of `plan`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The demand of every step from the kernels of its operators (`work`) and the `loads` of the micro-batches.
+    """The demand of every action from the kernels of its operators (`work`) and the `loads` of the micro-batches.
 
     `widths`: elements per token of values, for merges that copy. `graphs`: a CUDA graph replays the plan, so that the
     host issues nothing. A replacement kernel costs what its operators do with the latency of one launch saved per
@@ -190,18 +192,18 @@ class Roofline:
     def demands(self, plan: Plan) -> list[Demand | None]:
         in_place: set[Instance] = set()
         result: list[Demand | None] = []
-        for step in plan.steps:
-            in_place |= {Instance(v, step.start, step.stop) for v in step.into}
-            result.append(self._demand(step, in_place))
+        for action in plan.actions:
+            in_place |= {Instance(v, action.start, action.stop) for v in action.into}
+            result.append(self._demand(action, in_place))
         return result
 
-    def _demand(self, step: Step, in_place: set[Instance]) -> Demand | None:
-        if step.kind in (StepKind.RUN, StepKind.REPLACE):
-            kernels = [k for name in step.operators for k in self.work[name]]
-            launches = len(kernels) - (len(step.operators) - 1)
-            return self._together(kernels, step.start, step.stop, launches)
-        if step.kind is StepKind.MERGE:
-            copied = [p for p in step.instances[1:] if p not in in_place]
+    def _demand(self, action: Action, in_place: set[Instance]) -> Demand | None:
+        if action.kind in (ActionKind.RUN, ActionKind.REPLACE):
+            kernels = [k for name in action.operators for k in self.work[name]]
+            launches = len(kernels) - (len(action.operators) - 1)
+            return self._together(kernels, action.start, action.stop, launches)
+        if action.kind is ActionKind.MERGE:
+            copied = [p for p in action.instances[1:] if p not in in_place]
             if copied:
                 copy = Streaming(2 * self.widths[copied[0].value])
                 return self._together([copy], min(p.start for p in copied), max(p.stop for p in copied), 1)
@@ -227,10 +229,10 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Measured:
-    """The demand of every step from measured `seconds` per (operator, micro-batch); it uses all of its resource.
+    """The demand of every action from measured `seconds` per (operator, micro-batch); it uses all of its resource.
 
     `network_compute`: share of compute that a network operator takes from others (0: another core or engine moves the
-    bytes). Merged steps cost the sum of their parts. Raises `ConfigError` for what was not measured.
+    bytes). Merged actions cost the sum of their parts. Raises `ConfigError` for what was not measured.
     """
 
     program: Program
@@ -238,13 +240,13 @@ class Measured:
     network_compute: float = field(default=0.0)
 
     def demands(self, plan: Plan) -> list[Demand | None]:
-        return [self._demand(s) if s.kind in (StepKind.RUN, StepKind.REPLACE) else None for s in plan.steps]
+        return [self._demand(s) if s.kind in (ActionKind.RUN, ActionKind.REPLACE) else None for s in plan.actions]
 
-    def _demand(self, step: Step) -> Demand:
-        keys = [(name, mb) for name in step.operators for mb in range(step.start, step.stop)]
+    def _demand(self, action: Action) -> Demand:
+        keys = [(name, mb) for name in action.operators for mb in range(action.start, action.stop)]
         if missing := [f"{name}@{mb}" for name, mb in keys if (name, mb) not in self.seconds]:
             raise ConfigError(f"no measured seconds for {', '.join(missing)}: profile the plan's own operators")
-        resource = self.program.by_name[step.operators[0]].resource
+        resource = self.program.by_name[action.operators[0]].resource
         shares = {resource: 1.0}
         if resource is Resource.NETWORK and self.network_compute:
             shares[Resource.COMPUTE] = self.network_compute

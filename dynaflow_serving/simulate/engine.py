@@ -1,7 +1,7 @@
 """The discrete-event run of a plan: streams in order, events, and a device that concurrent operators share.
 
 Contract
-- The order is the plan's own: a stream's steps one after another, a WAIT holds its stream until the RECORD.
+- The order is the plan's own: a stream's actions one after another, a WAIT holds its stream until the RECORD.
 - Operators that run at a time share the device: none runs faster than alone, no resource is used beyond 1. Who asks
   for little of a crowded resource gets it, the others share the rest alike (max-min fair, per resource). So a
   memory-bound operator beside a compute-bound one slows neither much, two alike take twice as long.
@@ -10,7 +10,7 @@ Contract
 - More bandwidth never slows an operator, nor a plan on one stream. With several streams it may: an operator that ends
   sooner lets its successor in beside a critical one (as in Graham's anomalies; real devices do it too).
 
-Steps
+Actions
     until all streams are at their end: start what can start, fix the rates, advance to the next end of a phase
 """
 
@@ -19,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dynaflow_serving.core.plan import ActionKind, Plan
+from dynaflow_serving.core.program import Resource
+from dynaflow_serving.core.timeline import Span, Timeline
 from dynaflow_serving.errors import PlanError
-from dynaflow_serving.ir import Plan, Resource, StepKind
 from dynaflow_serving.simulate.cost import Demand
-from dynaflow_serving.timeline import Span, Timeline
 
 Shares = Mapping[Resource, float]
 
@@ -33,7 +34,7 @@ class Simulation(Timeline):
 
     ended: float  # when the host and all streams were done
     busy: dict[Resource, float]  # device-seconds used of each resource
-    critical: tuple[int, ...]  # steps of the longest chain, each operator as long as alone
+    critical: tuple[int, ...]  # actions of the longest chain, each operator as long as alone
     critical_path: float  # its length
 
     @property
@@ -60,37 +61,37 @@ class _State:
     plan: Plan
     demands: Sequence[Demand | None]
     queues: dict[str, list[int]]
-    issued: list[float]  # when the host has issued each step
+    issued: list[float]  # when the host has issued each action
     now: float = 0.0
     recorded: set[int] = field(default_factory=set)
     running: dict[str, _Running] = field(default_factory=dict)
 
     def start_ready(self) -> float:
-        """Start all that can start now; returns when the host issues the next step of an idle stream (inf: none)."""
+        """Start all that can start now; returns when the host issues the next action of an idle stream (inf: none)."""
         moved, wake = True, float("inf")
         while moved:
             moved, wake = False, float("inf")
             for stream, queue in self.queues.items():
                 while queue and stream not in self.running:
                     i = queue[-1]
-                    step, demand = self.plan.steps[i], self.demands[i]
-                    if step.kind is StepKind.WAIT and step.event not in self.recorded:
+                    action, demand = self.plan.actions[i], self.demands[i]
+                    if action.kind is ActionKind.WAIT and action.event not in self.recorded:
                         break
                     if demand is not None and self.issued[i] > self.now:
                         wake = min(wake, self.issued[i])
                         break
                     queue.pop()
                     moved = True
-                    if step.kind is StepKind.RECORD:
-                        self.recorded.add(step.event)
+                    if action.kind is ActionKind.RECORD:
+                        self.recorded.add(action.event)
                     if demand is not None and demand.alone > 0:
                         self.running[stream] = _Running(i, demand, self.now, demand.latency, demand.seconds)
         return wake
 
 
 def simulate(plan: Plan, demands: Sequence[Demand | None]) -> Simulation:
-    """Run `plan`, one demand per step (`CostModel.demands`). Raises `PlanError` for a plan that never ends."""
-    queues = {s: [i for i, step in enumerate(plan.steps) if step.stream == s][::-1] for s in plan.streams}
+    """Run `plan`, one demand per action (`CostModel.demands`). Raises `PlanError` for a plan that never ends."""
+    queues = {s: [i for i, action in enumerate(plan.actions) if action.stream == s][::-1] for s in plan.streams}
     state = _State(plan, demands, queues, list(_issue_times(demands)))
     spans: list[Span] = []
     while True:
@@ -111,15 +112,15 @@ def simulate(plan: Plan, demands: Sequence[Demand | None]) -> Simulation:
                 r.work -= elapsed * rates[stream]
             if done:
                 del running[stream]
-                spans.append(Span(r.index, plan.steps[r.index], r.start, state.now))
-    if stuck := [plan.steps[q[-1]] for q in queues.values() if q]:
+                spans.append(Span(r.index, plan.actions[r.index], r.start, state.now))
+    if stuck := [plan.actions[q[-1]] for q in queues.values() if q]:
         held = ", ".join(f"stream {s.stream!r} for event e{s.event}" for s in stuck)
         raise PlanError(f"the plan never ends: {held} wait for what is not recorded")
     path, length = _critical(plan, demands, state.issued)
     busy = {r: sum(d.seconds * d.shares.get(r, 0.0) for d in demands if d is not None) for r in Resource}
     spans.sort(key=lambda s: (s.start, s.index))
     on_network = [i for i, d in enumerate(demands) if d is not None and Resource.NETWORK in d.shares]
-    network = frozenset(name for i in on_network for name in plan.steps[i].operators)
+    network = frozenset(name for i in on_network for name in plan.actions[i].operators)
     return Simulation(plan, tuple(spans), network, True, state.now, busy, path, length)
 
 
@@ -155,15 +156,15 @@ def _issue_times(demands: Sequence[Demand | None]) -> Iterable[float]:
 
 
 def _critical(plan: Plan, demands: Sequence[Demand | None], issued: Sequence[float]) -> tuple[tuple[int, ...], float]:
-    """(steps, length) of the longest chain through streams and events, with nothing shared."""
+    """(actions, length) of the longest chain through streams and events, with nothing shared."""
     end: list[float] = []
     via: list[int] = []
     last: dict[str, int] = {}
     recorded: dict[int, int] = {}
-    for i, step in enumerate(plan.steps):
-        before = [last[step.stream]] if step.stream in last else []
-        if step.kind is StepKind.WAIT and step.event in recorded:
-            before.append(recorded[step.event])
+    for i, action in enumerate(plan.actions):
+        before = [last[action.stream]] if action.stream in last else []
+        if action.kind is ActionKind.WAIT and action.event in recorded:
+            before.append(recorded[action.event])
         latest = max(before, key=end.__getitem__, default=-1)
         demand = demands[i]
         start = end[latest] if latest >= 0 else 0.0
@@ -171,9 +172,9 @@ def _critical(plan: Plan, demands: Sequence[Demand | None], issued: Sequence[flo
             latest, start = -1, issued[i]  # the host is late
         end.append(start + (demand.alone if demand is not None else 0.0))
         via.append(latest)
-        last[step.stream] = i
-        if step.kind is StepKind.RECORD:
-            recorded[step.event] = i
+        last[action.stream] = i
+        if action.kind is ActionKind.RECORD:
+            recorded[action.event] = i
     at = max(range(len(end)), key=end.__getitem__, default=-1)
     length = end[at] if at >= 0 else 0.0
     path = []

@@ -1,7 +1,7 @@
 """The executor that runs no tensor: it returns the Simulation that the plan would have.
 
 Contract
-- It is bound and called like every other executor, so a Runtime drives it: what is simulated is time only, while the
+- It is bound and called like every other executor, so a PlanCache drives it: what is simulated is time only, while the
   strategy's split, the recording, the lowering and the proof are the real ones.
 - Its program's only argument is the `Batch`, its only result the `Simulation`.
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.executor.base import BoundPlan, Enter, Executor
 from dynaflow_serving.executor.tracing import Tracer
-from dynaflow_serving.ir import Batch, Plan
-from dynaflow_serving.partition.capture import Capture
 from dynaflow_serving.simulate.cost import Roofline, loads
 from dynaflow_serving.simulate.device import Topology
 from dynaflow_serving.simulate.engine import Simulation, simulate
@@ -29,7 +30,7 @@ class SimulatedExecutor(Executor):
         self._model, self._topology, self._graphs = model, topology, graphs
 
     def _bind(
-        self, capture: Capture, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
         def run(args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> list[Simulation]:
             batch: Batch = args[0]

@@ -19,8 +19,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.ir import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.simulate.catalogue import Entry
 from dynaflow_serving.simulate.cost import Attention, Collective, Gemm, Kernel, Streaming
 from dynaflow_serving.simulate.device import Topology

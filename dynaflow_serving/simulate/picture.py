@@ -6,7 +6,7 @@ Contract
 
 from __future__ import annotations
 
-from dynaflow_serving.timeline import Span, Timeline
+from dynaflow_serving.core.timeline import Span, Timeline
 
 WIDTH = 100
 LAYERS_SHOWN = 3
@@ -15,7 +15,7 @@ LAYERS_SHOWN = 3
 def strip(timeline: Timeline) -> str:
     """The first layers as text, a line per stream: the micro-batch that runs (`*`: merged ones), `.` where idle."""
     layers = tuple(f"layers.{i}." for i in range(LAYERS_SHOWN))
-    shown = [s for s in timeline.spans if any(o.startswith(layers) for o in s.step.operators)]
+    shown = [s for s in timeline.spans if any(o.startswith(layers) for o in s.action.operators)]
     until = max((s.end for s in shown), default=timeline.makespan)
     width = max(map(len, timeline.plan.streams))
     kind = "simulated" if timeline.simulated else "measured"
@@ -23,7 +23,7 @@ def strip(timeline: Timeline) -> str:
     for stream in timeline.plan.streams:
         cells = ["."] * WIDTH
         for s in timeline.spans:
-            if s.step.stream == stream and s.start < until:
+            if s.action.stream == stream and s.start < until:
                 first, last = (min(WIDTH, round(t / until * WIDTH)) for t in (s.start, s.end))
                 cells[first:last] = [_mark(s)] * (last - first)
         lines.append(f"{stream:<{width}}  {''.join(cells)}")
@@ -31,4 +31,4 @@ def strip(timeline: Timeline) -> str:
 
 
 def _mark(span: Span) -> str:
-    return str(span.step.start % 10) if span.step.stop - span.step.start == 1 else "*"
+    return str(span.action.start % 10) if span.action.stop - span.action.start == 1 else "*"

@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.ir import Batch, Resource, Split
-from dynaflow_serving.partition.capture import Capture
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.scheduler import OpScheduler
+from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.simulate.device import Topology
 from dynaflow_serving.simulate.engine import Simulation
 from dynaflow_serving.simulate.executor import SimulatedExecutor
 from dynaflow_serving.simulate.model import Shape, decoder
-from dynaflow_serving.splitting import whole
 from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.splitting import whole
 
 _REQUESTS = re.compile(r"(?:(\d+)x)?(\d+)(?:@(\d+))?$")
 
@@ -91,15 +92,15 @@ def compare(
     executor = SimulatedExecutor(model, topology, graphs)
 
     def timeline(strategy: OpScheduler, split: Split) -> Simulation:
-        runtime = Runtime(Capture(model.program, {}), strategy, executor)
-        result: Simulation = runtime.run([batch], split)[0]
+        plan_cache = PlanCache(CapturedProgram(model.program, {}), strategy, executor)
+        result: Simulation = plan_cache.run([batch], split)[0]
         return result
 
     plain = timeline(Sequential(), whole(batch, ""))
     rows = [Row("un-split", (sum(batch.tokens),), plain, 1.0)]
     in_turn: set[tuple[int, ...]] = set()
     for strategy in strategies:
-        split = Runtime(Capture(model.program, {}), strategy, executor).decide(batch)
+        split = PlanCache(CapturedProgram(model.program, {}), strategy, executor).decide(batch)
         tokens = tuple(b - a for a, b in (m.tokens for m in split.micro_batches))
         reason = split.reason if len(tokens) == 1 else ""
         if len(tokens) > 1 and split.bounds not in in_turn:

@@ -18,8 +18,8 @@ from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Any
 
+from dynaflow_serving.core.batch import Batch, MicroBatch
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.ir import Batch, MicroBatch
 
 BODY_ARGUMENTS = ("input_ids", "positions", "forward_batch")
 _FILTER_ARGUMENTS = (

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule
 from dynaflow_serving.config import Config
+from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.segmented import SegmentedForward
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.integrations.sglang.limits import reason_to_run_whole
 from dynaflow_serving.integrations.sglang.micro_batches import MicroBatches, check_layout, describe
 from dynaflow_serving.integrations.sglang.trials import RunnerTrials, facts
-from dynaflow_serving.ir import Resource
 from dynaflow_serving.policy.table import default_path
-from dynaflow_serving.runtime import no_context
+from dynaflow_serving.session.plan_cache import no_context
+from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
 # All that a model may call under tensor parallelism: also one that cannot overlap must keep its place in the order.

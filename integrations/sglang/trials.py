@@ -20,8 +20,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.integrations.session import Session
-from dynaflow_serving.ir import Batch
 from dynaflow_serving.policy.bucket import Limits, representatives
 from dynaflow_serving.policy.calls import machine_key, strategy_key
 from dynaflow_serving.policy.effects import Facts
@@ -200,8 +200,8 @@ def facts(runner: Any, session: Session, body: Any, limits: Limits) -> Facts:
         f"{runner.token_to_kv_pool_allocator.page_size}, mixed: {arguments['enable_mixed_chunk']}",
         "graphs": "none" if arguments["disable_cuda_graph"] else json.dumps(graphs),
         "executor": session.config.model_dump_json(exclude={"strategy", "options", "trace", "shadow", "fallback"}),
-        "programs": " ".join(r.capture.program.digest for r in session.runtimes),
-        "plans": _digest("\n".join(r.texts() for r in session.runtimes)),
+        "programs": " ".join(r.captured.program.digest for r in session.plan_caches),
+        "plans": _digest("\n".join(r.texts() for r in session.plan_caches)),
         **machine_key(str(runner.device).partition(":")[0]),
         **strategy_key(session),
     }

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from dynaflow_serving.config import Config
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError, InactiveError, PartitionError
-from dynaflow_serving.ir import Batch
 from dynaflow_serving.policy.calls import tune_calls
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.runtime import StepCounts, report
-from dynaflow_serving.splitting import whole
+from dynaflow_serving.session.counts import StepCounts
+from dynaflow_serving.session.report import report
+from dynaflow_serving.strategy.splitting import whole
 from dynaflow_serving.torch_backend import Backend, Compiled, make_backend
 
 ATTRIBUTE = "_dynaflow"
@@ -110,7 +111,7 @@ class Body:
     def report(self) -> dict[str, Any]:
         steps = self.backend.steps
         counts = StepCounts(steps.counts.split, self.counts.unsplit + steps.counts.unsplit)
-        return report(self.backend.strategy, "AOT", counts, self.backend.runtimes)
+        return report(self.backend.strategy, "AOT", counts, self.backend.plan_caches)
 
     def tune(self, inputs: Sequence[Mapping[str, Any]], key: Mapping[str, str]) -> Table:
         """Decide by calling the body with each of `inputs`. Raises `ConfigError`, `InactiveError`."""

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule
+from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.segmented import SegmentedForward
 from dynaflow_serving.integrations.vllm.session import VLLMSession
-from dynaflow_serving.ir import Resource
-from dynaflow_serving.runtime import no_context
+from dynaflow_serving.session.plan_cache import no_context
+from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 
 ATTENTION = ("Attention", "MLAAttention", "ChunkedLocalAttention")
 EXPERTS = ("MoERunner",)  # its forward ends with an all-reduce, which keeps its place among the others

@@ -18,10 +18,10 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dynaflow_serving.annotations import Rule
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import DynaflowError, InactiveError
 from dynaflow_serving.integrations.vllm import metrics
+from dynaflow_serving.strategy.rules import Rule
 
 KEY = "dynaflow"
 PIECE_COMPILER = "dynaflow_piece_compiler"  # mode 2: what vLLM would have compiled the graph with

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from dynaflow_serving.capture.fx.symbols import expression, fake_value
+from dynaflow_serving.core.batch import Split
 from dynaflow_serving.integrations.vllm.session import VLLMSession
-from dynaflow_serving.ir import Split
-from dynaflow_serving.partition.effects import fake_value
-from dynaflow_serving.partition.rows import expression
-from dynaflow_serving.runtime import Runtime
+from dynaflow_serving.session.plan_cache import PlanCache
 
 
 def token_symbols(gm: fx.GraphModule) -> set[Any]:
@@ -32,19 +31,19 @@ def token_symbols(gm: fx.GraphModule) -> set[Any]:
 
 
 class MicroBatchedGraph:
-    def __init__(self, session: VLLMSession, runtime: Runtime, whole: Callable[..., Any] | None = None) -> None:
-        self.session, self.runtime = session, runtime
+    def __init__(self, session: VLLMSession, plan_cache: PlanCache, whole: Callable[..., Any] | None = None) -> None:
+        self.session, self.plan_cache = session, plan_cache
         self._whole = whole or self._run_whole
-        self._count = runtime.capture.token_counter()
+        self._count = plan_cache.captured.token_counter()
 
     def __call__(self, *args: Any) -> Any:
         split = self.session.split
         return self._run_split(args, split) if split and self.session.micro_batches else self._whole(*args)
 
     def _run_whole(self, *args: Any) -> Any:
-        return self.runtime.run_whole(args, self._count(args))
+        return self.plan_cache.run_whole(args, self._count(args))
 
     def _run_split(self, args: Sequence[Any], split: Split) -> Any:
-        plan = self.session.plan(self.runtime)
+        plan = self.session.plan(self.plan_cache)
         with self.session.entering() as enter:
-            return self.runtime.capture.rebuild(plan(args, split.bounds, enter))
+            return self.plan_cache.captured.rebuild(plan(args, split.bounds, enter))

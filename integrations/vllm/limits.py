@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import AnnotationError
 from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
+from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 
 
 def check(vllm_config: Any, config: Config, rules: Iterable[Rule] = ()) -> None:

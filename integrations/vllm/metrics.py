@@ -78,7 +78,7 @@ class Writer:
     def write(self) -> None:
         from prometheus_client import write_to_textfile
 
-        from dynaflow_serving.proof.metrics import registry
+        from dynaflow_serving.session.metrics import registry
 
         self._waiting = False
         with self._lock:  # a report may come while the timer writes

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import fx
 
+from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph, token_symbols
 from dynaflow_serving.integrations.vllm.operators import effects, rules
 from dynaflow_serving.integrations.vllm.session import current
-from dynaflow_serving.partition import partition
-from dynaflow_serving.partition.inductor import compile_pieces
 
 
 def backend(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import fx
 
-from dynaflow_serving.annotations import apply_rules
+from dynaflow_serving.capture.fx import capture_pieces
+from dynaflow_serving.capture.fx.matching import apply_rules
 from dynaflow_serving.integrations.vllm.engine_args import KEY
 from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph, token_symbols
 from dynaflow_serving.integrations.vllm.operators import effects, rules
 from dynaflow_serving.integrations.vllm.session import current
-from dynaflow_serving.partition import capture_pieces
 
 
 def attach() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import fx
 
-from dynaflow_serving.annotations import Rule, SplitFunc
-from dynaflow_serving.ir import Resource
-from dynaflow_serving.partition.effects import EffectTable
+from dynaflow_serving.capture.fx.effects import EffectTable
+from dynaflow_serving.core.program import Resource
+from dynaflow_serving.strategy.rules import Rule, SplitFunc
 
 KV_UPDATE = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
 ATTENTION = ("vllm::unified_attention_with_output", "vllm::unified_mla_attention_with_output")

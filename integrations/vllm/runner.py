@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.integrations.vllm.hazards import dependences
 from dynaflow_serving.integrations.vllm.session import VLLMSession
-from dynaflow_serving.ir import Batch
 
 
 class RunnerMixin:

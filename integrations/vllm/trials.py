@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.integrations.vllm.session import VLLMSession
-from dynaflow_serving.ir import Batch
 from dynaflow_serving.policy.bucket import Limits, representatives
 from dynaflow_serving.policy.calls import machine_key, strategy_key
 from dynaflow_serving.policy.effects import Facts
@@ -117,8 +117,8 @@ def facts(worker: Any, session: VLLMSession) -> Facts:
         "attention": " ".join(sorted({g.backend.get_name() for gs in worker.model_runner.attn_groups for g in gs})),
         "graphs": str(config.compilation_config.cudagraph_mode),
         "executor": session.config.model_dump_json(exclude={"strategy", "options", "trace", "shadow", "fallback"}),
-        "programs": " ".join(r.capture.program.digest for r in session.runtimes),
-        "plans": _digest("\n".join(r.texts() for r in session.runtimes)),
+        "programs": " ".join(r.captured.program.digest for r in session.plan_caches),
+        "plans": _digest("\n".join(r.texts() for r in session.plan_caches)),
         **machine_key(worker.device.type),
         **strategy_key(session),
     }

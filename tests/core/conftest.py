@@ -12,7 +12,8 @@ sys.path.append(str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def registered_strategies() -> Iterator[None]:
     """What a test registers is gone after it: other tests go through all strategies."""
-    from dynaflow_serving.strategies import STRATEGIES, strategy_names
+    from dynaflow_serving.strategies import strategy_names
+    from dynaflow_serving.strategy.registry import STRATEGIES
 
     strategy_names()  # the shipped ones are there
     before = dict(STRATEGIES)

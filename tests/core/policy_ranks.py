@@ -8,12 +8,12 @@ from pathlib import Path
 import torch.distributed as dist
 from policy_support import Engine, per_token
 
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.ir import Batch
 from dynaflow_serving.policy.bucket import bucket_of
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Decision, Table, Trial
-from dynaflow_serving.ranks import Ranks
+from dynaflow_serving.session.ranks import Ranks
 
 BATCH = Batch((8,) * 8)
 
@@ -37,7 +37,7 @@ def different_tables(rank: int, folder: str) -> str:
     table("nanoflow x2" if rank else "").save(file)
     engine = Engine(per_token, ranks=Ranks(dist.group.WORLD), table=str(file))
     try:
-        start_policy(engine.steps, engine.steps.runtimes, engine, engine.facts, engine.ranks, logging.getLogger())
+        start_policy(engine.steps, engine.steps.plan_caches, engine, engine.facts, engine.ranks, logging.getLogger())
     except InactiveError as error:
         text = str(error)
         told = "different policy tables" in text and '+   "candidate": "nanoflow x2"' in text

@@ -10,12 +10,12 @@ import torch
 from support import manual, program_of
 
 from dynaflow_serving.config import Config
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.executor import get_executor
-from dynaflow_serving.ir import Batch
 from dynaflow_serving.policy.effects import Facts
-from dynaflow_serving.ranks import Ranks
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.steps import Steps
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.steps import Steps
 
 # compute, then network, twice: two micro-batches hide one's network under the other's compute
 CHAIN = """
@@ -56,12 +56,12 @@ class Engine:
         self.ran: list[Batch] = []
         config = Config(strategy="auto", options={"candidates": ["nanoflow"], "micro_batches": [2], **options})
         self.steps = Steps(config.build(), config)
-        self.runtime = Runtime(
+        self.plan_cache = PlanCache(
             manual(program_of(CHAIN), **dict.fromkeys(("c0", "n0", "c1", "n1"), self._operator)),
             self.steps.strategy,
             get_executor("cpu"),
         )
-        self.steps.runtimes.append(self.runtime)
+        self.steps.plan_caches.append(self.plan_cache)
         self._batches = list(batches)
         self.facts = Facts({"model": "chain", "device": "here"})
         self.ranks = ranks or Ranks()
@@ -81,7 +81,7 @@ class Engine:
         split = self.steps.begin(batch)
         try:
             x = torch.zeros(sum(batch.tokens), 1)
-            (result,) = self.runtime.run([x], split, traced=self.steps.traced)
+            (result,) = self.plan_cache.run([x], split, traced=self.steps.traced)
         finally:
             self.steps.end()
         assert torch.equal(result, torch.full_like(result, 4.0))

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from support import IN_PLACE, TWO_STREAMS, lowered, manual, no_context, program_of, without
 
+from dynaflow_serving.capture.examples import example_capture
 from dynaflow_serving.config import Config
+from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import InactiveError, PlanError
-from dynaflow_serving.examples import example_capture
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.integrations.session import Session
-from dynaflow_serving.ir import StepKind
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.verify import verify
 
 
 def session(**options: Any) -> Session:
@@ -68,7 +68,7 @@ def race(rank: int, folder: str) -> None:
     program = program_of(IN_PLACE)
     capture = manual(program, make=torch.clone, bump=all_reduce, read=read)
     plan = lowered(program, 1, *TWO_STREAMS)
-    racy = without(plan, StepKind.WAIT, "compute")
+    racy = without(plan, ActionKind.WAIT, "compute")
     try:
         verify(program, racy)
         verdict = "accepted"

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dynaflow_serving.examples import example_capture
-from dynaflow_serving.ir import Plan, Program, Step, StepKind
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.partition import Capture, partition
-from dynaflow_serving.scheduler import Schedule
-from dynaflow_serving.torch_backend import batch_symbols
-from dynaflow_serving.verify import verify
+from dynaflow_serving.capture.examples import example_capture
+from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.symbols import batch_symbols
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.parse import parse_program
+from dynaflow_serving.core.plan import Action, ActionKind, Plan
+from dynaflow_serving.core.program import Program
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.strategy.schedule import Schedule
 
 # make -> bump (in place, on the network stream, slowly) -> read
 IN_PLACE = """
@@ -91,7 +94,7 @@ def trace(fn: Callable[..., Any], *examples: torch.Tensor, dim: int = 0) -> fx.G
     return graphs[0]
 
 
-def capture(fn: Callable[..., Any], *examples: torch.Tensor, dim: int = 0, **options: Any) -> Capture:
+def capture(fn: Callable[..., Any], *examples: torch.Tensor, dim: int = 0, **options: Any) -> CapturedProgram:
     """`fn` as a Program; its inputs are sizes, then tensors, in the graph's order (see `arguments`)."""
     gm = trace(fn, *examples, dim=dim)
     return partition(gm, tokens=batch_symbols(gm, dim), **options)
@@ -104,12 +107,12 @@ def arguments(program_inputs: tuple[str, ...], tensors: dict[str, torch.Tensor],
 
 def program_of(text: str) -> Program:
     """A Program from its text, without the leading line."""
-    return Program.from_text("program\n" + textwrap.dedent(text).strip("\n"))
+    return parse_program("program\n" + textwrap.dedent(text).strip("\n"))
 
 
-def manual(program: Program, **functions: Callable[..., Any]) -> Capture:
-    """A Capture of hand-written operators."""
-    return Capture(program, functions, rebuild=tuple)
+def manual(program: Program, **functions: Callable[..., Any]) -> CapturedProgram:
+    """A CapturedProgram of hand-written operators."""
+    return CapturedProgram(program, functions, rebuild=tuple)
 
 
 def lowered(program: Program, micro_batches: int, *launches: tuple[str, int, str], depends: Any = ()) -> Plan:
@@ -124,17 +127,17 @@ def lowered(program: Program, micro_batches: int, *launches: tuple[str, int, str
     return plan
 
 
-def without(plan: Plan, kind: StepKind, stream: str) -> Plan:
-    """`plan` without the first `kind` step of `stream`: not verified."""
-    i = next(i for i, s in enumerate(plan.steps) if s.kind is kind and s.stream == stream)
-    return replaced(plan, [*plan.steps[:i], *plan.steps[i + 1 :]])
+def without(plan: Plan, kind: ActionKind, stream: str) -> Plan:
+    """`plan` without the first `kind` action of `stream`: not verified."""
+    i = next(i for i, s in enumerate(plan.actions) if s.kind is kind and s.stream == stream)
+    return replaced(plan, [*plan.actions[:i], *plan.actions[i + 1 :]])
 
 
-def replaced(plan: Plan, steps: list[Step]) -> Plan:
-    return dataclasses.replace(plan, steps=tuple(steps))
+def replaced(plan: Plan, actions: list[Action]) -> Plan:
+    return dataclasses.replace(plan, actions=tuple(actions))
 
 
-def names(capture: Capture) -> list[str]:
+def names(capture: CapturedProgram) -> list[str]:
     return [o.name for o in capture.program.operators]
 
 

@@ -16,7 +16,7 @@ from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.cli import app
 
 # The fake adds 1 to the prompt's last token for each token it makes; the variable FAKE says what it does wrong.
-FAKE = '''
+FAKE = """
 import os, sys, time
 from dynaflow_serving.bench.drivers import EngineInfo
 from dynaflow_serving.errors import InactiveError
@@ -54,7 +54,7 @@ class Fake:
 
     def close(self):
         pass
-'''
+"""
 
 
 @pytest.fixture

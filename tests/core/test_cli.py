@@ -12,17 +12,19 @@ import torch
 from support import example
 from typer.testing import CliRunner, Result
 
+from dynaflow_serving.capture.examples import EXAMPLES, HIDDEN
 from dynaflow_serving.cli import app
 from dynaflow_serving.config import Config, load
-from dynaflow_serving.examples import EXAMPLES, HIDDEN
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.executor import get_executor
-from dynaflow_serving.ir import Batch, Plan, Program, Split
 from dynaflow_serving.picture.measure import example_inputs
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.scheduler import OpScheduler, Schedule
-from dynaflow_serving.splitting import cut_at_requests
-from dynaflow_serving.steps import Steps
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import cut_at_requests
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -30,7 +32,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.fixture(autouse=True)
 def examples_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynaflow_serving.examples.example_capture", example)
+    monkeypatch.setattr("dynaflow_serving.capture.examples.example_capture", example)
 
 
 def dynaflow(*arguments: str) -> Result:
@@ -100,10 +102,10 @@ def test_explain_prints_what_check_accepts(example: str, tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     assert "micro-batch 0: requests 0..0, tokens 0..63 (64)" in result.stdout
     assert "micro-batch 2: requests 2..3, tokens 128..136 (9)" in result.stdout
-    assert "step  compute" in result.stdout and "network" in result.stdout
+    assert "action  compute" in result.stdout and "network" in result.stdout
     program_text, _, rest = result.stdout.partition("split of")
     plan_text = rest[rest.index("plan nanoflow") : rest.index("plan ", rest.index("plan nanoflow") + 5)]
-    verify(Program.from_text(program_text), Plan.from_text(plan_text))
+    verify(parse_program(program_text), parse_plan(plan_text))
     saved = tmp_path / "explained.txt"
     saved.write_text(program_text + plan_text)
     assert dynaflow("check", str(saved)).exit_code == 0
@@ -124,7 +126,7 @@ def test_check_plan(tmp_path: Path) -> None:
     good.write_text(text)
     result = dynaflow("check", str(good))
     assert result.exit_code == 0 and result.stdout.startswith("OK: ")
-    assert "2 micro-batches" in result.stdout and Plan.from_text(text).digest in result.stdout
+    assert "2 micro-batches" in result.stdout and parse_plan(text).digest in result.stdout
 
     wait = next(line for line in text.splitlines() if "| wait" in line)
     bad.write_text(text.replace(wait + "\n", "", 1))
@@ -134,7 +136,7 @@ def test_check_plan(tmp_path: Path) -> None:
 
     bad.write_text(text.replace("| wait", "| hold", 1))
     result = dynaflow("check", str(bad))
-    assert result.exit_code == 2 and "cannot read step" in result.stderr
+    assert result.exit_code == 2 and "cannot read action" in result.stderr
     assert str(bad) in result.stderr
 
     bad.write_text("program\n")
@@ -208,13 +210,13 @@ def reproducer(tmp_path: Path) -> Path:
     config = Config(strategy="sequential", shadow={"folder": str(tmp_path), "every": 1})
     steps = Steps(Suspicious(), config)
     capture = example("llama")
-    runtime = Runtime(capture, steps.strategy, get_executor("sequential"))
-    steps.runtimes.append(runtime)
+    plan_cache = PlanCache(capture, steps.strategy, get_executor("sequential"))
+    steps.plan_caches.append(plan_cache)
     inputs = example_inputs(capture.program, len(capture.constants), 44, HIDDEN)
     with torch.no_grad():
         split = steps.begin(Batch((4,) * 11))
-        result = runtime.run(inputs, split)
-        steps.checked(result, lambda: runtime.run_whole(inputs, 44), inputs)
+        result = plan_cache.run(inputs, split)
+        steps.checked(result, lambda: plan_cache.run_whole(inputs, 44), inputs)
         steps.end()
     (file,) = tmp_path.iterdir()
     return file
@@ -298,7 +300,7 @@ def test_check_shipped_configs(config: Path) -> None:
 
 STRATEGY = """
 from dynaflow_serving import OpScheduler, register_strategy
-from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 @register_strategy("test_cli_{n}")
 class Strategy{n}(OpScheduler):

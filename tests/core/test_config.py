@@ -9,15 +9,16 @@ import pytest
 
 from dynaflow_serving.config import Config, json_schema, load
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.strategies import get_strategy, register_strategy, strategy_names
+from dynaflow_serving.strategies import get_strategy, strategy_names
 from dynaflow_serving.strategies.nanoflow import NanoFlow
 from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.strategy.registry import register_strategy
 
 GOOD = "strategy: nanoflow\noptions:\n  min_tokens: 64\n"
 
 FILE_STRATEGY = """
 from dynaflow_serving import OpScheduler, register_strategy
-from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 @register_strategy("{name}")
 class Mine(OpScheduler):

@@ -10,16 +10,16 @@ import torch
 from cuda_standin import FakeCuda, FakeEvent, FakeStream
 from support import IN_PLACE, TWO_STREAMS, arguments, example, lowered, manual, no_context, program_of, without
 
-from dynaflow_serving.config import load
+from dynaflow_serving.capture.examples import HIDDEN, example_capture
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import ExecutorOptions, load
+from dynaflow_serving.core.plan import ActionKind, Plan
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError
-from dynaflow_serving.examples import HIDDEN, example_capture
-from dynaflow_serving.executor import ExecutorOptions, get_executor
+from dynaflow_serving.executor import get_executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.integrations.session import Session
-from dynaflow_serving.ir import Plan, StepKind
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.partition import Capture
+from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.torch_backend import compile
 
@@ -34,10 +34,10 @@ def bound(cuda: FakeCuda, streams: dict[str, Any] | None = None, bump: Any = lam
 def issued(plan: Plan, streams: dict[str, str]) -> list[tuple[Any, ...]]:
     """What the CUDA executor must issue for `plan`."""
     log: list[tuple[Any, ...]] = []
-    for s in plan.steps:
-        if s.kind in (StepKind.RECORD, StepKind.WAIT):
+    for s in plan.actions:
+        if s.kind in (ActionKind.RECORD, ActionKind.WAIT):
             log.append((s.kind.value, streams[s.stream], s.event))
-        elif s.kind is StepKind.RUN:
+        elif s.kind is ActionKind.RUN:
             log.append(("run", streams[s.stream], s.operators[0]))
     return log
 
@@ -90,7 +90,7 @@ def test_the_plans_of_an_executor_share_streams_and_events() -> None:
     for plan in plans:
         executor.bind(capture, plan, {})
     assert [s.name for s in cuda.streams] == ["stream0"]
-    assert len(cuda.events) == max(len({s.event for s in p.steps if s.event >= 0}) for p in plans)
+    assert len(cuda.events) == max(len({s.event for s in p.actions if s.event >= 0}) for p in plans)
 
 
 def test_every_record_of_a_pooled_event_follows_all_that_waited_for_it_before() -> None:
@@ -105,10 +105,10 @@ def test_every_record_of_a_pooled_event_follows_all_that_waited_for_it_before() 
     plan = lowered(program, 1, *TWO_STREAMS)
     run_in_turn(small, [plan], [torch.ones(9)])
     with pytest.raises(AssertionError, match="e1 is still waited for"):  # what `verify` excludes
-        run_in_turn(small, [without(plan, StepKind.WAIT, "network")], [torch.ones(9)])
+        run_in_turn(small, [without(plan, ActionKind.WAIT, "network")], [torch.ones(9)])
 
 
-def run_in_turn(capture: Capture, plans: list[Plan], args: list[Any]) -> None:
+def run_in_turn(capture: CapturedProgram, plans: list[Plan], args: list[Any]) -> None:
     cuda = FakeCuda()
     waited: dict[FakeEvent, dict[FakeStream, int]] = {}  # event -> stream -> position of the last wait for it
 
@@ -206,8 +206,8 @@ def test_a_context_is_entered_on_any_stream_whenever_the_micro_batch_changes() -
         return x + entered[-1]
 
     capture = manual(program, attention=attention, mlp=torch.clone)
-    steps = [("attention", 1, "side"), ("attention", 0, "compute"), ("mlp", 0, "compute"), ("mlp", 1, "side")]
-    plan = lowered(program, 2, *steps)
+    actions = [("attention", 1, "side"), ("attention", 0, "compute"), ("mlp", 0, "compute"), ("mlp", 1, "side")]
+    plan = lowered(program, 2, *actions)
     run = CUDAExecutor(cuda=cuda).bind(capture, plan, {})
     for _ in range(2):
         entered.clear()
@@ -247,5 +247,5 @@ class Twice(torch.nn.Module):
 def test_the_graphs_of_a_model_share_one_executor() -> None:
     model = compile(Twice(), "nanoflow", config={"min_tokens": 1})
     model(torch.randn(8, HIDDEN))
-    assert len(model.runtimes) == 2
-    assert model.runtimes[0].executor is model.runtimes[1].executor
+    assert len(model.plan_caches) == 2
+    assert model.plan_caches[0].executor is model.plan_caches[1].executor

@@ -14,18 +14,20 @@ from hypothesis import strategies as st
 from support import example, lowered, manual, program_of
 from test_random_graphs import WIDTH, RandomGraph, random_schedule
 
+from dynaflow_serving.capture.examples import HIDDEN
+from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import ExecutorOptions
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.errors import ScheduleError
-from dynaflow_serving.examples import HIDDEN
-from dynaflow_serving.executor import ExecutorOptions
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
-from dynaflow_serving.ir import Batch, Plan
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.partition import Capture, partition
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.runtime import report as report_of
-from dynaflow_serving.splitting import cut_evenly, whole
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.report import report as report_of
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.strategy.splitting import cut_evenly, whole
 
 CHAIN = """
 value x batch:0
@@ -58,7 +60,7 @@ def executor(cuda: FakeCuda, max_graphs: int = 32) -> CUDAExecutor:
     return CUDAExecutor(ExecutorOptions(graph="whole", max_graphs=max_graphs), cuda)
 
 
-def chain(text: str = CHAIN, **functions: Any) -> tuple[Capture, Plan]:
+def chain(text: str = CHAIN, **functions: Any) -> tuple[CapturedProgram, Plan]:
     program = program_of(text)
     functions = {"send": lambda x: x * 3, "use": lambda y: y + 1} | functions
     return manual(program, **functions), lowered(program, 2, *STEPS)
@@ -76,12 +78,12 @@ def eager(e: CUDAExecutor) -> dict[str, int]:
 @pytest.mark.parametrize("model", ["llama", "moe"])
 @pytest.mark.parametrize("strategy", ["sequential", "nanoflow", "dual_batch"])
 def test_a_replay_equals_the_model(model: str, strategy: str) -> None:
-    """Through the Runtime: per bucket one eager run, one capture, then replays that launch nothing else."""
+    """Through the PlanCache: per bucket one eager run, one capture, then replays that launch nothing else."""
     cuda = FakeCuda()
     e = executor(cuda)
     capture = example(model)
-    plain = Runtime(capture, get_strategy("sequential")(), CUDAExecutor(cuda=FakeCuda()))
-    runtime = Runtime(capture, get_strategy(strategy)(), e)
+    plain = PlanCache(capture, get_strategy("sequential")(), CUDAExecutor(cuda=FakeCuda()))
+    plan_cache = PlanCache(capture, get_strategy(strategy)(), e)
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     for step in range(4):
         cuda.log.clear()
@@ -90,11 +92,11 @@ def test_a_replay_equals_the_model(model: str, strategy: str) -> None:
             x = torch.randn(tokens, HIDDEN)
             args = [x if n == "x" else tokens for n in names]
             (expected,) = plain.run(args, whole(batch, "the reference"))
-            (out,) = runtime.run(args, cut_evenly(batch, 2))
+            (out,) = plan_cache.run(args, cut_evenly(batch, 2))
             torch.testing.assert_close(out, expected)
         if step > 1:
             assert cuda.log == [("replay", "default")] * 2
-    (shown,) = report_of(runtime.strategy, "test", runtime.counts, [runtime])["executors"]
+    (shown,) = report_of(plan_cache.strategy, "test", plan_cache.counts, [plan_cache])["executors"]
     report = json.loads(json.dumps(shown))["graphs"]  # plain data
     assert report["eager"] == {"warm-up: the first run of a bucket": 2}
     assert [(g["bounds"], g["replays"]) for g in report["captured"]] == [([0, 4, 8], 3), ([0, 6, 12], 3)]

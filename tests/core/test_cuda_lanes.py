@@ -13,30 +13,30 @@ from support import TWO_NETWORK, program_of, replaced
 from test_mutations import closure
 from test_programs import random_plan
 
-from dynaflow_serving import examples
+from dynaflow_serving.capture import examples
+from dynaflow_serving.core.parse import parse_plan
+from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, ActionKind, Plan
+from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import PlanError
 from dynaflow_serving.executor.lanes import lanes, reorder
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Program, Step, StepKind
-from dynaflow_serving.lowering import lower
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.strategies import get_strategy
-from dynaflow_serving.verify import verify
 
 SEEN: Counter[str] = Counter()
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 16), micro_batches=st.integers(1, 4))
-def test_reordering_keeps_happens_before_and_issues_side_streams_last(
-    seed: int, size: int, micro_batches: int
-) -> None:
+def test_reordering_keeps_happens_before_and_issues_side_streams_last(seed: int, size: int, micro_batches: int) -> None:
     rng = random.Random(seed)
     if (planned := random_plan(rng, size, micro_batches)) is None:
         return
     program, plan = planned
     ordered = reorder(plan)
     for stream in plan.streams:
-        assert [s for s in ordered.steps if s.stream == stream] == [s for s in plan.steps if s.stream == stream]
-    assert len(ordered.steps) == len(plan.steps)
+        assert [s for s in ordered.actions if s.stream == stream] == [s for s in plan.actions if s.stream == stream]
+    assert len(ordered.actions) == len(plan.actions)
     assert closure(ordered) == closure(plan)
     verify(program, ordered)
     assert reorder(ordered) == ordered
@@ -46,17 +46,17 @@ def test_reordering_keeps_happens_before_and_issues_side_streams_last(
 
 
 def check_no_side_step_is_early(plan: Plan) -> None:
-    """When a side step is issued, the compute stream can go no further, or has ended."""
+    """When a side action is issued, the compute stream can go no further, or has ended."""
     recorded: set[int] = set()
-    compute = [s for s in plan.steps if s.stream == COMPUTE_STREAM]
+    compute = [s for s in plan.actions if s.stream == COMPUTE_STREAM]
     at = 0
-    for step in plan.steps:
-        if step.stream == COMPUTE_STREAM:
+    for action in plan.actions:
+        if action.stream == COMPUTE_STREAM:
             at += 1
         elif at < len(compute):
-            assert compute[at].kind is StepKind.WAIT and compute[at].event not in recorded
-        if step.kind is StepKind.RECORD:
-            recorded.add(step.event)
+            assert compute[at].kind is ActionKind.WAIT and compute[at].event not in recorded
+        if action.kind is ActionKind.RECORD:
+            recorded.add(action.event)
 
 
 def test_the_random_plans_are_mostly_reordered(report: pytest.FixtureRequest) -> None:
@@ -89,17 +89,17 @@ def test_lanes_do_not_grow_with_layers(model: str, strategy: str) -> None:
 
 def side_block(layers: int, order: str) -> Plan:
     """Per layer a fork f, a side block s, the main chain m n, a join j; `order` says how they are recorded."""
-    run: list[Step] = []
+    run: list[Action] = []
     for i in range(layers):
         fork, join = 2 * i, 2 * i + 1
-        steps = {op: Step(StepKind.RUN, COMPUTE_STREAM, (f"{op}{i}",), 0, 1) for op in "fmnj"}
-        block = [Step(StepKind.WAIT, "side", event=fork), Step(StepKind.RUN, "side", (f"s{i}",), 0, 1)]
+        actions = {op: Action(ActionKind.RUN, COMPUTE_STREAM, (f"{op}{i}",), 0, 1) for op in "fmnj"}
+        block = [Action(ActionKind.WAIT, "side", event=fork), Action(ActionKind.RUN, "side", (f"s{i}",), 0, 1)]
         for op in order:
             if op == "j":
-                run.append(Step(StepKind.WAIT, COMPUTE_STREAM, event=join))
-            run += [*block, Step(StepKind.RECORD, "side", event=join)] if op == "s" else [steps[op]]
+                run.append(Action(ActionKind.WAIT, COMPUTE_STREAM, event=join))
+            run += [*block, Action(ActionKind.RECORD, "side", event=join)] if op == "s" else [actions[op]]
             if op == "f":
-                run.append(Step(StepKind.RECORD, COMPUTE_STREAM, event=fork))
+                run.append(Action(ActionKind.RECORD, COMPUTE_STREAM, event=fork))
     return Plan("hand", "-", 1, (), tuple(run))
 
 
@@ -128,10 +128,10 @@ def test_verify_guards_against_a_free_that_relied_on_the_issue_order() -> None:
         compute | free y@0
         compute | wait e2
     """
-    plan = Plan.from_text(f"plan hand program={program.digest} micro_batches=1 depends=-\n{text}")
+    plan = parse_plan(f"plan hand program={program.digest} micro_batches=1 depends=-\n{text}")
     verify(program, plan)
     ordered = reorder(plan)
-    assert [s.operators for s in ordered.steps if s.operators] == [("make",), ("read",), ("other",)]
+    assert [s.operators for s in ordered.actions if s.operators] == [("make",), ("read",), ("other",)]
     with pytest.raises(PlanError, match="may reuse its memory too early"):
         verify(program, ordered)
-    assert closure(replaced(ordered, list(ordered.steps))) == closure(plan)
+    assert closure(replaced(ordered, list(ordered.actions))) == closure(plan)

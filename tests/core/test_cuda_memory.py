@@ -2,7 +2,7 @@
 
 The model knows nothing of the verifier: blocks are per stream, a freed block goes to the next allocation on its stream
 at once, in issue order, as in torch's caching allocator. A reuse is a race unless all that used the block before
-happens before the step that gets it.
+happens before the action that gets it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from support import TWO_NETWORK, program_of
 from test_mutations import closure
 from test_programs import random_plan
 
-from dynaflow_serving.dependencies import external_ports, tracked_values
+from dynaflow_serving.core.order import external_ports, tracked_values
+from dynaflow_serving.core.parse import parse_plan
+from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
+from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import PlanError
 from dynaflow_serving.executor.lanes import reorder
-from dynaflow_serving.ir import Instance, Plan, Program, Step, StepKind
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.verify import verify
 
 SEEN: Counter[str] = Counter()
 
@@ -31,8 +33,8 @@ SEEN: Counter[str] = Counter()
 class Block:
     stream: str
     live: set[Instance] = dataclasses.field(default_factory=set)  # instances that hold a reference
-    users: list[Step] = dataclasses.field(default_factory=list)
-    before: list[Step] = dataclasses.field(default_factory=list)  # who used the memory in its earlier lives
+    users: list[Action] = dataclasses.field(default_factory=list)
+    before: list[Action] = dataclasses.field(default_factory=list)  # who used the memory in its earlier lives
 
 
 def races(program: Program, plan: Plan) -> list[str]:
@@ -44,55 +46,55 @@ def races(program: Program, plan: Plan) -> list[str]:
     free: dict[str, list[Block]] = defaultdict(list)
     found: list[str] = []
 
-    def new(instance: Instance, step: Step) -> None:
-        old = free[step.stream].pop() if free[step.stream] else None
-        block[instance] = Block(step.stream, {instance}, [step], old.before + old.users if old else [])
+    def new(instance: Instance, action: Action) -> None:
+        old = free[action.stream].pop() if free[action.stream] else None
+        block[instance] = Block(action.stream, {instance}, [action], old.before + old.users if old else [])
         for user in block[instance].before:
             SEEN["reused"] += 1
-            if user.stream != step.stream and (identity(user), identity(step)) not in order:
-                found.append(f"{instance} in {step} while {user} may run")
+            if user.stream != action.stream and (identity(user), identity(action)) not in order:
+                found.append(f"{instance} in {action} while {user} may run")
 
-    def use(instance: Instance, step: Step) -> None:
+    def use(instance: Instance, action: Action) -> None:
         if instance in block:  # arguments belong to the caller
-            block[instance].users.append(step)
+            block[instance].users.append(action)
 
-    def share(instance: Instance, owner: Instance, step: Step) -> None:
+    def share(instance: Instance, owner: Instance, action: Action) -> None:
         if owner in block:
             block[owner].live.add(instance)
             block[instance] = block[owner]
-            use(instance, step)
+            use(instance, action)
 
-    for step in plan.steps:
-        if step.kind is StepKind.SPLIT:
-            share(step.instances[1], step.instances[0], step)
-        elif step.kind is StepKind.ALLOC:
-            for whole in step.instances:
-                new(whole, step)
+    for action in plan.actions:
+        if action.kind is ActionKind.SPLIT:
+            share(action.instances[1], action.instances[0], action)
+        elif action.kind is ActionKind.ALLOC:
+            for whole in action.instances:
+                new(whole, action)
                 parts.update({(whole.value, mb): whole for mb in range(whole.start, whole.stop)})
-        elif step.kind is StepKind.MERGE:
-            whole, *used = step.instances
+        elif action.kind is ActionKind.MERGE:
+            whole, *used = action.instances
             for part in used:
-                use(part, step)
+                use(part, action)
             if whole in block:
-                use(whole, step)
+                use(whole, action)
             else:
-                new(whole, step)
-        elif step.kind in (StepKind.RUN, StepKind.REPLACE):
-            inputs, outputs = external_ports(program, step.operators)
-            given = [Instance(v, step.start, step.stop) for v in inputs if v in tracked]
+                new(whole, action)
+        elif action.kind in (ActionKind.RUN, ActionKind.REPLACE):
+            inputs, outputs = external_ports(program, action.operators)
+            given = [Instance(v, action.start, action.stop) for v in inputs if v in tracked]
             for instance in given:
-                use(instance, step)
+                use(instance, action)
             for v in (v for v in outputs if v in tracked):
-                made, storage = Instance(v, step.start, step.stop), program.values[v].storage
+                made, storage = Instance(v, action.start, action.stop), program.values[v].storage
                 owner = next((i for i in given if program.values[i.value].storage == storage), None)
-                if v in step.into:
-                    share(made, parts[v, step.start], step)
+                if v in action.into:
+                    share(made, parts[v, action.start], action)
                 elif owner is not None:
-                    share(made, owner, step)
+                    share(made, owner, action)
                 elif storage == v:
-                    new(made, step)
-        elif step.kind is StepKind.FREE:
-            for instance in step.instances:
+                    new(made, action)
+        elif action.kind is ActionKind.FREE:
+            for instance in action.instances:
                 if instance in block:
                     owner_block = block.pop(instance)
                     owner_block.live.discard(instance)
@@ -101,8 +103,8 @@ def races(program: Program, plan: Plan) -> list[str]:
     return found
 
 
-def identity(step: Step) -> Step:
-    return dataclasses.replace(step, stream="")
+def identity(action: Action) -> Action:
+    return dataclasses.replace(action, stream="")
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -119,11 +121,11 @@ def test_no_verified_plan_reuses_memory_too_early(seed: int, size: int, micro_ba
         SEEN["plans"] += 1
 
 
-def mentioned(program: Program, step: Step) -> set[Instance]:
-    if not step.operators:
-        return set(step.instances)
-    ports = external_ports(program, step.operators)
-    return {Instance(v, step.start, step.stop) for side in ports for v in side}
+def mentioned(program: Program, action: Action) -> set[Instance]:
+    if not action.operators:
+        return set(action.instances)
+    ports = external_ports(program, action.operators)
+    return {Instance(v, action.start, action.stop) for side in ports for v in side}
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -135,18 +137,20 @@ def test_a_free_moved_up_to_the_last_reader_is_rejected_wherever_the_model_sees_
     if (planned := random_plan(rng, size, micro_batches)) is None:
         return
     program, plan = planned
-    frees = [i for i, s in enumerate(plan.steps) if s.kind is StepKind.FREE]
+    frees = [i for i, s in enumerate(plan.actions) if s.kind is ActionKind.FREE]
     if not frees:
         return
     i = frees[-1]  # the join, if anything crosses streams
-    step, steps = plan.steps[i], list(plan.steps)
-    instance = rng.choice(step.instances)
-    last = max(j for j, s in enumerate(plan.steps[:i]) if instance in mentioned(program, s))
-    early = dataclasses.replace(step, instances=(instance,), stream=rng.choice((plan.steps[last].stream, step.stream)))
-    rest = tuple(x for x in step.instances if x != instance)
-    steps[i : i + 1] = [dataclasses.replace(step, instances=rest)] if rest else []
-    steps.insert(rng.randint(last + 1, i), early)
-    moved = dataclasses.replace(plan, steps=tuple(steps))
+    action, actions = plan.actions[i], list(plan.actions)
+    instance = rng.choice(action.instances)
+    last = max(j for j, s in enumerate(plan.actions[:i]) if instance in mentioned(program, s))
+    early = dataclasses.replace(
+        action, instances=(instance,), stream=rng.choice((plan.actions[last].stream, action.stream))
+    )
+    rest = tuple(x for x in action.instances if x != instance)
+    actions[i : i + 1] = [dataclasses.replace(action, instances=rest)] if rest else []
+    actions.insert(rng.randint(last + 1, i), early)
+    moved = dataclasses.replace(plan, actions=tuple(actions))
     try:
         verify(program, moved)
     except PlanError:
@@ -177,7 +181,7 @@ def test_the_model_sees_a_race() -> None:
         network | record e2
         compute | wait e2
     """
-    plan = Plan.from_text(f"plan hand program={program.digest} micro_batches=1 depends=-\n{text}")
+    plan = parse_plan(f"plan hand program={program.digest} micro_batches=1 depends=-\n{text}")
     assert len(races(program, plan)) == 1
     with pytest.raises(PlanError, match="may reuse its memory too early"):
         verify(program, plan)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from support import IN_PLACE, TWO_STREAMS, lowered, manual, no_context, program_of, replaced, without
 
+from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import StepKind
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_missing_wait_corrupts_the_result_and_the_wait_repairs_it(cpu: CPUExec
     assert torch.equal(right, (x + 1) * 2)
     started.clear()
     has_read.clear()
-    racy = without(plan, StepKind.WAIT, "compute")
+    racy = without(plan, ActionKind.WAIT, "compute")
     (wrong,) = cpu.bind(capture, racy, {})([x], [0, 3], no_context)
     assert torch.equal(wrong, x * 2)
 
@@ -213,8 +213,8 @@ def test_a_plan_that_frees_early_gives_nan_or_fails() -> None:
     capture = manual(program, first=torch.clone, second=lambda y: out[-1] * 2 if y is None else y * 2)
     capture.functions["first"] = lambda x: out.append(x.clone()) or out[-1]
     plan = lowered(program, 1, ("first", 0, "compute"), ("second", 0, "compute"))
-    free = next(s for s in plan.steps if s.kind is StepKind.FREE)
-    rest = [s for s in plan.steps if s is not free]
+    free = next(s for s in plan.actions if s.kind is ActionKind.FREE)
+    rest = [s for s in plan.actions if s is not free]
     early = replaced(plan, [rest[0], free, *rest[1:]])
     (z,) = SequentialExecutor().bind(capture, early, {})([torch.ones(3)], [0, 3], no_context)
     assert z.isnan().all()

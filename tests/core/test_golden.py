@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from support import example
 
+from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.plan import COMPUTE_STREAM, ActionKind, Plan
 from dynaflow_serving.errors import PlanError
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Program, StepKind
-from dynaflow_serving.lowering import lower
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import happens_before, verify
 from dynaflow_serving.strategies import get_strategy
-from dynaflow_serving.verify import happens_before, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(m, s, 2) for m in ("llama", "moe") for s in ("sequential", "nanoflow", "dual_batch")]
@@ -26,7 +27,7 @@ def golden_file(model: str, strategy: str, micro_batches: int) -> Path:
 
 
 def golden_plan(model: str, strategy: str, micro_batches: int = 2) -> Plan:
-    return Plan.from_text(golden_file(model, strategy, micro_batches).read_text())
+    return parse_plan(golden_file(model, strategy, micro_batches).read_text())
 
 
 @pytest.mark.parametrize(("model", "strategy", "micro_batches"), CASES)
@@ -40,8 +41,8 @@ def test_golden(model: str, strategy: str, micro_batches: int, request: pytest.F
         GOLDEN.mkdir(exist_ok=True)
         file.write_text(text)
     assert text == file.read_text(), "the plan has changed; if that is right: pytest tests/core --update-golden"
-    assert Program.from_text(text) == program
-    assert Plan.from_text(text) == plan
+    assert parse_program(text) == program
+    assert parse_plan(text) == plan
 
 
 class Order:
@@ -49,8 +50,8 @@ class Order:
 
     def __init__(self, plan: Plan) -> None:
         self.before = happens_before(plan)
-        self.at = {(s.operators[0], s.start): i for i, s in enumerate(plan.steps) if s.kind is StepKind.RUN}
-        self.stream = {key: plan.steps[i].stream for key, i in self.at.items()}
+        self.at = {(s.operators[0], s.start): i for i, s in enumerate(plan.actions) if s.kind is ActionKind.RUN}
+        self.stream = {key: plan.actions[i].stream for key, i in self.at.items()}
 
     def ordered(self, a: tuple[str, int], b: tuple[str, int]) -> bool:
         return bool(self.before[self.at[b]] >> self.at[a] & 1)
@@ -112,9 +113,9 @@ def test_branches_run_the_two_streams_of_a_dit_block_side_by_side() -> None:
 
 def test_error_shows_the_grid() -> None:
     plan = golden_plan("llama", "nanoflow")
-    program = Program.from_text(golden_file("llama", "nanoflow", 2).read_text())
-    i = next(i for i, s in enumerate(plan.steps) if s.kind is StepKind.WAIT)
-    broken = Plan(plan.strategy, plan.program, 2, (), plan.steps[:i] + plan.steps[i + 1 :])
+    program = parse_program(golden_file("llama", "nanoflow", 2).read_text())
+    i = next(i for i, s in enumerate(plan.actions) if s.kind is ActionKind.WAIT)
+    broken = Plan(plan.strategy, plan.program, 2, (), plan.actions[:i] + plan.actions[i + 1 :])
     with pytest.raises(PlanError, match=r"(?s)read without waiting.*compute.*network.*<-- ERROR HERE"):
         verify(program, broken)
 

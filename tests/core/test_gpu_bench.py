@@ -30,11 +30,12 @@ from benchmarks.gpu import corun, models, stack
 from benchmarks.gpu.limits import Limits, Work, measure
 from benchmarks.gpu.report import losses, rows_of, table
 from benchmarks.gpu.timing import ROUNDS, WARM_UP, Measured, Outcome, Section, Spread, in_turn, run_sections
-from dynaflow_serving.executor import CPUExecutor, CUDAExecutor, Executor, ExecutorOptions, SequentialExecutor
+from dynaflow_serving.config import ExecutorOptions
+from dynaflow_serving.core.batch import Batch, MicroBatch, Split
+from dynaflow_serving.executor import CPUExecutor, CUDAExecutor, Executor, SequentialExecutor
 from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
-from dynaflow_serving.ir import Batch, MicroBatch, Split
-from dynaflow_serving.splitting import cut_at_tokens, cut_evenly, whole
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.strategy.splitting import cut_at_tokens, cut_evenly, whole
 
 LIMITS = Limits(bytes_per_s=1e12, flops_per_s=1e14)
 BATCH = Batch((1,) * 3 + (5, 4), (7,) * 3 + (0, 0))

@@ -1,9 +1,9 @@
 """Every small mutation of every golden plan: rejected by the verifier, or shown to compute the same.
 
 A mutant that `verify` accepts is one of
-- harmless: the same work steps with the same happens-before closure as the golden plan, where work steps
+- harmless: the same work actions with the same happens-before closure as the golden plan, where work actions
   are all but RECORD and WAIT, and the closure includes the entry and the return of the plan;
-- another valid schedule: the same work steps, and every two of them that *conflict* (both touch one
+- another valid schedule: the same work actions, and every two of them that *conflict* (both touch one
   instance, buffer or collective group, at least one of them changes it) are in the same order as in the
   golden plan. Such plans compute the same values in any interleaving. As a second opinion, some of them are
   run on real threads with random delays and compared bitwise.
@@ -23,79 +23,81 @@ import torch
 from support import arguments, example, replaced
 from test_golden import CASES, golden_file
 
+from dynaflow_serving.capture.examples import HIDDEN
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, ActionKind, Plan
+from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import PlanError
-from dynaflow_serving.examples import HIDDEN
 from dynaflow_serving.executor import Executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan, Program, Step, StepKind
-from dynaflow_serving.partition import Capture
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.verify import verify
 
-EVENTS = (StepKind.RECORD, StepKind.WAIT)
+EVENTS = (ActionKind.RECORD, ActionKind.WAIT)
 ENTRY, END = -1, -2
 Closure = set[tuple[object, object]]
 
 
 def mutants(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    steps = list(plan.steps)
-    for i, step in enumerate(steps):
-        yield f"omit {step.kind}", replaced(plan, steps[:i] + steps[i + 1 :])
-        yield f"duplicate {step.kind}", replaced(plan, [*steps[: i + 1], *steps[i:]])
-        for stream in {*plan.streams, "other"} - {step.stream}:
-            moved = dataclasses.replace(step, stream=stream)
-            yield f"move {step.kind} to another stream", replaced(plan, [*steps[:i], moved, *steps[i + 1 :]])
-        if step.kind is StepKind.FREE:
+    actions = list(plan.actions)
+    for i, action in enumerate(actions):
+        yield f"omit {action.kind}", replaced(plan, actions[:i] + actions[i + 1 :])
+        yield f"duplicate {action.kind}", replaced(plan, [*actions[: i + 1], *actions[i:]])
+        for stream in {*plan.streams, "other"} - {action.stream}:
+            moved = dataclasses.replace(action, stream=stream)
+            yield f"move {action.kind} to another stream", replaced(plan, [*actions[:i], moved, *actions[i + 1 :]])
+        if action.kind is ActionKind.FREE:
             for j in range(i):
-                yield "free earlier", replaced(plan, [*steps[:j], step, *steps[j:i], *steps[i + 1 :]])
-        if i and steps[i - 1].kind is not step.kind:
-            yield "swap neighbours", replaced(plan, [*steps[: i - 1], step, steps[i - 1], *steps[i + 1 :]])
+                yield "free earlier", replaced(plan, [*actions[:j], action, *actions[j:i], *actions[i + 1 :]])
+        if i and actions[i - 1].kind is not action.kind:
+            yield "swap neighbours", replaced(plan, [*actions[: i - 1], action, actions[i - 1], *actions[i + 1 :]])
 
 
 def identities(plan: Plan) -> list[object]:
-    """What a step does, its stream left out: the same step in golden plan and mutant."""
-    return [dataclasses.replace(s, stream="") if s.kind not in EVENTS else None for s in plan.steps]
+    """What an action does, its stream left out: the same action in golden plan and mutant."""
+    return [dataclasses.replace(s, stream="") if s.kind not in EVENTS else None for s in plan.actions]
 
 
 def closure(plan: Plan) -> Closure:
-    """(earlier, later) pairs of work steps, ENTRY and END. Raises `ValueError` for a wait without a record."""
+    """(earlier, later) pairs of work actions, ENTRY and END. Raises `ValueError` for a wait without a record."""
     ids = identities(plan)
-    reach: list[set[object]] = []  # per step: what is finished when it is
+    reach: list[set[object]] = []  # per action: what is finished when it is
     last: dict[str, set[object]] = {COMPUTE_STREAM: {ENTRY}}
     events: dict[int, set[object]] = {}
     pairs: Closure = set()
-    for step, me in zip(plan.steps, ids, strict=True):
-        before = last.get(step.stream, set())
-        if step.kind is StepKind.WAIT:
-            if step.event not in events:
+    for action, me in zip(plan.actions, ids, strict=True):
+        before = last.get(action.stream, set())
+        if action.kind is ActionKind.WAIT:
+            if action.event not in events:
                 raise ValueError("a wait comes before its record")
-            before = before | events[step.event]
-        if step.kind is StepKind.RECORD:
-            events[step.event] = before
+            before = before | events[action.event]
+        if action.kind is ActionKind.RECORD:
+            events[action.event] = before
         if me is not None:
             pairs |= {(b, me) for b in before}
             before = before | {me}
         reach.append(before)
-        last[step.stream] = before
+        last[action.stream] = before
     return pairs | {(b, END) for b in last[COMPUTE_STREAM]}
 
 
-def touches(program: Program, step: Step) -> tuple[set[object], set[object]]:
+def touches(program: Program, action: Action) -> tuple[set[object], set[object]]:
     """(read, changed): instances, merge buffers and collective groups."""
-    if step.kind in (StepKind.RUN, StepKind.REPLACE):
-        (op,) = (program.by_name[n] for n in step.operators)
+    if action.kind in (ActionKind.RUN, ActionKind.REPLACE):
+        (op,) = (program.by_name[n] for n in action.operators)
         assert not op.writes and not op.reads, "the examples write nothing in place"
-        reads = {(v, step.start, step.stop) for v in op.inputs}
-        changes: set[object] = {(v, step.start, step.stop) for v in op.outputs}
+        reads = {(v, action.start, action.stop) for v in op.inputs}
+        changes: set[object] = {(v, action.start, action.stop) for v in op.outputs}
         if op.group:
             changes.add(("group", op.group))
-        return {*reads, *(("buffer", v) for v in step.into)}, changes
-    ids = [(i.value, i.start, i.stop) for i in step.instances]
-    if step.kind is StepKind.SPLIT:
+        return {*reads, *(("buffer", v) for v in action.into)}, changes
+    ids = [(i.value, i.start, i.stop) for i in action.instances]
+    if action.kind is ActionKind.SPLIT:
         return {ids[0]}, {ids[1]}
-    if step.kind is StepKind.MERGE:
+    if action.kind is ActionKind.MERGE:
         return {*ids[1:]}, {ids[0], ("buffer", ids[0][0])}
-    if step.kind is StepKind.ALLOC:
+    if action.kind is ActionKind.ALLOC:
         return set(), {*ids, *(("buffer", v) for v, _, _ in ids)}
     return set(), set(ids)
 
@@ -103,7 +105,7 @@ def touches(program: Program, step: Step) -> tuple[set[object], set[object]]:
 def conflicts(program: Program, golden: Plan) -> Closure:
     """Ordered pairs of the golden plan that every equivalent plan must keep."""
     ids = identities(golden)
-    parts = {me: touches(program, s) for s, me in zip(golden.steps, ids, strict=True) if me is not None}
+    parts = {me: touches(program, s) for s, me in zip(golden.actions, ids, strict=True) if me is not None}
     kept: Closure = set()
     for a, b in closure(golden):
         if a is ENTRY or b is END:
@@ -117,17 +119,17 @@ def conflicts(program: Program, golden: Plan) -> Closure:
 
 def same_memory_order(golden: Plan, mutant: Plan, order: Closure) -> bool:
     """A FREE that changed streams: what the allocating stream issues later must come after it."""
-    where = {me: s.stream for s, me in zip(golden.steps, identities(golden), strict=True) if me is not None}
+    where = {me: s.stream for s, me in zip(golden.actions, identities(golden), strict=True) if me is not None}
     ids = identities(mutant)
-    for i, (step, me) in enumerate(zip(mutant.steps, ids, strict=True)):
-        if step.kind is StepKind.FREE and step.stream != where[me]:
-            for later, other in zip(mutant.steps[i + 1 :], ids[i + 1 :], strict=True):
+    for i, (action, me) in enumerate(zip(mutant.actions, ids, strict=True)):
+        if action.kind is ActionKind.FREE and action.stream != where[me]:
+            for later, other in zip(mutant.actions[i + 1 :], ids[i + 1 :], strict=True):
                 if other is not None and later.stream == where[me] and (me, other) not in order:
                     return False
     return True
 
 
-def delayed(capture: Capture, rng: random.Random) -> Capture:
+def delayed(capture: CapturedProgram, rng: random.Random) -> CapturedProgram:
     """The operators of `capture`, each after a random pause, so that a missing wait shows."""
 
     def slow(fn: Callable[..., object]) -> Callable[..., object]:
@@ -142,7 +144,7 @@ def delayed(capture: Capture, rng: random.Random) -> Capture:
     return dataclasses.replace(capture, functions=functions, into=into)
 
 
-def run(executor: Executor, capture: Capture, plan: Plan) -> torch.Tensor:
+def run(executor: Executor, capture: CapturedProgram, plan: Plan) -> torch.Tensor:
     x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1))
     inputs = {"x": x}
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
@@ -155,8 +157,8 @@ def run(executor: Executor, capture: Capture, plan: Plan) -> torch.Tensor:
 @pytest.mark.parametrize(("model", "strategy", "micro_batches"), CASES)
 def test_mutants(model: str, strategy: str, micro_batches: int, report: Callable[[str], None]) -> None:
     text = golden_file(model, strategy, micro_batches).read_text()
-    program, plan = Program.from_text(text), Plan.from_text(text)
-    assert len(set(identities(plan)) - {None}) == sum(s.kind not in EVENTS for s in plan.steps)
+    program, plan = parse_program(text), parse_plan(text)
+    assert len(set(identities(plan)) - {None}) == sum(s.kind not in EVENTS for s in plan.actions)
     verify(program, plan)  # the plan itself is never rejected
     golden_closure, must = closure(plan), conflicts(program, plan)
     work = Counter(identities(plan))
@@ -200,6 +202,6 @@ def test_mutants(model: str, strategy: str, micro_batches: int, report: Callable
 def test_the_proof_can_fail() -> None:
     """Without a wait the closure loses a conflict: the classes above are not empty talk."""
     text = golden_file("llama", "nanoflow", 2).read_text()
-    program, plan = Program.from_text(text), Plan.from_text(text)
-    i = next(i for i, s in enumerate(plan.steps) if s.kind is StepKind.WAIT)
-    assert conflicts(program, plan) - closure(replaced(plan, [*plan.steps[:i], *plan.steps[i + 1 :]]))
+    program, plan = parse_program(text), parse_plan(text)
+    i = next(i for i, s in enumerate(plan.actions) if s.kind is ActionKind.WAIT)
+    assert conflicts(program, plan) - closure(replaced(plan, [*plan.actions[:i], *plan.actions[i + 1 :]]))

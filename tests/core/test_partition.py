@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from support import arguments, capture, names, trace
 from torch import fx, nn
 
-from dynaflow_serving.annotations import SplitFunc, SplitModule, mark
+from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.symbols import batch_symbols
+from dynaflow_serving.capture.mark import mark
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.program import Resource, Scope
 from dynaflow_serving.errors import AnnotationError, PartitionError
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import Resource, Scope
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.partition import Capture, partition
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.strategies import get_strategy
-from dynaflow_serving.torch_backend import batch_symbols
-from dynaflow_serving.verify import verify
+from dynaflow_serving.strategy.rules import SplitFunc, SplitModule
 
 
-def run_split(c: Capture, inputs: dict[str, torch.Tensor], total: int, cuts: tuple[int, ...] = (3,)) -> Any:
+def run_split(c: CapturedProgram, inputs: dict[str, torch.Tensor], total: int, cuts: tuple[int, ...] = (3,)) -> Any:
     """The outputs under NanoFlow's order, on the sequential executor."""
     plan = lower(get_strategy("nanoflow")().record(c.program, len(cuts) + 1), "nanoflow")
     verify(c.program, plan)
@@ -79,7 +81,7 @@ def test_split_module_at_dynamo_level(target: Any) -> None:
     assert [o.name for o in c.program.operators if "b" in o.tags] == ["blocks.0.block", "blocks.1.block"]
 
 
-def aot(fn: Callable[..., Any], *examples: torch.Tensor, rules: Any = ()) -> tuple[Capture, fx.GraphModule]:
+def aot(fn: Callable[..., Any], *examples: torch.Tensor, rules: Any = ()) -> tuple[CapturedProgram, fx.GraphModule]:
     """`fn` at the ATen level."""
     from torch._dynamo.backends.common import aot_autograd
 
@@ -402,7 +404,7 @@ def test_a_scalar_first_argument_has_no_out_form(build: Any) -> None:
 
 
 def test_hidden_mutation_is_refused() -> None:
-    from dynaflow_serving.partition.effects import written_arguments
+    from dynaflow_serving.capture.fx.effects import written_arguments
 
     class Mutating(torch._ops.HigherOrderOperator):
         def __init__(self) -> None:

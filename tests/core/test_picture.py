@@ -20,20 +20,23 @@ from support import manual, program_of
 from dynaflow_serving.bench.engines import ENGINES, Engine
 from dynaflow_serving.bench.one_step import one_step
 from dynaflow_serving.config import Config, load
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.plan import ActionKind
+from dynaflow_serving.core.timeline import Timeline, spans_of
 from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.executor.cpu import CPUExecutor
-from dynaflow_serving.ir import Batch, Plan, Program, StepKind
 from dynaflow_serving.picture.comparison import Comparison, compare, operator_times
 from dynaflow_serving.picture.engine import IN_TURN, compare_in_engine
 from dynaflow_serving.picture.figure import assert_can_draw, draw
 from dynaflow_serving.picture.measure import measured_and_predicted
 from dynaflow_serving.picture.page import Caption, render
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.scheduler import OpScheduler, Schedule
-from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies.branches import Branches
 from dynaflow_serving.strategies.nanoflow import NanoFlow, NanoFlowOptions
-from dynaflow_serving.timeline import Timeline, spans_of
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 SVG = "{http://www.w3.org/2000/svg}"
 MS = 0.03  # seconds that an operator sleeps
@@ -51,16 +54,16 @@ def executor() -> Iterator[CPUExecutor]:
     executor.close()
 
 
-def chain(strategy: OpScheduler, executor: CPUExecutor) -> Runtime:
+def chain(strategy: OpScheduler, executor: CPUExecutor) -> PlanCache:
     program = program_of(CHAIN)
-    return Runtime(manual(program, **{o.name: sleeps for o in program.operators}), strategy, executor)
+    return PlanCache(manual(program, **{o.name: sleeps for o in program.operators}), strategy, executor)
 
 
 @pytest.fixture(scope="module")
 def comparison(executor: CPUExecutor) -> Comparison:
     """CHAIN in two micro-batches of 4 tokens, on real threads."""
-    runtime = chain(NanoFlow(), executor)
-    return measured_and_predicted(runtime, cut_evenly(Batch((8,)), 2), [torch.zeros(8, 1)], runs=3)
+    plan_cache = chain(NanoFlow(), executor)
+    return measured_and_predicted(plan_cache, cut_evenly(Batch((8,)), 2), [torch.zeros(8, 1)], runs=3)
 
 
 def test_a_prediction_from_operators_in_turn_meets_what_is_measured(comparison: Comparison) -> None:
@@ -80,14 +83,14 @@ def test_a_prediction_from_operators_in_turn_meets_what_is_measured(comparison: 
 
 
 def test_a_plan_of_one_micro_batch_is_measured_too(executor: CPUExecutor) -> None:
-    runtime = chain(Branches(), executor)
-    split = runtime.decide(Batch((4,)))
-    found = measured_and_predicted(runtime, split, [torch.zeros(4, 1)], runs=1)
+    plan_cache = chain(Branches(), executor)
+    split = plan_cache.decide(Batch((4,)))
+    found = measured_and_predicted(plan_cache, split, [torch.zeros(4, 1)], runs=1)
     assert found.tokens == (4,) and found.measured.plan.strategy == "branches"
 
 
 def test_times_of_single_operators_are_medians_over_the_runs() -> None:
-    plan = Plan.from_text("plan a program=0 micro_batches=1 depends=-\ncompute | run x @0\ncompute | run y @0\n")
+    plan = parse_plan("plan a program=0 micro_batches=1 depends=-\ncompute | run x @0\ncompute | run y @0\n")
     runs = [Timeline(plan, spans_of(plan, [(0, 0.0, x), (1, 10.0, 10 + y)]), frozenset(), False)
             for x, y in ((1, 5), (2, 9), (9, 7))]  # fmt: skip
     assert operator_times(runs) == {("x", 0): 2, ("y", 0): 7}
@@ -118,10 +121,10 @@ def test_every_span_is_a_bar_with_a_tooltip_and_what_was_simulated_is_called_so(
     for number, (s, kind) in enumerate(zip(shown, ("measured", "measured", "simulated"), strict=True)):
         for span in s.timeline.spans:
             title = found[f"bar{number}-{span.index}"]
-            assert title.endswith(kind) and f"stream {span.step.stream}, step {span.index}" in title
-            if span.step.operators:
-                assert f"run {span.step.operators[0]} @{span.step.start}" in title
-                assert ("network operator" in title) == span.step.operators[0].startswith("n")
+            assert title.endswith(kind) and f"stream {span.action.stream}, action {span.index}" in title
+            if span.action.operators:
+                assert f"run {span.action.operators[0]} @{span.action.start}" in title
+                assert ("network operator" in title) == span.action.operators[0].startswith("n")
     written = texts(svg)
     assert {"a title", "measured on <that> machine", "network", "micro-batch 1: 4 tokens"} <= set(written)
     headings = [t for t in written if t.startswith(("un-split, measured: ", "plan, measured: ", "plan, predicted: "))]
@@ -155,7 +158,7 @@ def test_equal_comparisons_give_equal_files_and_nothing_outside_is_referred_to(c
 def test_many_layers_make_a_wide_picture(comparison: Comparison) -> None:
     """A plan of 400 steps: as wide as its bars need."""
     lines = "\n".join(f"compute | run layers.{i}.attention @{mb}" for i in range(200) for mb in (0, 1))
-    plan = Plan.from_text(f"plan a program=0 micro_batches=2 depends=-\n{lines}\n")
+    plan = parse_plan(f"plan a program=0 micro_batches=2 depends=-\n{lines}\n")
     marks = [(i, float(i), i + 1.0) for i in range(400)]
     run = dataclasses.replace(comparison.planned, timeline=Timeline(plan, spans_of(plan, marks), frozenset(), False))
     svg = draw(dataclasses.replace(comparison, unsplit=None, planned=run, predicted=run))
@@ -187,9 +190,9 @@ class Fused(OpScheduler):
 
 
 def test_a_page_shows_kernels_merged_steps_and_escapes_names(executor: CPUExecutor) -> None:
-    runtime = chain(Fused(), executor)
-    found = measured_and_predicted(runtime, cut_evenly(Batch((8,)), 2), [torch.zeros(8, 1)], runs=1)
-    assert any(s.kind is StepKind.REPLACE for s in found.measured.plan.steps)
+    plan_cache = chain(Fused(), executor)
+    found = measured_and_predicted(plan_cache, cut_evenly(Batch((8,)), 2), [torch.zeros(8, 1)], runs=1)
+    assert any(s.kind is ActionKind.REPLACE for s in found.measured.plan.actions)
     page = render([found, found], Caption("<b>title</b>", ("a note", "another")), "dynaflow explain '<x>'")
     assert "<b>title" not in page and "&lt;b&gt;title&lt;/b&gt;" in page and "&lt;x&gt;" in page
     assert "fu&lt;sed&gt;" in page and "fu<sed>" not in page
@@ -224,7 +227,7 @@ def test_the_page_has_every_operator_with_its_times_and_the_plan(comparison: Com
         row = page[page.index(f'<td class="text">{name}</td>') :]
         assert f"<td>{seconds * 1e6:,.0f}</td>" in row[: row.index("</tr>")], (name, mb)
     assert comparison.measured.plan.to_text().splitlines()[1].replace(">", "&gt;") in page
-    assert Program.from_text(CHAIN_TEXT := comparison.program.to_text()) and CHAIN_TEXT.splitlines()[1] in page
+    assert parse_program(CHAIN_TEXT := comparison.program.to_text()) and CHAIN_TEXT.splitlines()[1] in page
     assert f"{comparison.measured.hidden_network:.0%}" in page
 
 
@@ -246,7 +249,7 @@ from support import manual, program_of
 from dynaflow_serving.bench.drivers import EngineInfo
 from dynaflow_serving.config import load
 from dynaflow_serving.integrations.session import Session
-from dynaflow_serving.ir import Batch
+from dynaflow_serving.core.batch import Batch
 
 def operator(x):
     time.sleep(0.0005 * len(x))
@@ -256,7 +259,7 @@ class Small:
     def start(self, settings):
         self.session = Session(load(settings.dynaflow), "cpu", "small", logging.getLogger("small"))
         program = program_of(CHAIN)
-        self.runtime = self.session.add(manual(program, **{{o.name: operator for o in program.operators}}))
+        self.plan_cache = self.session.add(manual(program, **{{o.name: operator for o in program.operators}}))
         self.passes = 0
         return EngineInfo("1", 100, "here")
 
@@ -268,9 +271,9 @@ class Small:
             split = self.session.begin(batch)
             x = torch.zeros(sum(batch.tokens), 1)
             if self.session.micro_batches:
-                (out,) = self.session.plan(self.runtime)([x], split.bounds, lambda mb: None)
+                (out,) = self.session.plan(self.plan_cache)([x], split.bounds, lambda mb: None)
             else:
-                out = self.runtime.run_whole([x], len(x))[0]
+                out = self.plan_cache.run_whole([x], len(x))[0]
             self.session.end()
             assert torch.equal(out, x + 4)
         return [[0] for _ in requests]

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from policy_support import Engine, fixed, per_token
 
 from dynaflow_serving.config import load
+from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.ir import Batch, Split
 from dynaflow_serving.policy import table as tables
 from dynaflow_serving.policy.bucket import DECODE, MIXED, PREFILL, Bucket, Limits, bucket_of, representatives
 from dynaflow_serving.policy.effects import Facts, SideEffects
@@ -26,16 +26,16 @@ from dynaflow_serving.policy.show import as_text, log_lines
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.policy.tuner import Tuner, conclude, noise
-from dynaflow_serving.ranks import Ranks
-from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.strategies.auto import COMPARING, NOT_DECIDED, SWITCHED_OFF, Auto
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 BATCH = Batch((8,) * 8)
 HERE = logging.getLogger("test")
 
 
 def tune(engine: Engine) -> Table:
-    return Tuner(engine.steps, engine.steps.runtimes, engine, engine.facts, engine.ranks).tune()
+    return Tuner(engine.steps, engine.steps.plan_caches, engine, engine.facts, engine.ranks).tune()
 
 
 def tune_until_adopted(engine: Engine, attempts: int = 4) -> Table:
@@ -281,7 +281,7 @@ def test_time_saved_is_estimated_from_the_last_comparison() -> None:
 
 # -- the file ------------------------------------------------------------------------------------------
 def start(engine: Engine) -> Table:
-    return start_policy(engine.steps, engine.steps.runtimes, engine, engine.facts, engine.ranks, HERE)
+    return start_policy(engine.steps, engine.steps.plan_caches, engine, engine.facts, engine.ranks, HERE)
 
 
 def test_a_table_is_kept_and_read_for_the_same_key_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,12 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.plan import ActionKind, Plan
+from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.errors import ScheduleError, TextError
-from dynaflow_serving.ir import Operator, Plan, Program, Resource, Scope, StepKind, Value
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.scheduler import Schedule
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.strategies import get_strategy
-from dynaflow_serving.verify import verify
+from dynaflow_serving.strategy.schedule import Schedule
 
 SEEN: Counter[str] = Counter()
 
@@ -100,22 +102,22 @@ def test_what_lowering_returns_is_correct(seed: int, size: int, micro_batches: i
     program = random_program(rng, size)
     pairs = [(i, j) for i in range(micro_batches) for j in range(i + 1, micro_batches)]
     depends = sorted(rng.sample(pairs, rng.randint(0, len(pairs))))
-    assert Program.from_text(program.to_text()) == program
-    assert Program.from_text(program.to_text()).to_text() == program.to_text()
+    assert parse_program(program.to_text()) == program
+    assert parse_program(program.to_text()).to_text() == program.to_text()
     try:
         plan = lower(random_schedule(rng, program, micro_batches, depends), "random", zero_copy=rng.random() < 0.8)
     except ScheduleError:
         SEEN["refused"] += 1
         return
     SEEN["accepted"] += 1
-    SEEN["merges"] += sum(s.kind is StepKind.MERGE for s in plan.steps)
-    SEEN["waits"] += sum(s.kind is StepKind.WAIT for s in plan.steps)
-    SEEN["buffers"] += sum(s.kind is StepKind.ALLOC for s in plan.steps)
+    SEEN["merges"] += sum(s.kind is ActionKind.MERGE for s in plan.actions)
+    SEEN["waits"] += sum(s.kind is ActionKind.WAIT for s in plan.actions)
+    SEEN["buffers"] += sum(s.kind is ActionKind.ALLOC for s in plan.actions)
     verify(program, plan)
-    assert Plan.from_text(plan.to_text()) == plan
-    assert Plan.from_text(plan.to_text()).to_text() == plan.to_text()
+    assert parse_plan(plan.to_text()) == plan
+    assert parse_plan(plan.to_text()).to_text() == plan.to_text()
     both = program.to_text() + "\n# a comment\n" + plan.to_text()
-    assert (Program.from_text(both), Plan.from_text(both)) == (program, plan)
+    assert (parse_program(both), parse_plan(both)) == (program, plan)
 
 
 def test_the_random_programs_are_mostly_accepted(report: Callable[[str], None]) -> None:
@@ -137,7 +139,7 @@ def test_a_program_of_a_thousand_operators_is_planned_in_seconds() -> None:
     plan = lower(get_strategy("nanoflow")().record(program, 2, [(0, 1)]), "nanoflow")
     verify(program, plan)
     assert time.perf_counter() - started < 10  # about 1 s where nothing else runs
-    assert sum(s.kind is StepKind.RUN for s in plan.steps) == 2000
+    assert sum(s.kind is ActionKind.RUN for s in plan.actions) == 2000
 
 
 def test_names_that_look_like_headers_round_trip() -> None:
@@ -145,29 +147,33 @@ def test_names_that_look_like_headers_round_trip() -> None:
     program = Program(
         ("program",), ("plan",), values, (Operator("op", Resource.COMPUTE, ("program",), ("plan",)),), "a | b: c"
     )
-    assert Program.from_text(program.to_text()) == program
+    assert parse_program(program.to_text()) == program
     s = Schedule(Program(program.inputs, program.outputs, values, program.operators), 2)
     for task in s.get_ready_ops():
         s.execute(task, "program")
     plan = lower(s, "x")
-    assert Plan.from_text(plan.to_text()) == plan
-    assert Plan.from_text(program.to_text() + plan.to_text()) == plan
+    assert parse_plan(plan.to_text()) == plan
+    assert parse_plan(program.to_text() + plan.to_text()) == plan
 
 
 @pytest.mark.parametrize(
-    ("cls", "text", "message"),
+    ("parse", "text", "message"),
     [
-        (Plan, "plan x", "line 1: 'plan x' is not 'plan NAME"),
-        (Plan, "plan x program=1 micro_batches=1 depends=-\ncompute | jump a@0", "line 2: .*a step is one of: run, "),
-        (Plan, "plan x program=1 micro_batches=1 depends=-\n\ncompute | free a", "line 3: .*is not an instance"),
-        (Plan, "program", "no plan found"),
-        (Program, "", "no program found"),
-        (Program, "program\nvalue x batch", "line 2: .*axis=None"),
-        (Program, "program\nvalue x sideways", "line 2: .*sideways"),
-        (Program, "program\nop a compute\n  colour red", "colour"),
-        (Program, "program\nnonsense", "line 2: .*unknown field"),
+        (parse_plan, "plan x", "line 1: 'plan x' is not 'plan NAME"),
+        (
+            parse_plan,
+            "plan x program=1 micro_batches=1 depends=-\ncompute | jump a@0",
+            "line 2: .*an action is one of: run, ",
+        ),
+        (parse_plan, "plan x program=1 micro_batches=1 depends=-\n\ncompute | free a", "line 3: .*is not an instance"),
+        (parse_plan, "program", "no plan found"),
+        (parse_program, "", "no program found"),
+        (parse_program, "program\nvalue x batch", "line 2: .*axis=None"),
+        (parse_program, "program\nvalue x sideways", "line 2: .*sideways"),
+        (parse_program, "program\nop a compute\n  colour red", "colour"),
+        (parse_program, "program\nnonsense", "line 2: .*unknown field"),
     ],
 )
-def test_unreadable_text_says_where(cls: type[Plan] | type[Program], text: str, message: str) -> None:
+def test_unreadable_text_says_where(parse: Callable[[str], object], text: str, message: str) -> None:
     with pytest.raises(TextError, match=message):
-        cls.from_text(text)
+        parse(text)

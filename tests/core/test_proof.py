@@ -19,17 +19,19 @@ from prometheus_client import REGISTRY
 from torch import nn
 
 import dynaflow_serving
-from dynaflow_serving.annotations import SplitModule
-from dynaflow_serving.clock import CUDAClock
 from dynaflow_serving.config import Config, load
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.executor.tracing import EventTracer
-from dynaflow_serving.ir import Batch, Plan, Program, Split
-from dynaflow_serving.proof.shadow import TOLERANCES, difference
-from dynaflow_serving.scheduler import OpScheduler, Schedule
-from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.clock import CUDAClock
+from dynaflow_serving.session.shadow import TOLERANCES, difference
 from dynaflow_serving.strategies.auto import Auto
-from dynaflow_serving.verify import verify
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.rules import SplitModule
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 
 # -- traces --------------------------------------------------------------------------------------------
@@ -37,8 +39,8 @@ def traced_engine(folder: Path, rank: int = 0, **trace: Any) -> Engine:
     engine = Engine(per_token)
     config = Config(strategy="nanoflow", options={"min_tokens": 1}, trace={"folder": str(folder), **trace})
     engine.steps = type(engine.steps)(config.build(), config, rank=rank)
-    engine.runtime.strategy = engine.steps.strategy
-    engine.steps.runtimes.append(engine.runtime)
+    engine.plan_cache.strategy = engine.steps.strategy
+    engine.steps.plan_caches.append(engine.plan_cache)
     return engine
 
 
@@ -64,7 +66,7 @@ def test_a_step_that_is_not_sampled_runs_the_plan_without_stamps(tmp_path: Path)
     for _ in range(2):
         engine.step(Batch((8,) * 8))
     signature = engine.steps.strategy.split(Batch((8,) * 8)).signature
-    plain, traced = (engine.runtime.prepare(signature, traced=t).run for t in (False, True))
+    plain, traced = (engine.plan_cache.prepare(signature, traced=t).run for t in (False, True))
     assert "stamp" not in plain.source and traced.source.count("mark(") >= 8  # type: ignore[attr-defined]
 
 
@@ -150,9 +152,9 @@ def test_a_wrong_kernel_is_caught_stopped_and_reproducible(tmp_path: Path, caplo
     (file,) = tmp_path.iterdir()
     content = torch.load(file, weights_only=True)
     assert content["bounds"] == [0, 6, 12] and content["strategy"] == "with_kernel"
-    (program,), (plan,) = map(Program.from_text, content["programs"]), map(Plan.from_text, content["plans"])
+    (program,), (plan,) = map(parse_program, content["programs"]), map(parse_plan, content["plans"])
     verify(program, plan)
-    assert [s.kernel for s in plan.steps if s.kernel] == ["a_little_more"] * 2
+    assert [s.kernel for s in plan.actions if s.kernel] == ["a_little_more"] * 2
     assert torch.equal(content["whole"][0], model(x)) and not torch.allclose(content["split"][0], model(x), rtol=1e-5)
     assert any(torch.equal(t, x) for t in content["inputs"])
 
@@ -225,7 +227,7 @@ def test_every_step_is_counted_by_strategy_and_reason(tmp_path: Path) -> None:
 def test_the_time_saved_is_counted_where_there_is_something_to_compare_with() -> None:
     from test_policy import adopted, table_for
 
-    from dynaflow_serving.ranks import Ranks
+    from dynaflow_serving.session.ranks import Ranks
 
     engine, before = Engine(per_token), metric("time_saved_seconds_total")
     assert isinstance(engine.steps.strategy, Auto)

@@ -22,16 +22,18 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from dynaflow_serving.annotations import KEY
-from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.matching import KEY
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.order import external_ports
+from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.plan import ActionKind, Plan
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import Plan, Program, StepKind
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.partition import Capture, partition
-from dynaflow_serving.scheduler import Schedule, Task
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.strategy.schedule import Schedule, Task
 
 EXAMPLES = int(os.environ.get("DYNAFLOW_EXAMPLES", 150))
 WIDTH = 4
@@ -122,7 +124,7 @@ class RandomGraph:
         return gm, {self.values[0].meta["val"].shape[0].node.expr}
 
 
-def fused(capture: Capture, operators: tuple[str, ...]) -> Callable[..., Any]:
+def fused(capture: CapturedProgram, operators: tuple[str, ...]) -> Callable[..., Any]:
     """A kernel that does what `operators` do one after the other."""
     program = capture.program
     inputs, outputs = external_ports(program, operators)
@@ -139,7 +141,7 @@ def fused(capture: Capture, operators: tuple[str, ...]) -> Callable[..., Any]:
     return kernel
 
 
-def random_schedule(rng: random.Random, capture: Capture, micro_batches: int, wild: bool) -> Schedule:
+def random_schedule(rng: random.Random, capture: CapturedProgram, micro_batches: int, wild: bool) -> Schedule:
     """Ready operators in random order on random streams; `wild`: also merged and replaced."""
     s = Schedule(capture.program, micro_batches)
     kernels: dict[tuple[str, ...], Callable[..., Any]] = {}
@@ -163,7 +165,7 @@ def random_schedule(rng: random.Random, capture: Capture, micro_batches: int, wi
     return s
 
 
-def run(executor: Any, capture: Capture, schedule: Schedule, plan: Plan, inputs: Any, bounds: list[int]) -> Any:
+def run(executor: Any, capture: CapturedProgram, schedule: Schedule, plan: Plan, inputs: Any, bounds: list[int]) -> Any:
     program = capture.program
     given = {k: v.clone() for k, v in inputs.items()}
     taken = program.inputs[: len(program.inputs) - len(capture.constants)]
@@ -205,12 +207,12 @@ def test_any_schedule_of_any_graph_equals_plain_execution(
         schedule = random_schedule(rng, capture, micro_batches, wild=False)
         plan = lower(schedule, "random")
     verify(capture.program, plan)
-    assert Plan.from_text(plan.to_text()) == plan
-    assert Program.from_text(capture.program.to_text()) == capture.program
+    assert parse_plan(plan.to_text()) == plan
+    assert parse_program(capture.program.to_text()) == capture.program
     SEEN["plans"] += 1
-    SEEN["zero-copy"] += any(s.into for s in plan.steps)
+    SEEN["zero-copy"] += any(s.into for s in plan.actions)
     SEEN["in place"] += any(o.writes for o in capture.program.operators)
-    SEEN["waits"] += sum(s.kind is StepKind.WAIT for s in plan.steps)
+    SEEN["waits"] += sum(s.kind is ActionKind.WAIT for s in plan.actions)
     for executor in (SequentialExecutor(), cpu):
         out, given_inputs = run(executor, capture, schedule, plan, inputs, bounds)
         for got, want in zip(out, expected, strict=True):

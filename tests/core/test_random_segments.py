@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from support import AddNorm
 from torch import nn
 
-from dynaflow_serving.annotations import SplitFunc, SplitModule
+from dynaflow_serving.capture.eager import Segments
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.program import Resource
 from dynaflow_serving.executor import get_executor
-from dynaflow_serving.ir import Batch, Resource
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.runtime import no_context
-from dynaflow_serving.scheduler import Schedule
-from dynaflow_serving.segments import Segments
-from dynaflow_serving.splitting import cut_evenly
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.plan_cache import no_context
+from dynaflow_serving.strategy.rules import SplitFunc, SplitModule
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 WIDTH = 4
 
@@ -112,13 +113,13 @@ def test_split_equals_whole(seed: int, size: int, n: int, executor: str) -> None
     with torch.no_grad():
         for tokens in (5, 8):
             made.record(tokens, inputs(tokens), {})
-        assert made.capture is not None, made.waiting
-        program = made.capture.program
+        assert made.captured is not None, made.waiting
+        program = made.captured.program
         assert not program.unsplittable
         schedule = record_random_order(Schedule(program, n), random.Random(seed), executor == "cpu")
         plan = lower(schedule, "random")
         verify(program, plan)
-        run = get_executor(executor).bind(made.capture, plan, {})
+        run = get_executor(executor).bind(made.captured, plan, {})
         x, y = inputs(7)
         want = model.forward(x.clone(), y.clone())
         got = made.run(run, cut_evenly(Batch((1,) * 7), n).bounds, (x, y), {}, no_context)

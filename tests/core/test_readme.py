@@ -7,11 +7,11 @@ from pathlib import Path
 
 from support import example
 
+from dynaflow_serving.capture.examples import EXAMPLES
 from dynaflow_serving.config import load
-from dynaflow_serving.examples import EXAMPLES
-from dynaflow_serving.ir import Batch
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.verify import verify
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
 
 README = Path(__file__).parents[2] / "README.md"
 

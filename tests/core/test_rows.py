@@ -6,13 +6,13 @@ import pytest
 import torch
 from support import arguments, capture
 
-from dynaflow_serving.annotations import mark
+from dynaflow_serving.capture.mark import mark
+from dynaflow_serving.core.parse import parse_program
+from dynaflow_serving.core.program import Scope
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import Program, Scope
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.scheduler import Schedule
-from dynaflow_serving.text import dump, parse
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.strategy.schedule import Schedule
 
 
 @mark("border", "network")
@@ -31,7 +31,7 @@ def test_several_rows_per_token_are_cut_and_merged_between_tokens() -> None:
     captured = capture(flattened, x)
     program = captured.program
     assert {v.rows for v in program.values.values()} == {1, 3}
-    assert parse(Program, dump(program)) == program
+    assert parse_program(program.to_text()) == program
     schedule = Schedule(program, 2)
     while ready := schedule.get_ready_ops():
         merged = [t for t in ready if t.name == "border"]

@@ -11,20 +11,24 @@ import torch
 from support import AddNorm
 from torch import nn
 
-from dynaflow_serving import examples
-from dynaflow_serving.annotations import Rule, SplitFunc, SplitModule, mark
-from dynaflow_serving.dependencies import external_ports
+from dynaflow_serving.capture import examples
+from dynaflow_serving.capture.eager import Diverged, Segments, recording
+from dynaflow_serving.capture.eager.frames import Frame
+from dynaflow_serving.capture.mark import mark
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.order import external_ports
+from dynaflow_serving.core.plan import COMPUTE_STREAM, ActionKind
+from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import AnnotationError, ScheduleError
 from dynaflow_serving.executor import get_executor
-from dynaflow_serving.ir import COMPUTE_STREAM, Batch, Resource, Split, StepKind
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.runtime import Runtime, no_context
-from dynaflow_serving.scheduler import OpScheduler, Schedule
-from dynaflow_serving.segments import Diverged, Segments, recording
-from dynaflow_serving.segments.frames import Frame
-from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.strategies import get_strategy
-from dynaflow_serving.verify import verify
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 WIDTH = 8
 
@@ -114,12 +118,12 @@ class Run:
     """Recorded segments under a strategy."""
 
     def __init__(self, made: Segments, strategy: OpScheduler, executor: str = "sequential") -> None:
-        assert made.capture is not None
-        self.made, self.runtime = made, Runtime(made.capture, strategy, get_executor(executor))
+        assert made.captured is not None
+        self.made, self.plan_cache = made, PlanCache(made.captured, strategy, get_executor(executor))
 
     def __call__(self, micro_batches: int, *args: torch.Tensor) -> torch.Tensor:
         split = cut_evenly(Batch((1,) * len(args[0])), micro_batches)
-        plan = self.runtime.prepare(split.signature).run
+        plan = self.plan_cache.prepare(split.signature).run
         result: torch.Tensor = self.made.run(plan, split.bounds, args, {}, no_context, None)
         return result
 
@@ -136,9 +140,9 @@ def test_both_front_ends_give_the_same_plan_text(name: str, micro_batches: int) 
     """All but the program's digest in the first line: only the graph's program names weights and sizes as inputs."""
     captured = examples.example_capture("llama").program
     made = segments(examples.llama(), (), lambda n: (torch.randn(n, examples.HIDDEN),))
-    assert made.capture is not None
+    assert made.captured is not None
     texts = []
-    for program in (captured, made.capture.program):
+    for program in (captured, made.captured.program):
         plan = lower(get_strategy(name)().record(program, micro_batches), name, zero_copy=False)
         verify(program, plan)
         texts.append(plan.to_text().replace(program.digest, "PROGRAM"))
@@ -159,8 +163,8 @@ def test_split_equals_whole(model: Model, executor: str, name: str, rules: tuple
 
 def test_what_the_program_says(model: Model) -> None:
     made = segments(model, (*RULES, NORM))
-    assert made.capture is not None
-    program = made.capture.program
+    assert made.captured is not None
+    program = made.captured.program
     by_name = program.by_name
     assert not program.unsplittable
     assert [o.name for o in program.operators[:5]] == [
@@ -236,8 +240,8 @@ def test_a_plain_border_runs_merged(model: Model) -> None:
     run = Run(segments(model, RULES), MergedReduce())
     args = inputs(7)
     torch.testing.assert_close(run(2, *args), model.forward(*args), rtol=1e-6, atol=1e-6)
-    (plan,) = (p for p in run.runtime.plans if p.micro_batches == 2)
-    assert sum(s.kind is StepKind.RUN and s.stop - s.start == 2 for s in plan.steps) == 4
+    (plan,) = (p for p in run.plan_cache.plans if p.micro_batches == 2)
+    assert sum(s.kind is ActionKind.RUN and s.stop - s.start == 2 for s in plan.actions) == 4
 
 
 class TwoStreams(Fused):
@@ -258,12 +262,12 @@ def test_a_wait_removed_from_a_plan_is_found(model: Model) -> None:
     from dynaflow_serving.errors import PlanError
 
     made = segments(model, RULES)
-    assert made.capture is not None
-    plan = lower(get_strategy("nanoflow")().record(made.capture.program, 2), "nanoflow")
-    waits = [i for i, s in enumerate(plan.steps) if s.kind is StepKind.WAIT]
+    assert made.captured is not None
+    plan = lower(get_strategy("nanoflow")().record(made.captured.program, 2), "nanoflow")
+    waits = [i for i, s in enumerate(plan.actions) if s.kind is ActionKind.WAIT]
     for i in waits:
         with pytest.raises(PlanError):
-            verify(made.capture.program, replace(plan, steps=plan.steps[:i] + plan.steps[i + 1 :]))
+            verify(made.captured.program, replace(plan, actions=plan.actions[:i] + plan.actions[i + 1 :]))
 
 
 # -- another path --------------------------------------------------------------------------------------------
@@ -286,7 +290,7 @@ def test_another_path_than_the_recorded_one_is_detected_and_recorded_anew() -> N
     run = Run(made, strategy("sequential", micro_batches=2))
     with pytest.raises(Diverged, match="ended where it called all_reduce"):  # micro-batches of 4 take the other branch
         run(2, x)
-    assert made.capture is None and made.wants_recording and "all_reduce" in made.waiting
+    assert made.captured is None and made.wants_recording and "all_reduce" in made.waiting
     apart = made.run_apart((0, 4, 8), (x,), {}, no_context)
     assert torch.equal(apart, torch.cat([model.forward(x[:4]), model.forward(x[4:])]))
     for tokens in (4, 5):
@@ -297,16 +301,16 @@ def test_another_path_than_the_recorded_one_is_detected_and_recorded_anew() -> N
 def test_a_path_that_depends_on_the_number_of_tokens_waits_for_another_recording() -> None:
     model = Branching(lambda x: len(x) >= 7)
     made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
-    assert made.capture is None and "number of tokens" in made.waiting
+    assert made.captured is None and "number of tokens" in made.waiting
     made.record(9, (torch.randn(9, WIDTH),), {})
-    assert made.capture is not None
+    assert made.captured is not None
 
 
 def test_a_branch_on_values_cannot_be_split() -> None:
     model = Branching(lambda x: x.sum() < 1e9)
     made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
-    assert made.capture is not None
-    assert "reads the value of a tensor" in made.capture.program.unsplittable
+    assert made.captured is not None
+    assert "reads the value of a tensor" in made.captured.program.unsplittable
 
 
 def test_a_border_in_a_block_of_another_stream_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +332,8 @@ def test_a_border_in_a_block_of_another_stream_cannot_be_split(monkeypatch: pyte
 
     for inside in (True, False):
         made = segments(OwnStream(inside), RULES, lambda n: (torch.randn(n, WIDTH),))
-        assert made.capture is not None
-        assert ("attention is called inside a CUDA stream block" in made.capture.program.unsplittable) is inside
+        assert made.captured is not None
+        assert ("attention is called inside a CUDA stream block" in made.captured.program.unsplittable) is inside
 
 
 def test_an_error_in_the_model_reaches_the_caller_and_closes_all_frames(model: Model) -> None:
@@ -346,8 +350,8 @@ def test_an_error_in_the_model_reaches_the_caller_and_closes_all_frames(model: M
 # -- rules ---------------------------------------------------------------------------------------------------
 def test_torch_functions_by_name(model: Model) -> None:
     made = segments(model, (*RULES, SplitFunc("relu", "relu")))
-    assert made.capture is not None
-    assert "layers.0.relu" in made.capture.program.by_name
+    assert made.captured is not None
+    assert "layers.0.relu" in made.captured.program.by_name
     args = inputs(7)
     run = Run(made, strategy("nanoflow"))
     torch.testing.assert_close(run(2, *args), model.forward(*args), rtol=1e-6, atol=1e-6)
@@ -358,7 +362,7 @@ def test_torch_functions_by_name(model: Model) -> None:
     [
         (SplitModule("Atention"), r"unknown module class 'Atention'. Did you mean 'Attention'\? Valid: AddNorm, "),
         (SplitFunc("torch_is_not.there.f"), "No module named 'torch_is_not'.*dotted path"),
-        (SplitFunc("dynaflow_serving.examples.nothing"), "has no attribute 'nothing'"),
+        (SplitFunc("dynaflow_serving.capture.examples.nothing"), "has no attribute 'nothing'"),
         (SplitFunc("gelu"), r"does not call it between its other borders \(all_reduce, attention\)"),
     ],
 )

@@ -9,9 +9,9 @@ import pytest
 import ranks
 import torch.multiprocessing as mp
 
+from dynaflow_serving.capture.examples import example_capture
+from dynaflow_serving.core.batch import Batch, MicroBatch, Split
 from dynaflow_serving.errors import InactiveError, ScheduleError
-from dynaflow_serving.examples import example_capture
-from dynaflow_serving.ir import Batch, MicroBatch, Split
 
 
 def test_steps_are_decided_counted_and_reported() -> None:

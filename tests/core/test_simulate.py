@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from support import lowered, program_of, without
 
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.parse import parse_program
+from dynaflow_serving.core.plan import Action, ActionKind, Plan
+from dynaflow_serving.core.program import Program, Resource
+from dynaflow_serving.core.timeline import chrome_trace
 from dynaflow_serving.errors import ConfigError, PlanError
-from dynaflow_serving.ir import Batch, Plan, Program, Resource, Step, StepKind
-from dynaflow_serving.lowering import lower
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import happens_before, verify
 from dynaflow_serving.simulate import (
     Demand,
     Device,
@@ -34,8 +39,6 @@ from dynaflow_serving.simulate.cost import Attention, Collective, Gemm, Load, St
 from dynaflow_serving.simulate.engine import Simulation, share
 from dynaflow_serving.simulate.picture import WIDTH, strip
 from dynaflow_serving.strategies import get_strategy, strategy_names
-from dynaflow_serving.timeline import chrome_trace
-from dynaflow_serving.verify import happens_before, verify
 
 MODELS = names(Shape)
 SHARES = st.fixed_dictionaries({}, optional={r: st.floats(0.01, 1) for r in Resource})
@@ -49,18 +52,18 @@ def place(device: str = "h100", link: str = "nvlink4", **sizes: int | float) -> 
 @st.composite
 def timed_plans(draw: st.DrawFn) -> tuple[Plan, list[Demand | None]]:
     """Runs on three streams, with a WAIT for any earlier RECORD now and then."""
-    steps: list[Step] = []
+    steps: list[Action] = []
     events = 0
     for i in range(draw(st.integers(1, 14))):
         stream = draw(st.sampled_from(("compute", "network", "side")))
         if events and draw(st.booleans()):
-            steps.append(Step(StepKind.WAIT, stream, event=draw(st.integers(0, events - 1))))
-        steps.append(Step(StepKind.RUN, stream, (f"op{i}",), 0, 1))
+            steps.append(Action(ActionKind.WAIT, stream, event=draw(st.integers(0, events - 1))))
+        steps.append(Action(ActionKind.RUN, stream, (f"op{i}",), 0, 1))
         if draw(st.booleans()):
-            steps.append(Step(StepKind.RECORD, stream, event=events))
+            steps.append(Action(ActionKind.RECORD, stream, event=events))
             events += 1
     demands = [
-        Demand(draw(SECONDS), draw(SHARES), draw(SECONDS), draw(SECONDS)) if s.kind is StepKind.RUN else None
+        Demand(draw(SECONDS), draw(SHARES), draw(SECONDS), draw(SECONDS)) if s.kind is ActionKind.RUN else None
         for s in steps
     ]
     return Plan("random", "0", 1, (), tuple(steps)), demands
@@ -153,11 +156,11 @@ def test_the_timeline_of_two_overlapped_micro_batches() -> None:
     assert simulate(one, Measured(program, seconds).demands(one)).makespan == 10
     plan = overlapped(program)
     t = simulate(plan, Measured(program, seconds).demands(plan))
-    assert [(s.step.operators[0], s.step.start, s.start, s.end) for s in t.spans] == [
+    assert [(s.action.operators[0], s.action.start, s.start, s.end) for s in t.spans] == [
         ("work", 0, 0, 3), ("send", 0, 3, 5), ("work", 1, 3, 6), ("send", 1, 6, 8)
     ]  # fmt: skip
     assert (t.makespan, t.critical_path, t.overlapped, t.exposed_network, t.overlap) == (8, 8, 2, 2, 0.25)
-    assert [plan.steps[i].operators[0] for i in t.critical] == ["work", "work", "send"]
+    assert [plan.actions[i].operators[0] for i in t.critical] == ["work", "work", "send"]
     assert t.busy == {Resource.COMPUTE: 6, Resource.MEMORY: 0, Resource.NETWORK: 4}
     slowed = simulate(plan, Measured(program, seconds, network_compute=0.5).demands(plan))
     assert slowed.makespan == 9  # work@1 runs at half speed for the 2 seconds of send@0
@@ -166,10 +169,10 @@ def test_the_timeline_of_two_overlapped_micro_batches() -> None:
 def test_more_bandwidth_can_slow_a_plan_with_streams_but_never_its_operators() -> None:
     """What the engine's contract says: the shortened operator's successor gets in beside the critical one."""
     steps = [
-        Step(StepKind.RUN, "side", ("short",), 0, 1),
-        Step(StepKind.RUN, "side", ("rival",), 0, 1),
-        Step(StepKind.RUN, "compute", ("critical",), 0, 1),
-        Step(StepKind.RUN, "compute", ("tail",), 0, 1),
+        Action(ActionKind.RUN, "side", ("short",), 0, 1),
+        Action(ActionKind.RUN, "side", ("rival",), 0, 1),
+        Action(ActionKind.RUN, "compute", ("critical",), 0, 1),
+        Action(ActionKind.RUN, "compute", ("tail",), 0, 1),
     ]
     plan = Plan("anomaly", "0", 1, (), tuple(steps))
 
@@ -184,14 +187,14 @@ def test_more_bandwidth_can_slow_a_plan_with_streams_but_never_its_operators() -
 
 def test_a_plan_that_waits_for_ever_is_an_error() -> None:
     program = program_of(PAIR)
-    plan = without(overlapped(program), StepKind.RECORD, "compute")
+    plan = without(overlapped(program), ActionKind.RECORD, "compute")
     demands = Measured(program, {(o, mb): 1.0 for o in ("work", "send") for mb in (0, 1)}).demands(plan)
     with pytest.raises(PlanError, match=r"never ends: .*stream 'network' for event e0 wait for what is not recorded"):
         simulate(plan, demands)
 
 
 def test_the_host_holds_back_what_no_graph_replays() -> None:
-    plan = Plan("host", "0", 1, (), tuple(Step(StepKind.RUN, "compute", (f"op{i}",), 0, 1) for i in range(3)))
+    plan = Plan("host", "0", 1, (), tuple(Action(ActionKind.RUN, "compute", (f"op{i}",), 0, 1) for i in range(3)))
     assert simulate(plan, [Demand(1.0, {}, issue=2.0)] * 3).makespan == 7
     assert simulate(plan, [Demand(3.0, {}, issue=2.0)] * 3).makespan == 11
 
@@ -293,7 +296,7 @@ def test_models_are_programs_that_every_strategy_takes(model: str) -> None:
     for size in sizes:
         described = decoder(shape, place(**size))
         program = described.program
-        assert Program.from_text(program.to_text()) == program
+        assert parse_program(program.to_text()) == program
         assert set(described.work) == {o.name for o in program.operators}
         assert all(described.work.values())
         assert set(described.widths) == {v.name for v in program.values.values() if v.scope.value != "shared"}
@@ -355,7 +358,7 @@ def test_a_merge_that_copies_costs_and_one_in_place_does_not() -> None:
     demands = {}
     for zero_copy in (True, False):
         plan = lower(recorded, "nanoflow", zero_copy)
-        (merge,) = (i for i, s in enumerate(plan.steps) if s.kind is StepKind.MERGE)
+        (merge,) = (i for i, s in enumerate(plan.actions) if s.kind is ActionKind.MERGE)
         demands[zero_copy] = costs.demands(plan)[merge]
     assert demands[True] is None
     copy = demands[False]

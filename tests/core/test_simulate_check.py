@@ -15,13 +15,13 @@ import torch
 from support import lowered, manual, program_of
 from typer.testing import CliRunner, Result
 
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.cli import app
+from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import ConfigError, PlanError
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import Program
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.partition import Capture
+from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.strategies import get_strategy
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -94,7 +94,7 @@ def test_a_wrong_file_says_what_is_wrong(tmp_path: Path) -> None:
         simulate_check.check(tmp_path / "empty.json")
 
 
-def sleeping(program: Program) -> tuple[Capture, dict[tuple[str, int], float]]:
+def sleeping(program: Program) -> tuple[CapturedProgram, dict[tuple[str, int], float]]:
     """Operators that sleep for MILLISECONDS, and the seconds that each of them took, by micro-batch."""
     took: dict[tuple[str, int], float] = {}
 

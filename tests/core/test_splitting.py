@@ -7,8 +7,8 @@ from itertools import accumulate, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaflow_serving.ir import Batch, Split
-from dynaflow_serving.splitting import cut_at_requests, cut_at_tokens, cut_evenly
+from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.strategy.splitting import cut_at_requests, cut_at_tokens, cut_evenly
 
 REQUESTS = st.lists(st.integers(1, 20), min_size=1, max_size=12)
 

@@ -16,33 +16,23 @@ from hypothesis import strategies as st
 from support import example, program_of
 from typer.testing import CliRunner
 
+from dynaflow_serving.capture.examples import EXAMPLES, HIDDEN
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.cli import app
 from dynaflow_serving.config import load
-from dynaflow_serving.dependencies import order_edges
-from dynaflow_serving.examples import EXAMPLES, HIDDEN
+from dynaflow_serving.core.batch import Batch, MicroBatch, Split
+from dynaflow_serving.core.order import order_edges
+from dynaflow_serving.core.plan import COMPUTE_STREAM, ActionKind, Plan
+from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import (
-    COMPUTE_STREAM,
-    Batch,
-    MicroBatch,
-    Operator,
-    Plan,
-    Program,
-    Resource,
-    Scope,
-    Split,
-    StepKind,
-    Value,
-)
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.partition import Capture
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.scheduler import OpScheduler
-from dynaflow_serving.splitting import cut_prefill_decode
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import happens_before, verify
+from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategies.branches import side_streams
-from dynaflow_serving.verify import happens_before, verify
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.splitting import cut_prefill_decode
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sequential", {}),
@@ -69,7 +59,7 @@ def cpu() -> Iterator[CPUExecutor]:
     executor.close()
 
 
-def plain(capture: Capture, x: torch.Tensor) -> torch.Tensor:
+def plain(capture: CapturedProgram, x: torch.Tensor) -> torch.Tensor:
     """The operators one after the other on the whole batch, by hand: no plan, no executor."""
     program = capture.program
     taken = len(program.inputs) - len(capture.constants)
@@ -101,12 +91,14 @@ def test_any_split_gives_the_results_of_the_unsplit_model(
     with torch.no_grad():
         expected = plain(capture, x)
         for executor in (SequentialExecutor(), cpu):
-            (out,) = Runtime(capture, strategy(*variant), executor).run(args, Split(parts))
+            (out,) = PlanCache(capture, strategy(*variant), executor).run(args, Split(parts))
             torch.testing.assert_close(out, expected, msg=lambda m, e=executor: f"{e.name}: {m}")
 
 
 def runs(plan: Plan) -> list[tuple[str, int]]:
-    return sorted((s.operators[0], mb) for s in plan.steps if s.kind is StepKind.RUN for mb in range(s.start, s.stop))
+    return sorted(
+        (s.operators[0], mb) for s in plan.actions if s.kind is ActionKind.RUN for mb in range(s.start, s.stop)
+    )
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 3])
@@ -216,8 +208,8 @@ def test_a_batch_in_the_other_order_needs_the_option() -> None:
 
 def places(plan: Plan) -> dict[str, set[tuple[str, int, int]]]:
     found: dict[str, set[tuple[str, int, int]]] = {}
-    for s in plan.steps:
-        if s.kind is StepKind.RUN:
+    for s in plan.actions:
+        if s.kind is ActionKind.RUN:
             found.setdefault(s.operators[0], set()).add((s.stream, s.start, s.stop))
     return found
 
@@ -234,7 +226,7 @@ def test_only_attention_is_split_and_runs_beside_itself(model: str, first: str, 
             continue
         prefill = 1 - decode
         assert found[op.name] == {("decode", decode, decode + 1), (COMPUTE_STREAM, prefill, prefill + 1)}
-        a, b = (i for i, s in enumerate(plan.steps) if s.operators == (op.name,))
+        a, b = (i for i, s in enumerate(plan.actions) if s.operators == (op.name,))
         assert not before[b] >> a & 1 and not before[a] >> b & 1
 
 
@@ -265,7 +257,7 @@ def test_what_cannot_be_merged_runs_with_its_micro_batch() -> None:
 def test_all_runs_each_micro_batch_on_a_stream_of_its_own() -> None:
     program = example("moe").program
     plan = lower(strategy("prefill_decode", {"overlap": "all"}).record(program, 2), "prefill_decode")
-    assert {(s.stream, s.start, s.stop) for s in plan.steps if s.kind is StepKind.RUN} == {
+    assert {(s.stream, s.start, s.stop) for s in plan.actions if s.kind is ActionKind.RUN} == {
         ("decode", 0, 1),
         (COMPUTE_STREAM, 1, 2),
     }
@@ -334,13 +326,15 @@ def test_parallel_branches_take_a_side_stream_each_while_there_are_some() -> Non
 
 def test_a_runtime_schedules_unsplit_steps_with_branches() -> None:
     capture = example("moe")
-    runtime = Runtime(capture, strategy("branches", {}), SequentialExecutor())
-    split = runtime.decide(Batch((5, 5)))
-    plan = runtime.prepare(split.signature).plan
+    plan_cache = PlanCache(capture, strategy("branches", {}), SequentialExecutor())
+    split = plan_cache.decide(Batch((5, 5)))
+    plan = plan_cache.prepare(split.signature).plan
     assert plan.strategy == "branches" and plan.streams == (COMPUTE_STREAM, "side0")
     assert split.reason == "branches overlap without a split"
     unsplittable = dataclasses.replace(capture.program, unsplittable="it mixes the batch")
-    mixed = Runtime(dataclasses.replace(capture, program=unsplittable), strategy("branches", {}), SequentialExecutor())
+    mixed = PlanCache(
+        dataclasses.replace(capture, program=unsplittable), strategy("branches", {}), SequentialExecutor()
+    )
     assert mixed.prepare(mixed.decide(Batch((5, 5))).signature).plan.streams == (COMPUTE_STREAM, "side0")
 
 

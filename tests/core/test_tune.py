@@ -18,9 +18,9 @@ from dynaflow_serving.bench.process import EngineProcessError
 from dynaflow_serving.cli import app
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy.bucket import Bucket
-from dynaflow_serving.policy.offline import Job, TuningError, merge, run, shares
-from dynaflow_serving.policy.spread import spread
 from dynaflow_serving.policy.table import Decision, Table, Trial
+from dynaflow_serving.tune.offline import Job, TuningError, merge, run, shares
+from dynaflow_serving.tune.spread import spread
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is in the ray session only")
 LABELS = ("nanoflow x2", "nanoflow x3", "comm_overlap x2", "comm_overlap x3", "dual_batch x2")
@@ -246,7 +246,7 @@ def test_a_share_that_fails_ends_the_command_without_a_table(cluster: str, tmp_p
 
 @needs_ray
 def test_an_engine_goes_where_the_gpus_are(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynaflow_serving.policy.spread._measure", _where)
+    monkeypatch.setattr("dynaflow_serving.tune.spread._measure", _where)
     (share,) = spread(Job("model", {"strategy": "auto"}, engine="vllm"), cluster)
     assert share.node in ("0", "1") and set(share.job.auto.measured) == set(LABELS)
 

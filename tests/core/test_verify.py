@@ -7,9 +7,11 @@ import textwrap
 import pytest
 from support import program_of
 
+from dynaflow_serving.core.parse import parse_plan
+from dynaflow_serving.core.plan import Plan
+from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import PlanError
-from dynaflow_serving.ir import Plan, Program
-from dynaflow_serving.verify import verify
+from dynaflow_serving.planning.verify import verify
 
 IN_PLACE = """
 value x batch:0
@@ -49,10 +51,10 @@ outputs z
 """
 
 
-def plan_of(program: Program, steps: str, micro_batches: int = 2, depends: str = "-") -> Plan:
+def plan_of(program: Program, actions: str, micro_batches: int = 2, depends: str = "-") -> Plan:
     head = f"plan hand program={program.digest} micro_batches={micro_batches} depends={depends}\n"
-    lines = [line for line in textwrap.dedent(steps).splitlines() if line.strip()]
-    return Plan.from_text(head + "\n".join(line if "|" in line else f"compute | {line}" for line in lines))
+    lines = [line for line in textwrap.dedent(actions).splitlines() if line.strip()]
+    return parse_plan(head + "\n".join(line if "|" in line else f"compute | {line}" for line in lines))
 
 
 START = """
@@ -72,7 +74,7 @@ def test_a_merged_copy_does_not_see_later_writes_to_its_parts() -> None:
     middle = "merge y@0 y@1 -> y@0:2\nrun early @0:2\nrun bump @0\nrun bump @1\n"
     verify(program, plan_of(program, f"{START}{middle}run late @0\nrun late @1\n{END}free y@0:2"))
     stale = plan_of(program, f"{START}{middle}run late @0:2\nfree x@0 x@1 y@0 y@1 y@0:2")
-    with pytest.raises(PlanError, match=r"late@0 does not see what step \d+ wrote to y"):
+    with pytest.raises(PlanError, match=r"late@0 does not see what action \d+ wrote to y"):
         verify(program, stale)
 
 
@@ -81,7 +83,7 @@ def test_parts_do_not_see_a_write_to_their_merged_copy() -> None:
     early = "run early @0\nrun early @1\nmerge a@0 a@1 -> a@0:2\n"
     middle = early + "merge y@0 y@1 -> y@0:2\nrun bump @0:2\n"
     verify(program, plan_of(program, f"{START}{middle}run late @0:2\nfree x@0 x@1 y@0 y@1 y@0:2 a@0 a@1"))
-    with pytest.raises(PlanError, match=r"late@0 does not see what step \d+ wrote to y"):
+    with pytest.raises(PlanError, match=r"late@0 does not see what action \d+ wrote to y"):
         verify(program, plan_of(program, f"{START}{middle}run late @0\nrun late @1\n{END}free y@0:2 a@0 a@1"))
 
 
@@ -205,7 +207,7 @@ def test_states_of_dependent_micro_batches() -> None:
         free x@0 x@1 y@0 y@1 z@0 z@1
     """
     verify(program, plan_of(program, late))
-    with pytest.raises(PlanError, match=r"does not wait for step \d+, which writes cache"):
+    with pytest.raises(PlanError, match=r"does not wait for action \d+, which writes cache"):
         verify(program, plan_of(program, late, depends="0>1"))
 
 

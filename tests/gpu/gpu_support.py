@@ -8,9 +8,9 @@ import pytest
 import torch
 from support import IN_PLACE, TWO_STREAMS, lowered, manual, program_of
 
-from dynaflow_serving.examples import HIDDEN, example_capture
-from dynaflow_serving.ir import Plan
-from dynaflow_serving.partition import Capture
+from dynaflow_serving.capture.examples import HIDDEN, example_capture
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.plan import Plan
 
 ON_GPU = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ ON_GPU = [
 CYCLES = 50_000_000  # tens of milliseconds: far longer than anything else here takes
 
 
-def slow_bump() -> tuple[Capture, Plan]:
+def slow_bump() -> tuple[CapturedProgram, Plan]:
     """(x + 1) * 2, where the + 1 is late by `CYCLES` on a stream of its own; without the wait: x * 2."""
     program = program_of(IN_PLACE)
 
@@ -32,7 +32,7 @@ def slow_bump() -> tuple[Capture, Plan]:
     return capture, lowered(program, 1, *TWO_STREAMS)
 
 
-def on_gpu(model: str) -> Capture:
+def on_gpu(model: str) -> CapturedProgram:
     capture = example_capture(model)
     capture.constants = tuple(c.cuda() for c in capture.constants)
     for name, maker in capture.buffers.items():
@@ -40,6 +40,6 @@ def on_gpu(model: str) -> Capture:
     return capture
 
 
-def arguments_of(capture: Capture, tokens: int, device: str = "cuda") -> list[Any]:
+def arguments_of(capture: CapturedProgram, tokens: int, device: str = "cuda") -> list[Any]:
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     return [torch.randn(tokens, HIDDEN, device=device) if n == "x" else tokens for n in names]

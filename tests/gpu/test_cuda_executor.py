@@ -7,16 +7,16 @@ import torch
 from gpu_support import ON_GPU, arguments_of, on_gpu, slow_bump
 from support import no_context, without
 
+from dynaflow_serving.capture.examples import example_capture
+from dynaflow_serving.config import ExecutorOptions
+from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import InactiveError, PlanError
-from dynaflow_serving.examples import example_capture
-from dynaflow_serving.executor import ExecutorOptions
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.executor.cuda_streams import green_contexts
 from dynaflow_serving.executor.sequential import SequentialExecutor
-from dynaflow_serving.ir import StepKind
-from dynaflow_serving.lowering import lower
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.strategies import get_strategy
-from dynaflow_serving.verify import verify
 
 pytestmark = ON_GPU
 
@@ -43,7 +43,7 @@ def test_a_missing_wait_is_rejected_and_would_corrupt_the_result() -> None:
     executor = CUDAExecutor()
     (right,) = executor.bind(capture, plan, {})([x], [0, 1024], no_context)
     assert torch.equal(right, (x + 1) * 2)
-    racy = without(plan, StepKind.WAIT, "compute")
+    racy = without(plan, ActionKind.WAIT, "compute")
     with pytest.raises(PlanError, match=r"does not wait for step|is not joined"):
         verify(capture.program, racy)
     run = executor.bind(capture, racy, {})

@@ -9,13 +9,13 @@ import torch
 from gpu_support import ON_GPU, arguments_of, on_gpu, slow_bump
 from support import no_context
 
-from dynaflow_serving.executor import ExecutorOptions
+from dynaflow_serving.config import ExecutorOptions
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.executor.cuda import CUDAExecutor
-from dynaflow_serving.ir import Batch
-from dynaflow_serving.lowering import lower
-from dynaflow_serving.runtime import Runtime
-from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 pytestmark = ON_GPU
 WHOLE = ExecutorOptions(graph="whole")
@@ -26,8 +26,8 @@ WHOLE = ExecutorOptions(graph="whole")
 def test_replays_equal_eager_over_random_batches(model: str, strategy: str) -> None:
     rng = random.Random(0)
     capture, executor = on_gpu(model), CUDAExecutor(WHOLE)
-    graphed = Runtime(capture, get_strategy(strategy)(), executor)
-    eager = Runtime(capture, get_strategy(strategy)(), CUDAExecutor())
+    graphed = PlanCache(capture, get_strategy(strategy)(), executor)
+    eager = PlanCache(capture, get_strategy(strategy)(), CUDAExecutor())
     sizes = [rng.randint(8, 200) for _ in range(5)]
     with torch.no_grad():
         for _ in range(100):

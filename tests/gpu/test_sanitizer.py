@@ -19,8 +19,8 @@ from gpu_support import arguments_of, on_gpu, slow_bump
 from support import no_context
 from support import without
 from dynaflow_serving.executor.cuda import CUDAExecutor
-from dynaflow_serving.ir import StepKind
-from dynaflow_serving.lowering import lower
+from dynaflow_serving.core.plan import ActionKind
+from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.strategies import get_strategy
 
 assert torch.cuda._sanitizer.cuda_sanitizer.enabled
@@ -28,7 +28,7 @@ executor = CUDAExecutor()
 with torch.no_grad():
     if sys.argv[1] == "racy":
         capture, plan = slow_bump()
-        run = executor.bind(capture, without(plan, StepKind.WAIT, "compute"), {})
+        run = executor.bind(capture, without(plan, ActionKind.WAIT, "compute"), {})
         run([torch.ones(1024, device="cuda")], [0, 1024], no_context)
     else:
         capture = on_gpu(sys.argv[1])

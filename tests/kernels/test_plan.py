@@ -10,9 +10,10 @@ from torch import nn
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 
 from dynaflow_serving import Batch, OpScheduler, Resource, Schedule, Split, compile, mark
-from dynaflow_serving.ir import COMPUTE_STREAM, Plan, StepKind
+from dynaflow_serving.core.parse import parse_plan
+from dynaflow_serving.core.plan import COMPUTE_STREAM, ActionKind
 from dynaflow_serving.kernels import get_kernel
-from dynaflow_serving.splitting import cut_evenly
+from dynaflow_serving.strategy.splitting import cut_evenly
 
 WIDTH, EPS = 24, 1e-5
 
@@ -83,11 +84,11 @@ def test_replaced_operators_equal_the_model(merged: bool, executor: str) -> None
         for rows in (4, 7, 12):
             x = torch.randn(rows, WIDTH, device=DEVICE)
             torch.testing.assert_close(compiled(x), model(x))
-    (runtime,) = compiled.runtimes
-    assert runtime.counts.split == 3
-    (plan,) = (p for p in runtime.plans if p.micro_batches == 2)
-    replaced = [s for s in plan.steps if s.kind is StepKind.REPLACE]
+    (plan_cache,) = compiled.plan_caches
+    assert plan_cache.counts.split == 3
+    (plan,) = (p for p in plan_cache.plans if p.micro_batches == 2)
+    replaced = [s for s in plan.actions if s.kind is ActionKind.REPLACE]
     assert {s.kernel for s in replaced} == {"silu_mul", "add_rms_norm[eps=1e-05]"}
     assert [len(s.operators) for s in replaced if s.kernel.startswith("add")] == [2, 2]
     assert len([s for s in replaced if s.kernel == "silu_mul"]) == (1 if merged else 2)
-    assert Plan.from_text(plan.to_text()) == plan
+    assert parse_plan(plan.to_text()) == plan

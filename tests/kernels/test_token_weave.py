@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_support import on_two_ranks
 from weave_support import CASES, LAYERS, refused, weave_all
 
-from dynaflow_serving.ir import Batch
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategies.token_weave import weave_point
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed import _functional_collectives as funcol
 
 from dynaflow_serving import compile
+from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import ScheduleError
-from dynaflow_serving.ir import StepKind
 from dynaflow_serving.kernels import shard_tokens
 from dynaflow_serving.strategies.token_weave import TokenWeave, TokenWeaveOptions
 
@@ -85,13 +85,13 @@ def weave(rank: int, counts: list[int], executor: str, in_place: bool) -> dict[s
             results[f"{tokens}.got"] = compiled(x)
             results[f"{tokens}.sent"] = torch.tensor([sent[k] - before[k] for k in sent])
             results[f"{tokens}.expected"] = model(x)
-    (runtime,) = compiled.runtimes
-    (plan,) = (p for p in runtime.plans if p.micro_batches == 2)
-    replaced = [s for s in plan.steps if s.kind is StepKind.REPLACE]
+    (plan_cache,) = compiled.plan_caches
+    (plan,) = (p for p in plan_cache.plans if p.micro_batches == 2)
+    replaced = [s for s in plan.actions if s.kind is ActionKind.REPLACE]
     assert {(s.kernel, s.stream) for s in replaced} == {("shard_tokens", "network")}
-    assert not [s for s in plan.steps if s.kind is StepKind.RUN and s.operators[0].endswith("all_reduce")]
+    assert not [s for s in plan.actions if s.kind is ActionKind.RUN and s.operators[0].endswith("all_reduce")]
     results["replaced"] = torch.tensor(len(replaced))
-    results["split"] = torch.tensor(runtime.counts.split)
+    results["split"] = torch.tensor(plan_cache.counts.split)
     return results
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.ir import Batch
 from dynaflow_serving.policy.bucket import DECODE, MIXED, PREFILL, bucket_of
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.strategies.auto import COMPARING, FASTER_WHOLE, TUNING

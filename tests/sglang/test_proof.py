@@ -10,7 +10,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.proof.shadow import Shadow
+from dynaflow_serving.session.shadow import Shadow
 
 WRONG = """
 import torch

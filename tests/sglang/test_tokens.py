@@ -28,7 +28,7 @@ def test_tokens_equal_stock(one_process, runner, stock, prompts, config):
 @pytest.mark.parametrize(("runner", "border"), [("llama", "attention"), ("mixtral", "experts")], indirect=["runner"])
 def test_borders(one_process, runner, border):
     with one_process.dynaflow(runner, CONFIGS["two"]) as ours:
-        names = ours.session.runtimes[0].capture.program.by_name
+        names = ours.session.plan_caches[0].captured.program.by_name
     assert f"layers.1.{border}" in names
 
 
@@ -90,12 +90,12 @@ def test_split_steps_use_no_graph_and_others_do(one_process, runner, prompts, st
 def test_runs_outside_a_step_are_not_recorded(one_process, runner):
     """Nor may they be: SGLang captures CUDA graphs in such runs."""
     with one_process.dynaflow(runner, CONFIGS["two"]) as ours:
-        ours.session.runtimes.clear()
-        ours.segmented.segments.capture = None
+        ours.session.plan_caches.clear()
+        ours.segmented.segments.captured = None
         eager = runner.eager_runner
         for size in (2, 3):
             eager._dummy_run(size, buffers=eager._alloc_dummy_decode_buffers(size))
-        assert not ours.session.runtimes
+        assert not ours.session.plan_caches
 
 
 def test_model_that_takes_another_path_is_recorded_anew(one_process, runner, prompts, stock, monkeypatch):
@@ -158,7 +158,7 @@ def test_strategy_runs_a_module_of_the_model_as_an_operator(one_process, runner,
     )
     with one_process.dynaflow(runner, {"strategy": str(file)}) as ours:
         tokens, _ = one_process.generate(runner, prompts, 12)
-        assert "layers.1.mlp" in ours.session.runtimes[0].capture.program.by_name
+        assert "layers.1.mlp" in ours.session.plan_caches[0].captured.program.by_name
     assert tokens.tolist() == stock
 
 

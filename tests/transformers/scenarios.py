@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dynaflow_serving.core.plan import ActionKind
+from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError, PartitionError
 from dynaflow_serving.integrations.transformers import enable, report, tune
 from dynaflow_serving.integrations.transformers.body import ATTRIBUTE, Body
-from dynaflow_serving.ir import Resource, StepKind
 
 
 def main(rank: int, folder: str, scenario: str, arguments: tuple[Any, ...]) -> None:
@@ -62,11 +63,11 @@ def forward(path: str, strategies: list[tuple[str, dict[str, int]]]) -> dict[str
         steps = report(model)["steps"]
         networks = {
             s.stream
-            for runtime in Body.of(model).backend.runtimes
-            for plan in runtime.plans
-            for s in plan.steps
+            for plan_cache in Body.of(model).backend.plan_caches
+            for plan in plan_cache.plans
+            for s in plan.actions
             if plan.micro_batches > 1
-            and any(runtime.capture.program.by_name[n].resource is Resource.NETWORK for n in s.operators)
+            and any(plan_cache.captured.program.by_name[n].resource is Resource.NETWORK for n in s.operators)
         }
         found[f"{name} {options}"] = {"equal": equal, "steps": steps, "networks": sorted(networks)}
         disable(model)
@@ -105,10 +106,10 @@ def auto(path: str, folder: str) -> dict[str, Any]:
         body.backend.steps.auto.forced = "sequential x2"
         for call in (model, body):  # two graphs, for the head passes more arguments
             call(**inputs)
-        for runtime in body.backend.runtimes:
-            runtime.capture.functions = {n: slowed(f, slept) for n, f in runtime.capture.functions.items()}
-            runtime.capture.into = {n: slowed(f, slept) for n, f in runtime.capture.into.items()}
-            runtime._prepared.clear()
+        for plan_cache in body.backend.plan_caches:
+            plan_cache.captured.functions = {n: slowed(f, slept) for n, f in plan_cache.captured.functions.items()}
+            plan_cache.captured.into = {n: slowed(f, slept) for n, f in plan_cache.captured.into.items()}
+            plan_cache._prepared.clear()
         body(**inputs)
         stock, rows, all_slept = body.original, inputs["input_ids"].shape[0], slept[0]
 
@@ -165,10 +166,10 @@ def training(path: str, micro_batches: int) -> dict[str, Any]:
     expected = gradients()
     enable(model, strategy("comm_overlap", micro_batches))
     found = [gradients() for _ in range(3)][-1]
-    forward_run, backward_run = Body.of(model).backend.runtimes
+    forward_run, backward_run = Body.of(model).backend.plan_caches
     (plan,) = backward_run.plans
-    by_name = backward_run.capture.program.by_name
-    runs = [s for s in plan.steps if s.kind is StepKind.RUN]
+    by_name = backward_run.captured.program.by_name
+    runs = [s for s in plan.actions if s.kind is ActionKind.RUN]
     network = [i for i, s in enumerate(runs) if by_name[s.operators[0]].resource is Resource.NETWORK]
     needs = {v: s.operators[0] for s in runs for v in by_name[s.operators[0]].outputs}
 
@@ -198,7 +199,7 @@ def different_plans(path: str) -> dict[str, Any]:
         error = ""
     except InactiveError as e:
         error = str(e)
-    runs = [r.counts for r in Body.of(model).backend.runtimes]
+    runs = [r.counts for r in Body.of(model).backend.plan_caches]
     return {"error": error, "graphs": len(runs), "runs": sum(c.split + sum(c.unsplit.values()) for c in runs)}
 
 
@@ -208,11 +209,11 @@ def killed(path: str) -> dict[str, Any]:
     model = enable(load(path), strategy("comm_overlap", 2))
     model(input_ids=ids(6, 12), use_cache=False)
     if dist.get_rank() == 1:
-        (runtime,) = Body.of(model).backend.runtimes
-        name = [o.name for o in runtime.capture.program.operators if o.resource is Resource.NETWORK][1]
-        runtime.capture.functions[name] = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
-        runtime.capture.into.clear()
-        runtime._prepared.clear()
+        (plan_cache,) = Body.of(model).backend.plan_caches
+        name = [o.name for o in plan_cache.captured.program.operators if o.resource is Resource.NETWORK][1]
+        plan_cache.captured.functions[name] = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+        plan_cache.captured.into.clear()
+        plan_cache._prepared.clear()
     started = time.perf_counter()
     try:
         model(input_ids=ids(6, 12), use_cache=False)

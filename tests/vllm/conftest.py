@@ -32,7 +32,7 @@ os.environ |= {
     "TRITON_INTERPRET": "1",
 }
 
-MODE3_PLUGIN = '''
+MODE3_PLUGIN = """
 import os
 
 def register():
@@ -56,7 +56,7 @@ def register():
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     VllmConfig._set_compile_ranges = set_compile_ranges
-'''
+"""
 
 # An interpreted Triton asks its backend for nothing but whether it is active.
 TRITON_BACKEND = """

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dynaflow_serving.integrations.vllm.hazards import dependences
-from dynaflow_serving.scheduler import OpScheduler, Options
-from dynaflow_serving.splitting import cut_at_requests
-from dynaflow_serving.strategies import STRATEGIES, register_strategy
+from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.registry import STRATEGIES, register_strategy
+from dynaflow_serving.strategy.splitting import cut_at_requests
 
 
 @pytest.fixture
@@ -68,9 +68,7 @@ def test_it_is_the_edge_that_makes_it_right(generate, stock_tokens, one_after_an
     assert sorted(t == stock for t in tokens) == [False, True]  # one of the orders has the reader first
 
 
-def test_metadata_is_built_per_micro_batch_by_builders_that_update_block_tables(
-    generate, check_tokens, monkeypatch
-):
+def test_metadata_is_built_per_micro_batch_by_builders_that_update_block_tables(generate, check_tokens, monkeypatch):
     """vLLM caches metadata by (spec, builder type); FlashAttention's builder would hand micro-batch 1 the
     sequence lengths of micro-batch 0. The CPU builder is given the same ability here."""
     import copy

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynaflow_serving.bench.pages import assert_installed, templates
 from dynaflow_serving.bench.report import CPU_SERVERS
 from dynaflow_serving.bench.serving.loads import DATASETS
 from dynaflow_serving.bench.serving.record import headline
-from dynaflow_serving.pages import assert_installed, templates
 
 PACKAGES = ("jinja2", "matplotlib")
 

@@ -1,0 +1,222 @@
+"""Three tiny models with marks, for golden plans, `dynaflow explain` and benchmarks.
+
+Contract
+- Pure torch, on the CPU, no process group: a collective is simulated by a marked elementwise function
+  (`all_reduce` doubles its input, as if one other rank held the same), so that a plan has real network
+  operators with checkable results.
+- `llama`: two tensor-parallel decoder layers, two all-reduces each. `moe`: two layers with dispatch,
+  experts, combine, and a shared expert that depends on neither. `dit`: two dual-stream blocks of a diffusion
+  transformer (MM-DiT, arXiv 2403.03206, without modulation): image and text tokens of a sample meet in attention only.
+- The batch dimension is symbolic: one capture serves every size from 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.symbols import batch_symbols
+from dynaflow_serving.capture.mark import mark
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.program import Resource
+
+HIDDEN, HEADS, LAYERS = 16, 2, 2
+IMAGE, TEXT = 4, 2  # tokens of one sample of `dit`
+
+
+@mark("all_reduce", Resource.NETWORK, ["all_reduce"])
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@mark("dispatch", Resource.NETWORK, ["dispatch"])
+def dispatch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * weight
+
+
+@mark("combine", Resource.NETWORK, ["combine"])
+def combine(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * weight
+
+
+@mark("attention", Resource.MEMORY, ["attention"])
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.softmax(q @ k.transpose(1, 2), dim=-1)
+    return (scores @ v).reshape(-1, HIDDEN)
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x * scale * self.weight
+
+
+class Attention(nn.Module):
+    """Self-attention over the heads of one token: there is no sequence, so tokens stay independent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+        self.o_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(-1, 3, HEADS, HIDDEN // HEADS).unbind(1)
+        out: torch.Tensor = self.o_proj(attend(q, k, v))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return out
+
+
+class DenseLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(), Norm()
+        self.attention, self.mlp = Attention(), MLP()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + all_reduce(self.attention(self.norm1(x)))
+        x = x + all_reduce(self.mlp(self.norm2(x)))
+        return x
+
+
+class MoELayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(), Norm()
+        self.attention, self.experts, self.shared_expert = Attention(), MLP(), MLP()
+        self.gate = nn.Linear(HIDDEN, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        h = self.norm2(x)
+        weight = torch.sigmoid(self.gate(h))
+        routed = combine(self.experts(dispatch(h, weight)), weight)
+        x = x + routed + self.shared_expert(h)
+        return x
+
+
+class Model(nn.Module):
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(LAYERS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class DiTStream(nn.Module):
+    """What one modality has for itself in a dual-stream block: before and after the joint attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(), Norm()
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+        self.o_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.mlp = MLP()
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        qkv: torch.Tensor = self.qkv(self.norm1(x))
+        return qkv
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = x + self.o_proj(attended)
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class DualStreamBlock(nn.Module):
+    """image, text: [samples, IMAGE or TEXT, HIDDEN]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = DiTStream(), DiTStream()
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image_qkv, text_qkv = self.image.project(image), self.text.project(text)
+        with mark("attention", Resource.COMPUTE, ["attention"]):
+            q, k, v = torch.cat([image_qkv, text_qkv], 1).chunk(3, -1)
+            attended = torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
+            image_attended, text_attended = attended.narrow(1, 0, IMAGE), attended.narrow(1, IMAGE, TEXT)
+        return self.image.finish(image, image_attended), self.text.finish(text, text_attended)
+
+
+class DiT(nn.Module):
+    """[samples, HIDDEN] -> [samples, HIDDEN]; two projections stand for the patch and the text embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_in = nn.Linear(HIDDEN, IMAGE * HIDDEN, bias=False)
+        self.text_in = nn.Linear(HIDDEN, TEXT * HIDDEN, bias=False)
+        self.layers = nn.ModuleList(DualStreamBlock() for _ in range(LAYERS))
+        self.out = nn.Linear((IMAGE + TEXT) * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        image, text = self.image_in(x).view(-1, IMAGE, HIDDEN), self.text_in(x).view(-1, TEXT, HIDDEN)
+        for layer in self.layers:
+            image, text = layer(image, text)
+        out: torch.Tensor = self.out(torch.cat([image, text], 1).flatten(1))
+        return out
+
+
+def llama() -> nn.Module:
+    return Model(DenseLayer)
+
+
+def moe() -> nn.Module:
+    return Model(MoELayer)
+
+
+EXAMPLES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "moe": moe, "dit": DiT}
+
+
+def example_capture(name: str) -> CapturedProgram:
+    """The model called `name` as a Program with its callables; the weights are the same each time."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = EXAMPLES[name]()
+        return capture_model(model, torch.randn(8, HIDDEN))
+
+
+def capture_model(model: nn.Module, *examples: torch.Tensor, **options: Any) -> CapturedProgram:
+    """`model` traced by Dynamo with a symbolic batch (dimension 0 of `examples`), parameters as constants.
+
+    options: `rules` and `effects` of `partition`.
+    """
+    graphs: list[tuple[fx.GraphModule, list[torch.Tensor]]] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[torch.Tensor]) -> fx.GraphModule:
+        graphs.append((gm, inputs))
+        return gm
+
+    for example in examples:
+        torch._dynamo.mark_dynamic(example, 0)
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True)(*examples)
+    gm, inputs = graphs[0]
+    capture = partition(gm, tokens=batch_symbols(gm, 0), **options)
+    values = dict(zip(capture.program.inputs, inputs, strict=True))
+    weights = {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
+    ordered = (*(name for name in values if name not in weights), *weights)
+    capture.program = dataclasses.replace(capture.program, inputs=ordered)
+    capture.constants = tuple(weights.values())
+    return capture

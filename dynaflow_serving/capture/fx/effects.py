@@ -1,0 +1,119 @@
+"""What a node writes in place and what aliases what, from operator schemas and fake tensors.
+
+Contract
+- Aliasing is storage identity of the nodes' fake tensors, so views through any operator are seen.
+- Writes come from schemas (`Tensor(a!)`), the trailing-underscore convention, `out=`, `inplace=True`,
+  `x += y` and `x[i] = y`. A mutating construct that is none of these is refused by name.
+- Engine state that no schema shows (a KV cache reached through a layer name) is declared by the
+  integration as an `EffectTable`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from dynaflow_serving.capture.fx.matching import calls
+from dynaflow_serving.capture.fx.symbols import fake_value
+from dynaflow_serving.errors import PartitionError
+from dynaflow_serving.strategy.rules import function_names
+
+# Function name -> node -> (states read, states written).
+EffectTable = Mapping[str, Callable[[fx.Node], tuple[tuple[str, ...], tuple[str, ...]]]]
+
+_IN_PLACE = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem,
+}  # fmt: skip
+
+
+def storage_id(node: fx.Node) -> int | None:
+    value = fake_value(node)
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        return int(value.untyped_storage()._cdata)
+    return None
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes whose memory `node` writes. Raises `PartitionError` for what it cannot judge."""
+    args: list[Any] = []
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            args = [node.args[0]]
+    elif node.op == "call_function":
+        if isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in str(target):
+            raise PartitionError(f"{node.name}: {target} mutates its arguments in ways that cannot be seen")
+        if (schema := _schema(target)) is not None:
+            for i, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    args.append(node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None))
+        elif target in _IN_PLACE or node.kwargs.get("inplace") is True:
+            args = [node.args[0]]
+        else:
+            name = getattr(target, "__name__", "")
+            if name.endswith("_") and not name.endswith("__"):
+                args = [node.args[0]]
+            args.append(node.kwargs.get("out"))
+    flat: list[fx.Node] = []
+    for a in args:
+        fx.node.map_arg(a, flat.append)
+    return flat
+
+
+def declared_effects(node: fx.Node, table: EffectTable) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    for name in function_names(node) & table.keys():
+        return table[name](node)
+    return (), ()
+
+
+def _schema(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads: list[str] = target.overloads()  # type: ignore[no-untyped-call]
+        target = getattr(target, overloads[0]) if len(overloads) == 1 else target
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def hidden_edges(gm: fx.GraphModule, effects: EffectTable) -> dict[fx.Node, set[fx.Node]]:
+    """Node -> earlier nodes it must follow because of in-place writes and declared engine state."""
+    edges: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+    writer: dict[Any, fx.Node] = {}
+    readers: dict[Any, list[fx.Node]] = defaultdict(list)
+    for n in calls(gm):
+        reads, writes = declared_effects(n, effects)
+        written = {storage_id(a) for a in written_arguments(n)} | set(writes)
+        for key in ({storage_id(a) for a in n.all_input_nodes} | set(reads) | written) - {None}:
+            if key in writer:
+                edges[n].add(writer[key])
+            if key in written:
+                edges[n].update(readers.pop(key, ()))
+                writer[key] = n
+            else:
+                readers[key].append(n)
+        edges[n].discard(n)
+    return edges
+
+
+def piece_effects(
+    graph: fx.GraphModule, storages: list[str], effects: EffectTable
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Storages of arguments that the piece writes in place, and the engine states it writes and reads."""
+    holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    argument = {storage_id(p): s for p, s in zip(holders, storages, strict=True)}
+    argument.pop(None, None)
+    writes: dict[str, None] = {}
+    reads: dict[str, None] = {}
+    for n in calls(graph):
+        for a in written_arguments(n):
+            if (storage := argument.get(storage_id(a))) is not None:
+                writes[storage] = None
+        read, wrote = declared_effects(n, effects)
+        reads.update(dict.fromkeys(read))
+        writes.update(dict.fromkeys(wrote))
+    return tuple(writes), tuple(r for r in reads if r not in writes)

@@ -1,0 +1,71 @@
+"""What an ATen graph writes into its inputs: AOT autograd leaves `input.copy_(result)` at the end of the graph.
+
+Contract
+- An input with a token axis (a KV cache) is written in place where the result is made, without a copy, if the
+  operator has an in-place form and nothing reads the old contents afterwards; else the copy stays.
+- An input without one (a counter of past tokens) would be written once per micro-batch: its new contents become
+  an extra output, which the caller copies once, after the plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from dynaflow_serving.capture.fx.effects import storage_id
+from dynaflow_serving.capture.fx.rows import Rows
+from dynaflow_serving.capture.fx.symbols import fake_value
+
+
+def settle_input_writes(gm: fx.GraphModule, rows: Rows) -> list[int]:
+    """Rewrite the final copies of `gm` in place. Returns the positions of the inputs whose new contents are
+    extra outputs, in their order."""
+    graph = gm.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    output = next(n for n in graph.nodes if n.op == "output")
+    extra: list[tuple[int, fx.Node]] = []
+    for node in list(graph.nodes):
+        is_final = node.target is torch.ops.aten.copy_.default and node.users.keys() <= {output}
+        if not is_final or node.args[0] not in inputs:
+            continue
+        target, result = node.args[0], node.args[1]
+        if not rows.has_axis(fake_value(target)):
+            extra.append((inputs.index(target), result))
+            node.replace_all_uses_with(result)
+        elif (in_place := _in_place_form(result)) and _is_last_use(graph, target, result):
+            result.target, result.meta["val"] = in_place, target.meta["val"]
+            node.replace_all_uses_with(target)
+        else:
+            continue
+        graph.erase_node(node)
+    if extra:
+        output.args = ((*output.args[0], *(result for _, result in extra)),)
+    gm.recompile()
+    return [position for position, _ in extra]
+
+
+def _in_place_form(node: fx.Node) -> Any:
+    """`aten.index_copy_.default` for `aten.index_copy.default`; None where there is none with equal arguments."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    packet = getattr(torch.ops.aten, f"{target.overloadpacket.__name__}_", None)
+    form = getattr(packet, target._overloadname, None)
+    if form is None or [a.name for a in form._schema.arguments] != [a.name for a in target._schema.arguments]:
+        return None
+    return form
+
+
+def _is_last_use(graph: fx.Graph, target: fx.Node, result: fx.Node) -> bool:
+    """Whether `result` overwrites its first argument, `target`, and nothing reads that memory afterwards."""
+    if result.args[0] is not target:
+        return False
+    after = False
+    for n in graph.nodes:
+        stale = [a for a in n.all_input_nodes if storage_id(a) == storage_id(target)]
+        if after and stale and n.target is not torch.ops.aten.copy_.default:
+            return False
+        after = after or n is result
+    return True

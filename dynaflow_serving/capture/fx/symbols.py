@@ -1,0 +1,32 @@
+"""The fake values of a graph's nodes, and the symbols in their sizes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import fx
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor or symbolic size that tracing left on `node` (AOT: val, Dynamo: example_value)."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
+    """The symbol that most tensor inputs have at `batch_dim`."""
+    count: Counter[Any] = Counter()
+    for n in gm.graph.nodes:
+        if n.op == "placeholder":
+            fake = fake_value(n)
+            if isinstance(fake, torch.Tensor) and fake.dim() > batch_dim:
+                expr = expression(fake.shape[batch_dim])
+                if expr.is_Symbol:
+                    count[expr] += 1
+    return {count.most_common(1)[0][0]} if count else set()

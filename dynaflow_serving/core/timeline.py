@@ -1,0 +1,138 @@
+"""When each action of one run of a plan began and ended: measured by an executor, or predicted by the simulator.
+
+Contract
+- One class for both, so that they are compared, drawn and written alike; `simulated` says which it is.
+- What is said about overlap (`overlap`, `hidden_network`) is computed from the spans, never assumed from the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from dynaflow_serving.core.parse import parse_plan
+from dynaflow_serving.core.plan import Action, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One action that took time; seconds from the start of the run."""
+
+    index: int  # of the action in the plan
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    plan: Plan
+    spans: tuple[Span, ...]  # by start
+    network: frozenset[str]  # the operators that are network operators
+    simulated: bool
+
+    @cached_property
+    def makespan(self) -> float:
+        """Seconds."""
+        return max((s.end for s in self.spans), default=0.0)
+
+    @cached_property
+    def overlapped(self) -> float:
+        """Seconds in which two streams or more ran operators."""
+        return sum(end - start for start, end, running in self._intervals if len(running) > 1)
+
+    @cached_property
+    def exposed_network(self) -> float:
+        """Seconds in which nothing but network operators ran."""
+        return sum(end - start for start, end, running in self._intervals if all(map(self.is_network, running)))
+
+    @property
+    def overlap(self) -> float:
+        """Share of the makespan in which streams overlapped, 0 to 1."""
+        return self.overlapped / self.makespan if self.makespan else 0.0
+
+    @cached_property
+    def hidden_network(self) -> float:
+        """Share of the time with network operators in which others ran too, 0 to 1; 0 if there are none."""
+        busy = sum(end - start for start, end, running in self._intervals if any(map(self.is_network, running)))
+        return 1 - self.exposed_network / busy if busy else 0.0
+
+    def is_network(self, span: Span) -> bool:
+        return not self.network.isdisjoint(span.action.operators)
+
+    @cached_property
+    def _intervals(self) -> list[tuple[float, float, list[Span]]]:
+        """(start, end, what runs) between adjacent starts and ends; without those in which nothing runs."""
+        times = sorted({t for s in self.spans for t in (s.start, s.end)})
+        found: list[tuple[float, float, list[Span]]] = []
+        running: list[Span] = []
+        waiting = list(reversed(sorted(self.spans, key=lambda s: s.start)))
+        for start, end in pairwise(times):
+            while waiting and waiting[-1].start <= start:
+                running.append(waiting.pop())
+            running = [s for s in running if s.end > start]
+            if running:
+                found.append((start, end, list(running)))
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for another process."""
+        return {
+            "plan": self.plan.to_text(),
+            "spans": [(s.index, s.start, s.end) for s in self.spans],
+            "network": sorted(self.network),
+            "simulated": self.simulated,
+        }
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Timeline:
+        plan = parse_plan(content["plan"])
+        spans = tuple(Span(i, plan.actions[i], start, end) for i, start, end in content["spans"])
+        return Timeline(plan, spans, frozenset(content["network"]), content["simulated"])
+
+
+def chrome_trace(timeline: Timeline, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """For chrome://tracing or Perfetto: one thread a stream, microseconds; `facts` go with it."""
+    kind = "simulated" if timeline.simulated else "measured"
+    thread = {stream: i for i, stream in enumerate(timeline.plan.streams)}
+    names = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": i, "args": {"name": f"{stream} ({kind})"}}
+        for stream, i in thread.items()
+    ]
+    events = [
+        {
+            "ph": "X",
+            "name": str(s.action),
+            "cat": "network" if timeline.is_network(s) else "operator",
+            "pid": 0,
+            "tid": thread[s.action.stream],
+            "ts": s.start * 1e6,
+            "dur": (s.end - s.start) * 1e6,
+            "args": {
+                "action": s.index,
+                "operators": list(s.action.operators),
+                "micro_batches": list(range(s.action.start, s.action.stop)),
+                "simulated": timeline.simulated,
+            },
+        }
+        for s in timeline.spans
+    ]
+    other = {
+        "simulated": timeline.simulated,
+        "plan": timeline.plan.digest,
+        "strategy": timeline.plan.strategy,
+        "overlap": timeline.overlap,
+        "hidden_network": timeline.hidden_network,
+        **(facts or {}),
+    }
+    return {"traceEvents": names + events, "otherData": other}
+
+
+def spans_of(plan: Plan, marks: Sequence[tuple[int, float, float]]) -> tuple[Span, ...]:
+    """Spans from (action, start, end) in seconds on any clock: the first start becomes 0."""
+    zero = min((start for _, start, _ in marks), default=0.0)
+    spans = [Span(i, plan.actions[i], start - zero, end - zero) for i, start, end in marks]
+    return tuple(sorted(spans, key=lambda s: (s.start, s.index)))

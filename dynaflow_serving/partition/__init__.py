@@ -1,6 +1,0 @@
-"""FX graph -> Program: where it is cut (`regions`), what it writes (`effects`), where its tokens are
-(`axes`), and the callables of its operators (`capture`)."""
-
-from dynaflow_serving.partition.capture import Capture, add_into_variants, capture_pieces, partition
-
-__all__ = ["Capture", "add_into_variants", "capture_pieces", "partition"]

@@ -1,0 +1,117 @@
+"""Counters of one worker, for Prometheus.
+
+Contract
+- `dynaflow_steps_total{strategy, reason}` counts every step: `strategy` is the candidate or strategy that ran it,
+  "none" for an un-split step, whose `reason` is given.
+- All workers of a process share one registry. An engine's integration brings it to the engine's own endpoint.
+- Of ranks that run the same steps the first counts them, the others nothing.
+- prometheus_client is imported with the first worker, not before: engines choose how it keeps values across processes
+  by a variable that must be set by then.
+- Time saved is an estimate: against the latest un-split steps of the same bucket, which only the policy has.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from dynaflow_serving.core.batch import Split
+from dynaflow_serving.core.timeline import Timeline
+from dynaflow_serving.session.plan_cache import PlanCache
+
+NONE = "none"
+
+
+@cache
+def _instruments() -> dict[str, Any]:
+    """Made once per process: Prometheus refuses a name twice."""
+    from prometheus_client import Counter, Gauge
+
+    counters = {
+        "steps": ("Steps of the engine, by the strategy that ran them and the reason why not", ["strategy", "reason"]),
+        "time_saved_seconds": ("Estimated time saved against un-split steps of the same bucket", []),
+        "plan_cache_hits": ("Steps whose plan was made before", []),
+        "plans": ("Plans made, verified and bound", []),
+        "graph_captures": ("Plans captured as CUDA graphs", []),
+        "guard_switch_offs": ("Buckets whose strategy turned out slower while serving", []),
+        "shadow_steps": ("Split steps compared with un-split ones", ["result"]),
+    }
+    gauges = {
+        "overlap_ratio": "Share of the latest traced step in which streams overlapped",
+        "hidden_network_ratio": "Share of the network time of the latest traced step with other work beside it",
+        "graph_mebibytes": "Memory of captured plans",
+    }
+    made: dict[str, Any] = {n: Counter(f"dynaflow_{n}", text, labels) for n, (text, labels) in counters.items()}
+    return made | {n: Gauge(f"dynaflow_{n}", text, multiprocess_mode="mostrecent") for n, text in gauges.items()}
+
+
+def registry() -> Any:
+    """A Prometheus registry of this process' DynaFlow metrics, and nothing else."""
+    from prometheus_client import CollectorRegistry
+
+    made = CollectorRegistry()
+    for instrument in _instruments().values():
+        made.register(instrument)
+    return made
+
+
+class _Uncounted:
+    """In place of every counter and gauge."""
+
+    def labels(self, *values: str) -> _Uncounted:
+        return self
+
+    def inc(self, amount: float = 1.0) -> None:
+        pass
+
+    def set(self, value: float) -> None:
+        pass
+
+
+class Metrics:
+    """`strategy`: the name of the configured one. `counted`: whether this rank is the one that counts."""
+
+    def __init__(self, strategy: str, counted: bool = True) -> None:
+        self.strategy = strategy
+        self._made: Mapping[str, Any] = _instruments() if counted else defaultdict(_Uncounted)
+        self._steps: dict[tuple[str, str], Any] = {}
+        self._seen: dict[str, float] = {}  # totals that are counted elsewhere
+
+    def step(self, split: Split, saved: float) -> None:
+        if len(split.micro_batches) > 1:
+            labels = split.candidate or self.strategy, ""
+        else:
+            labels = NONE, split.reason
+        if labels not in self._steps:
+            self._steps[labels] = self._made["steps"].labels(*labels)
+        self._steps[labels].inc()
+        if saved > 0:
+            self._made["time_saved_seconds"].inc(saved)
+
+    def overlapped(self, timelines: Sequence[Timeline]) -> None:
+        """Of a step in several graphs, the mean by time."""
+        seconds = sum(t.makespan for t in timelines)
+        if seconds:
+            self._made["overlap_ratio"].set(sum(t.overlapped for t in timelines) / seconds)
+            self._made["hidden_network_ratio"].set(sum(t.hidden_network * t.makespan for t in timelines) / seconds)
+
+    def compared(self, equal: bool) -> None:
+        self._made["shadow_steps"].labels("equal" if equal else "different").inc()
+
+    def switched_off(self, buckets: int) -> None:
+        self._up_to("guard_switch_offs", buckets)
+
+    def plans(self, plan_caches: Sequence[PlanCache]) -> None:
+        self._up_to("plans", sum(r.made for r in plan_caches))
+        self._up_to("plan_cache_hits", sum(r.hits for r in plan_caches))
+        if plan_caches and (graphs := plan_caches[0].executor.graphs):
+            self._up_to("graph_captures", graphs.graphs)
+            self._made["graph_mebibytes"].set(graphs.mib)
+
+    def _up_to(self, name: str, total: float) -> None:
+        seen = self._seen.get(name, 0.0)
+        if total > seen:
+            self._made[name].inc(total - seen)
+            self._seen[name] = total

@@ -1,0 +1,140 @@
+"""Runs one captured program under one strategy: record, lower, verify and bind on first use, then replay.
+
+Contract
+- A Plan is made once per Split signature, verified, bound and cached; a step is a dictionary look-up.
+- A step that is not split runs in the program's own order on the compute stream, unless the strategy
+  schedules these steps too (`OpScheduler.schedules_unsplit`).
+- Every step is counted: split, or un-split with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.batch import Batch, Signature, Split
+from dynaflow_serving.core.plan import Plan
+from dynaflow_serving.core.timeline import Timeline
+from dynaflow_serving.errors import PlanError, ScheduleError
+from dynaflow_serving.executor import BoundPlan, Executor
+from dynaflow_serving.executor.tracing import Tracer, measured
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.counts import StepCounts
+from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.splitting import whole
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan, bound. With `tracer` each run is timed step by step."""
+
+    plan: Plan
+    run: BoundPlan
+    tracer: Tracer | None = None
+
+
+def no_context(micro_batch: int) -> None:
+    """The `enter` of programs whose operators read no context."""
+
+
+class PlanCache:
+    """`zero_copy=False` keeps operators from writing into given buffers, as autograd requires."""
+
+    def __init__(
+        self, capture: CapturedProgram, strategy: OpScheduler, executor: Executor, zero_copy: bool = True
+    ) -> None:
+        self.captured, self.strategy, self.executor = capture, strategy, executor
+        self.zero_copy = zero_copy
+        self.counts = StepCounts()
+        self.made = self.hits = 0  # plans made, and found made
+        self._prepared: dict[tuple[Signature, bool, bool], Prepared] = {}
+        self._vetoed: dict[Signature, str] = {}
+
+    def decide(self, batch: Batch) -> Split:
+        """The strategy's split, or the whole batch with the reason why it cannot be run split."""
+        return self.admit(batch, self.strategy.split(batch))
+
+    def admit(self, batch: Batch, split: Split) -> Split:
+        """`split`, unless the program cannot be split or cross-micro-batch dependences leave no valid order."""
+        if self.captured.program.unsplittable and len(split.micro_batches) > 1:
+            return whole(batch, f"program: {self.captured.program.unsplittable}")
+        if not split.depends or split.signature in self._vetoed:
+            reason = self._vetoed.get(split.signature)
+            return whole(batch, reason) if reason else split
+        try:
+            self.prepare(split.signature)
+        except ScheduleError as e:
+            self.prepare(split.signature._replace(depends=()))  # an error of the strategy itself is raised here
+            self._vetoed[split.signature] = f"micro-batches depend on each other: {e}"
+            return whole(batch, self._vetoed[split.signature])
+        return split
+
+    def prepare(self, signature: Signature, zero_copy: bool | None = None, traced: bool = False) -> Prepared:
+        """The verified, bound Plan for a signature. Raises `ScheduleError`, `PlanError`."""
+        zero_copy = self.zero_copy if zero_copy is None else zero_copy
+        key = (signature, zero_copy, traced)
+        if key not in self._prepared:
+            strategy = self.strategy.of(signature.candidate)
+            if signature.micro_batches == 1 and not strategy.schedules_unsplit:
+                strategy = Sequential()
+            recorded = strategy.record(self.captured.program, signature.micro_batches, signature.depends)
+            plan = lower(recorded, strategy.name, zero_copy)
+            verify(self.captured.program, plan)
+            tracer = self.executor.tracer() if traced else None
+            run = self.executor.bind(self.captured, plan, recorded.kernels, tracer)
+            self._prepared[key] = Prepared(plan, run, tracer)
+            self.made += 1
+        else:
+            self.hits += 1
+        return self._prepared[key]
+
+    def timeline(self, signature: Signature, zero_copy: bool | None = None) -> Timeline:
+        """Of the latest traced run of that signature."""
+        prepared = self.prepare(signature, zero_copy, traced=True)
+        assert prepared.tracer is not None
+        return measured(self.captured.program, prepared.plan, prepared.tracer)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """All plans made so far, un-split first."""
+        made = {key[:2]: p.plan for key, p in sorted(self._prepared.items(), key=lambda item: item[0])}
+        return list(made.values())
+
+    def texts(self) -> str:
+        """What ranks compare before the first step: the plans of every number of micro-batches."""
+        program = self.captured.program
+        signatures = []
+        for candidate in self.strategy.candidates:
+            strategy = self.strategy.of(candidate)
+            most = 1 if program.unsplittable else strategy.max_micro_batches
+            signatures += [Signature(n, (), candidate) for n in range(1 if strategy.schedules_unsplit else 2, most + 1)]
+        return "\n".join(map(self._text, signatures)) or program.to_text()
+
+    def _text(self, signature: Signature) -> str:
+        try:
+            return self.prepare(signature).plan.to_text()
+        except (PlanError, ScheduleError) as error:
+            if not signature.candidate:
+                raise
+            return f"{signature.candidate}: {error}"  # one of several: it will not be chosen
+
+    def run(
+        self,
+        args: Sequence[Any],
+        split: Split,
+        enter: Callable[[int], Any] = no_context,
+        zero_copy: bool | None = None,
+        traced: bool = False,
+    ) -> Any:
+        """One step. `args` are the program's inputs without constants; returns the model's own structure."""
+        self.counts.add(split)
+        prepared = self.prepare(split.signature, zero_copy, traced)
+        return self.captured.rebuild(prepared.run(args, split.bounds, enter))
+
+    def run_whole(self, args: Sequence[Any], tokens: int, enter: Callable[[int], Any] = no_context) -> Any:
+        """The un-split step of a batch of `tokens`, not counted."""
+        return self.captured.rebuild(self.prepare(Signature(1)).run(args, (0, tokens), enter))

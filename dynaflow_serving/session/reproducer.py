@@ -1,0 +1,213 @@
+"""What shadow mode wrote when outputs differed, read again: `dynaflow check FILE.pt`.
+
+Contract
+- A file is loaded as data only (`weights_only`): nothing in it is run. Anything that is not a reproducer is a
+  `ConfigError`.
+- A row is an index on an output's token axis: of the program's output where outputs and programs can be matched, else
+  the first axis that is as long as the batch. Without one, rows are not attributed to micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.plan import ActionKind, Plan
+from dynaflow_serving.core.program import Program, Scope
+from dynaflow_serving.errors import ConfigError, TextError
+from dynaflow_serving.session.shadow import FORMAT, relative_difference
+
+NEEDED = ("step", "strategy", "options", "tokens", "bounds", "programs", "plans", "difference", "split", "whole")
+WORST = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of an output. apart: its greatest difference, and the two values there."""
+
+    output: int
+    row: int
+    micro_batch: int | None
+    request: int | None
+    apart: float
+    split: float
+    whole: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        where = (str(i) if i is not None else "unknown" for i in (self.micro_batch, self.request))
+        return (str(self.output), str(self.row), *where, *(f"{x:.6g}" for x in (self.apart, self.split, self.whole)))
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor, as the split step and the un-split one gave it. axis, rows: where its tokens are, and how many rows
+    one has; None if that is unknown."""
+
+    index: int
+    split: torch.Tensor
+    whole: torch.Tensor
+    axis: int | None
+    rows: int
+    bounds: tuple[int, ...]  # token offsets of the micro-batches
+    requests: tuple[int, ...]  # token offsets of the requests
+
+    @property
+    def comparable(self) -> bool:
+        return self.split.shape == self.whole.shape
+
+    @cached_property
+    def apart(self) -> torch.Tensor:
+        """[rows, rest]: absolute differences; infinite where one side alone is NaN or infinite."""
+        a, b = (self._by_row(t) for t in (self.split, self.whole))
+        same = (a == b) | (a.isnan() & b.isnan())
+        return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=float("inf"), posinf=float("inf")))
+
+    def _by_row(self, tensor: torch.Tensor) -> torch.Tensor:
+        wide = tensor.to(torch.float64)
+        return (wide.movedim(self.axis or 0, 0) if wide.dim() else wide.reshape(1)).unsqueeze(-1).flatten(1)
+
+    @cached_property
+    def differing(self) -> list[int]:
+        """Rows with any difference."""
+        found: list[int] = self.apart.any(1).nonzero().flatten().tolist() if self.apart.numel() else []
+        return found
+
+    def micro_batch(self, row: int) -> int | None:
+        return None if self.axis is None else bisect_right(self.bounds, row // self.rows) - 1
+
+    def row(self, row: int) -> Row:
+        at = int(self.apart[row].argmax())
+        request = None if self.axis is None else bisect_right(self.requests, row // self.rows) - 1
+        values = (float(self._by_row(t)[row, at]) for t in (self.split, self.whole))
+        return Row(self.index, row, self.micro_batch(row), request, float(self.apart[row, at]), *values)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        kind = (str(self.index), str(list(self.whole.shape)), str(self.whole.dtype).removeprefix("torch."))
+        if not self.comparable:
+            return (*kind, f"split has {list(self.split.shape)}", "-", "-", "-")
+        greatest = float(self.apart.max()) if self.apart.numel() else 0.0
+        parts = sorted({m for m in map(self.micro_batch, self.differing) if m is not None})
+        where = ", ".join(map(str, parts)) if self.axis is not None else "unknown"
+        differ = f"{len(self.differing)} of {len(self.apart)}"
+        return (*kind, f"{greatest:.6g}", f"{relative_difference(self.split, self.whole):.3g}", differ, where or "none")
+
+
+@dataclass(frozen=True)
+class Reproducer:
+    content: dict[str, Any]
+    plans: tuple[tuple[Program, Plan], ...]
+
+    @property
+    def difference(self) -> str:
+        return str(self.content["difference"])
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Name -> value, in words."""
+        c = self.content
+        bounds = c["bounds"]
+        parts = (f"{i}: tokens {a}..{b - 1} ({b - a})" for i, (a, b) in enumerate(pairwise(bounds)))
+        found = {
+            "strategy": str(c["strategy"]),
+            "options": json.dumps(c["options"]),
+            "split step": str(c["step"]),
+            "torch": str(c.get("torch", "unknown")),
+            "batch": f"{len(c['tokens'])} requests, {sum(c['tokens'])} new tokens: {_short(c['tokens'])}",
+            "micro-batches": "; ".join(parts),
+        }
+        if c.get("context"):
+            found["context"] = _short(c["context"])
+        return found
+
+    @cached_property
+    def outputs(self) -> list[Output]:
+        c = self.content
+        found = []
+        places = self._token_axes(len(c["whole"]))
+        requests = (0, *accumulate(c["tokens"]))
+        for i, (split, whole) in enumerate(zip(c["split"], c["whole"])):
+            axis, rows = places[i] or _guessed(whole, c["bounds"][-1])
+            if axis is not None and (axis >= whole.dim() or whole.shape[axis] != rows * c["bounds"][-1]):
+                axis, rows = _guessed(whole, c["bounds"][-1])
+            found.append(Output(i, split, whole, axis, rows, tuple(c["bounds"]), requests))
+        return found
+
+    def worst_rows(self) -> list[Row]:
+        """The rows with the greatest differences, over all outputs."""
+        rows = [row for output in self.outputs if output.comparable for row in _worst(output)]
+        return sorted(rows, key=lambda r: -r.apart)[:WORST]
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Replacement kernel -> the operators that it replaces, in words."""
+        found: dict[str, list[str]] = {}
+        for _, plan in self.plans:
+            for step in plan.actions:
+                if step.kind is ActionKind.REPLACE:
+                    found.setdefault(step.kernel, []).append(" + ".join(step.operators))
+        return {kernel: _short(list(dict.fromkeys(names))) for kernel, names in found.items()}
+
+    def _token_axes(self, outputs: int) -> list[tuple[int | None, int] | None]:
+        """(token axis, rows per token) of each output, where one program has exactly these outputs."""
+        if len(self.plans) == 1 and len(self.plans[0][0].outputs) == outputs:
+            program = self.plans[0][0]
+            values = [program.values[name] for name in program.outputs]
+            return [(v.axis, v.rows) if v.scope is Scope.BATCH else None for v in values]
+        return [None] * outputs
+
+
+def load_reproducer(path: Path) -> Reproducer:
+    """Raises `ConfigError` for a file that is none, `TextError` for programs or plans that cannot be read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
+        raise ConfigError(
+            f"{path} is not a reproducer of shadow mode: it cannot be loaded ({_first_line(e)})"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} is not a reproducer of shadow mode: such a file has format {FORMAT!r} and is written to "
+            "the folder of the config's 'shadow' when outputs differ"
+        )
+    if missing := [key for key in NEEDED if key not in content]:
+        raise ConfigError(f"{path} is an incomplete reproducer: it lacks {', '.join(missing)}")
+    try:
+        plans = zip(content["programs"], content["plans"], strict=True)
+        return Reproducer(content, tuple((parse_program(a), parse_plan(b)) for a, b in plans))
+    except (TextError, ValueError) as e:
+        raise TextError(f"{path}: {e}") from None
+
+
+def _worst(output: Output) -> Iterator[Row]:
+    if not output.apart.numel():
+        return
+    per_row = output.apart.max(1).values
+    for row in per_row.argsort(descending=True, stable=True)[:WORST].tolist():
+        if per_row[row] > 0:
+            yield output.row(row)
+
+
+def _guessed(tensor: torch.Tensor, tokens: int) -> tuple[int | None, int]:
+    axes = [axis for axis, size in enumerate(tensor.shape) if size == tokens]
+    return (axes[0], 1) if axes else (None, 1)
+
+
+def _short(values: list[Any]) -> str:
+    shown = ", ".join(map(str, values[:8]))
+    return shown if len(values) <= 8 else f"{shown}, ... ({len(values)} in all)"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,85 @@
+"""An embedded example behind the interface of an engine's driver, so that `dynaflow tune` treats both alike.
+
+Contract
+- It runs on the CPU of this machine. Its steps are runs of the example's Program on as many rows as the batch has
+  tokens; it has no KV cache, so context is ignored.
+- It tunes at its start, and serves nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from dynaflow_serving.bench.drivers import EngineInfo
+from dynaflow_serving.bench.environment import device_name
+from dynaflow_serving.bench.settings import EngineSettings, Request
+from dynaflow_serving.capture.examples import HIDDEN, example_capture
+from dynaflow_serving.config import load
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.errors import ConfigError
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.policy.bucket import Limits, representatives
+from dynaflow_serving.policy.calls import tune_calls
+from dynaflow_serving.policy.table import Table
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.steps import Steps
+
+LIMITS = Limits(tokens=2048, requests=16, length=2048, cached=1 << 20)
+
+
+class Example:
+    """`name` under `config`."""
+
+    def __init__(self, name: str, config: dict[str, Any]) -> None:
+        loaded = load(config)
+        self.name = name
+        self.steps = Steps(loaded.build(), loaded)
+        self.executor = get_executor(loaded.executor, "cpu", loaded)
+        self.plan_cache = PlanCache(example_capture(name), self.steps.strategy, self.executor)
+        self.steps.plan_caches.append(self.plan_cache)
+
+    def step(self, batch: Batch, rows: torch.Tensor) -> Any:
+        split = self.steps.begin(batch)
+        try:
+            return self.plan_cache.run((len(rows), rows), split, traced=self.steps.traced)
+        finally:
+            self.steps.end()
+
+    @torch.no_grad()
+    def tune(self, limits: Limits = LIMITS) -> Table:
+        calls = [
+            (batch, functools.partial(self.step, batch, torch.randn(sum(batch.tokens), HIDDEN)))
+            for batch in representatives(limits)
+        ]
+        return tune_calls(
+            self.steps, calls, self.plan_cache.captured.constants, {"engine": "example", "model": self.name}
+        )
+
+
+class ExampleDriver:
+    def __init__(self) -> None:
+        self.example: Example | None = None
+        self.policy: Table | None = None
+
+    def start(self, settings: EngineSettings) -> EngineInfo:
+        assert settings.dynaflow is not None
+        self.example = Example(settings.model, settings.dynaflow)
+        self.policy = self.example.tune()
+        return EngineInfo(torch.__version__, 0, device_name())
+
+    def generate(self, requests: list[Request]) -> list[list[int]]:
+        raise ConfigError("an embedded example has no tokens to generate: give a model directory")
+
+    def report(self) -> list[dict[str, Any]]:
+        return [{"policy": None if self.policy is None else self.policy.model_dump(mode="json")}]
+
+    def reset(self) -> None:
+        if self.example is not None:
+            self.example.steps.reset()
+
+    def close(self) -> None:
+        if self.example is not None:
+            self.example.executor.close()

@@ -1,0 +1,152 @@
+"""Tuning without serving: `dynaflow tune`.
+
+Contract
+- A `Job` runs in a child process that tunes at its start: an engine as it would serve, or an embedded example. What
+  depends on the machine (the engine's defaults, environment) is settled where the job runs.
+- `shares` deals the candidates out to several jobs. Each measures its own against its own un-split steps, under the key
+  that a process with all candidates has, so that `merge` can put the tables together.
+- A merged table holds all trials, and the tuner's own rule concludes from them, with the noise of the noisiest share
+  that has timed a candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dynaflow_serving.bench.engines import find_engine
+from dynaflow_serving.bench.process import EngineProcess
+from dynaflow_serving.bench.settings import EngineSettings
+from dynaflow_serving.config import Config, load
+from dynaflow_serving.errors import ConfigError, DynaflowError
+from dynaflow_serving.policy.bucket import Bucket
+from dynaflow_serving.policy.table import Decision, Table, Trial, differences
+from dynaflow_serving.policy.tuner import conclude
+from dynaflow_serving.strategies.auto import Auto
+
+EXAMPLE_DRIVER = "dynaflow_serving.tune.example:ExampleDriver"
+
+
+class TuningError(DynaflowError):
+    """A table cannot be measured, or not put together."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is tuned, and how its engine is started. `None` is the engine's own default."""
+
+    target: str  # embedded example, model directory or Hugging Face name
+    config: dict[str, Any]  # content of a config file with strategy 'auto'
+    engine: str = ""  # "" for an embedded example
+    tensor_parallel: int = 1
+    dtype: str | None = None
+    compiled: bool | None = None
+    max_model_len: int | None = None
+    max_batched_tokens: int | None = None
+    local: bool = True  # whether the model is on this machine
+
+    @property
+    def auto(self) -> Auto:
+        """Its strategy. Raises `ConfigError` if that decides nothing."""
+        strategy = Config(**self.config).build()
+        if not isinstance(strategy, Auto):
+            raise ConfigError(
+                f"strategy {strategy.name!r} decides nothing, so there is nothing to tune: give the config of a "
+                "strategy 'auto', with others as its candidates (--candidate)"
+            )
+        return strategy
+
+    def with_options(self, **options: Any) -> Job:
+        """The same with other options of the strategy. Raises `ConfigError`."""
+        config = Config(**self.config)
+        changed = config.model_copy(update={"options": {**config.options, **options}})
+        return replace(self, config=load(changed).model_dump())
+
+
+def run(job: Job, name: str, log: Path) -> Table:
+    """Tune in a child process, called `name` in messages; its output goes to `log`, and a table beside that.
+
+    Raises `EngineProcessError` for a child that fails, `TuningError` for an engine that does not tune.
+    """
+    job = job.with_options(retune=True, table=str(log.with_suffix(".json")))
+    if job.engine:
+        process, settings = _engine(job, name, log)
+    else:
+        # One thread: these models are so small that more of them mostly wait for one another.
+        process = EngineProcess(name, EXAMPLE_DRIVER, {"OMP_NUM_THREADS": "1"}, log)
+        settings = EngineSettings(model=job.target, dynaflow=job.config)
+    try:
+        process.start(settings)
+        policy = process.report()[0].get("policy")
+        process.close()
+    finally:
+        process.kill()
+    if policy is None:
+        raise TuningError(f"{name} has started, but has decided nothing (engine log: {log})")
+    return Table.model_validate(policy)
+
+
+def _engine(job: Job, name: str, log: Path) -> tuple[EngineProcess, EngineSettings]:
+    entry = find_engine(job.engine)
+    # Nothing is chosen that the engine's own server would not choose: the table is to hold for that. What the benchmark
+    # sets on a CPU is for two engines that share it.
+    compiled = entry.compiled(True if job.compiled is None and not entry.fixed_graph else job.compiled)
+    environment = entry.environment(job.tensor_parallel, gpu=True, compiled=compiled, local_model=job.local)
+    settings = EngineSettings(
+        model=job.target,
+        dtype=job.dtype or "auto",
+        tensor_parallel=job.tensor_parallel,
+        compiled=compiled,
+        max_model_len=job.max_model_len,
+        max_batched_tokens=job.max_batched_tokens,
+        memory_share=None,
+        as_server=True,
+        dynaflow=job.config,
+    )
+    return EngineProcess(name, entry.driver, environment, log), settings
+
+
+def shares(job: Job, most: int) -> list[Job]:
+    """`job` as at most `most` jobs, each with some of its candidates."""
+    labels = job.auto.measured
+    count = min(most, len(labels))
+    return [job.with_options(only=list(labels[i::count])) for i in range(count)]
+
+
+def merge(measured: Sequence[tuple[Job, Table]]) -> Table:
+    """One table from the shares'. Raises `TuningError` if they were not measured under one key."""
+    (first, table), *others = measured
+    for _, other in others:
+        if found := differences(table.key, other.key, "in one share", "in another"):
+            raise TuningError(
+                f"the shares were not measured alike, so one table cannot hold for them: {found}. Use workers with the "
+                "same device and the same releases"
+            )
+    auto = first.with_options(only=[]).auto
+    by_bucket: dict[Bucket, list[tuple[Job, Decision]]] = {}
+    for job, part in measured:
+        for decision in part.decisions:
+            by_bucket.setdefault(decision.bucket, []).append((job, decision))
+    decisions = [_merged(bucket, parts, auto) for bucket, parts in by_bucket.items()]
+    return Table(key=table.key, decisions=decisions, seconds=max(t.seconds for _, t in measured))
+
+
+def _merged(bucket: Bucket, parts: Sequence[tuple[Job, Decision]], auto: Auto) -> Decision:
+    merged = Decision(kind=bucket.kind, tokens=bucket.tokens, requests=bucket.requests)
+    tried = [d for _, d in parts if d.noise is not None]
+    if not tried:
+        merged.reason = "; ".join(dict.fromkeys(d.reason for _, d in parts))
+        return merged
+    trials: dict[str, Trial] = {}
+    for job, decision in parts:
+        own = decision.trials or [Trial(candidate=c, verdict=decision.reason) for c in job.auto.measured]
+        trials |= {t.candidate: t.model_copy(deep=True) for t in own}
+    merged.trials = [trials[label] for label in auto.candidates if label in trials]
+    timed = [d for d in tried if any(t.ratios for t in d.trials)] or tried
+    merged.plain_ms = median(d.plain_ms for d in timed if d.plain_ms is not None)
+    merged.noise = max(d.noise for d in timed if d.noise is not None)
+    conclude(merged, auto.options.min_gain)
+    return merged
