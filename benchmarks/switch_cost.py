@@ -1,9 +1,9 @@
-"""What it costs to suspend a model at a border and go on: greenlets against threads, and both inside `segments`.
+"""What it costs to suspend a model at a border and go on: greenlets against threads, and both under `EagerCapture`.
 
     python benchmarks/switch_cost.py [--json FILE]
 
 Every row is microseconds per border: out of the computation, and back into it; the median of rounds taken in turn, with
-the least and the greatest. `segments, un-split` is what a border's wrapper adds to a call in an un-split step.
+the least and the greatest. `border, un-split` is what a border's wrapper adds to a call in an un-split step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from dynaflow_serving.capture.eager import Segments
+from dynaflow_serving.capture.eager import EagerCapture
 from dynaflow_serving.capture.eager.frames import Frame
 from dynaflow_serving.capture.eager.state import TorchState
 from dynaflow_serving.core.batch import Signature
@@ -94,7 +94,7 @@ def bare_thread() -> Callable[[], None]:
 def frames(enter: Callable[[], Any] | None = None) -> Callable[[], None]:
     """A `Frame`, which also keeps torch's state apart; in another state than the driver's, if `enter` is given."""
     model = Chain()
-    made = Segments(model.forward, model, (SplitModule("Border", "border"),))
+    made = EagerCapture(model.forward, model, (SplitModule("Border", "border"),))
     made.attach()
     x = torch.zeros(2)
 
@@ -121,7 +121,7 @@ def planned() -> Callable[[], None]:
 
     model = Chain()
     rule = SplitModule("Border", "attention", Resource.MEMORY, context=True)
-    made = Segments(model.forward, model, (rule,), {"attention": "kv"})
+    made = EagerCapture(model.forward, model, (rule,), {"attention": "kv"})
     made.attach()
     for tokens in (4, 6):
         made.record(tokens, (torch.zeros(tokens, 2),), {})
@@ -138,7 +138,7 @@ def planned() -> Callable[[], None]:
 def unsplit(attached: bool) -> Callable[[], None]:
     model = Chain()
     if attached:
-        Segments(model.forward, model, (SplitModule("Border", "border"),)).attach()
+        EagerCapture(model.forward, model, (SplitModule("Border", "border"),)).attach()
     x = torch.zeros(2)
     return lambda: model.forward(x)  # type: ignore[func-returns-value]
 
@@ -164,7 +164,7 @@ def main() -> None:
         "frame in a state of its own (inference mode)": (frames(torch.inference_mode), BORDERS),
         "plan, 2 micro-batches (frame, checks, call)": (planned(), 2 * BORDERS),
         "stock call of a module, no border": (unsplit(False), BORDERS),
-        "segments, un-split": (unsplit(True), BORDERS),
+        "border, un-split": (unsplit(True), BORDERS),
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
     with torch.no_grad():

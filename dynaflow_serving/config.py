@@ -110,7 +110,7 @@ class Config(ExecutorOptions):
     executor: Literal["auto", "sequential", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda on CUDA devices, else cpu"
     )
-    capture: Literal["auto", "graph", "segments"] = Field(
+    capture: Literal["auto", "graph", "eager"] = Field(
         default="auto",
         description="what is scheduled: the engine's graph, or, without one, the code between annotated calls; auto: "
         "the graph where the engine makes one",

@@ -252,9 +252,9 @@ def make_backend(
     if config is not None:
         strategy = {"strategy": strategy, "options": dict(config)}
     loaded = load(strategy)
-    if loaded.capture == "segments":
+    if loaded.capture == "eager":
         raise ConfigError(
-            "capture: segments is for engines that run models without a graph (vLLM, SGLang); here torch.compile makes "
+            "capture: eager is for engines that run models without a graph (vLLM, SGLang); here torch.compile makes "
             "one: set capture: auto"
         )
     return Backend(loaded.build(), _on(loaded, executor), batch_dim, level)

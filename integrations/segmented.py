@@ -1,4 +1,4 @@
-"""The forward of a model's body under a session, where the engine has no graph of it: `capture: segments`.
+"""The forward of a model's body under a session, where the engine has no graph of it: `capture: eager`.
 
 Contract
 - Un-split calls run the model's own forward. They are recorded, until there is a Program, inside `recording` and in
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.capture.eager import Arguments, Diverged, Segments
+from dynaflow_serving.capture.eager import Arguments, Diverged, EagerCapture
+from dynaflow_serving.capture.program import Enter
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.executor.base import Enter
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.strategy.rules import Rule
 
@@ -35,7 +35,8 @@ class SegmentedForward:
         """rules: the integration's, for its engine's attention and collectives; the strategy's own come first.
         states: name of a rule -> engine state that it reads and writes. Raises `AnnotationError`."""
         self.session = session
-        self.segments = session.segments = Segments(forward, module, (*session.strategy.annotations, *rules), states)
+        all_rules = (*session.strategy.annotations, *rules)
+        self.segments = session.segments = EagerCapture(forward, module, all_rules, states)
         self.segments.attach()
         self._recording = False
 

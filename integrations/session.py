@@ -14,12 +14,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dynaflow_serving.capture.eager import Segments
-from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.capture.eager import EagerCapture
+from dynaflow_serving.capture.program import BoundPlan, CapturedProgram
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.executor import BoundPlan, get_executor
+from dynaflow_serving.executor import get_executor
 from dynaflow_serving.policy.effects import Facts
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Table
@@ -38,7 +38,7 @@ class Session(Steps):
         super().__init__(config.build(), config, device_type, rank)
         self.config, self.mode, self.logger = config, mode, logger
         self.executor = get_executor(config.executor, device_type, config)
-        self.segments: Segments | None = None  # where the engine has no graph
+        self.segments: EagerCapture | None = None  # where the engine has no graph
         self.policy: Table | None = None  # what was decided, where the strategy is one that decides
         self._group: Any = None  # of the ranks, once they have compared plans
         self._told = False

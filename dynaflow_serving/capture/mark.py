@@ -1,17 +1,19 @@
 """`mark`: an annotation in the model's own code, for both front-ends.
 
 Contract
-- What runs under a mark becomes an operator of its own, in a graph by `torch.fx.traceback.annotate`, without a graph
-  (as a decorator) as a border.
+- The code under a mark becomes an operator of its own. In a graph, `torch.fx.traceback.annotate` carries the mark on
+  the nodes; without a graph, a decorated function is a border.
+- A mark is transparent to Dynamo: while Dynamo traces, `mark` returns torch's own annotation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import _GeneratorContextManager
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
 
 import torch
+from torch.fx.traceback import annotate
 
 from dynaflow_serving.capture.eager.borders import marked_border
 from dynaflow_serving.capture.eager.frames import current_frame
@@ -20,45 +22,55 @@ from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import AnnotationError, unknown_name
 from dynaflow_serving.strategy.rules import SplitFunc
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 
-class _Mark(_GeneratorContextManager[None]):
-    """What `mark` returns outside compiled code: the annotation, and a border for computations without a graph."""
 
-    rule: SplitFunc
+class Mark(AbstractContextManager[None]):
+    """The annotation outside compiled code: torch's own for graphs, and a border for models without a graph."""
+
+    def __init__(self, rule: SplitFunc) -> None:
+        self.rule = rule
+        self._annotation = _annotation(rule)
+
+    def __call__(self, function: _F) -> _F:
+        return cast(_F, marked_border(self._annotation(function), self.rule))
 
     def __enter__(self) -> None:
-
         if not torch.compiler.is_compiling() and current_frame() is not None:
             raise AnnotationError(
                 f"mark({self.rule.name!r}) as a context manager needs a graph; a model that runs without one (capture: "
-                "segments) stops at calls: put the code into a function and use mark as its decorator"
+                "eager) stops at calls: put the code into a function and use mark as its decorator"
             )
-        super().__enter__()
+        self._annotation.__enter__()
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[override]
-
-        plain: _GeneratorContextManager[None] = torch.fx.traceback.annotate(*self.args, **self.kwds)
-        return marked_border(plain(function), self.rule)
+    def __exit__(self, *error: Any) -> None:
+        self._annotation.__exit__(*error)
 
 
-def mark(
-    name: str, resource: Resource | str = Resource.COMPUTE, tags: Sequence[str] = ()
-) -> _GeneratorContextManager[None]:
-    """Decorator and context manager: what runs under it becomes an operator called `name`.
+def mark(name: str, resource: Resource | str = Resource.COMPUTE, tags: Sequence[str] = ()) -> Mark:
+    """Decorator and context manager: the code under it becomes an operator of its own.
 
-    Usable inside code that Dynamo traces; as a decorator also in models that run without a graph. Raises
-    `AnnotationError` for an unknown resource and for a name of several words, which the text form of a Program cannot
-    hold.
+    Code that Dynamo traces may use both forms. A model that runs without a graph may use the decorator only.
+
+    Args:
+        name: the operator's name, one word.
+        resource: what bounds the operator: compute, memory or network.
+        tags: labels for strategies, such as `attention`.
+
+    Raises:
+        AnnotationError: the resource is unknown, or the name has several words, which a Program's text cannot hold.
     """
     if name.split() != [name]:
         raise AnnotationError(f"a mark's name must be one word, not {name!r}")
-    bound = _resource(resource)
-    region = {"name": name, "resource": bound.value, "tags": list(tags)}
-    annotation: _GeneratorContextManager[None] = torch.fx.traceback.annotate({KEY: region})
-    if not torch.compiler.is_compiling():
-        annotation.__class__ = _Mark
-        annotation.rule = SplitFunc(name, name, bound, tuple(tags))  # type: ignore[attr-defined]
-    return annotation
+    rule = SplitFunc(name, name, _resource(resource), tuple(tags))
+    if torch.compiler.is_compiling():
+        return _annotation(rule)  # type: ignore[no-any-return]
+    return Mark(rule)
+
+
+def _annotation(rule: SplitFunc) -> Any:
+    region = {"name": rule.name, "resource": rule.resource.value, "tags": list(rule.tags)}
+    return annotate({KEY: region})
 
 
 def _resource(resource: Resource | str) -> Resource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dynaflow_serving.config import ExecutorOptions, StreamOptions
 from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.executor.base import BoundPlan, Executor
+from dynaflow_serving.executor.base import Executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
@@ -22,4 +22,4 @@ def get_executor(name: str, device_type: str = "cpu", options: ExecutorOptions |
     return EXECUTORS[name](options)
 
 
-__all__ = ["EXECUTORS", "BoundPlan", "Executor", "ExecutorOptions", "StreamOptions", "get_executor"]
+__all__ = ["EXECUTORS", "Executor", "ExecutorOptions", "StreamOptions", "get_executor"]

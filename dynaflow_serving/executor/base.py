@@ -13,17 +13,14 @@ Contract
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.capture.program import BoundPlan, CapturedProgram
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Plan
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError, unknown_name
 from dynaflow_serving.executor.tracing import ClockTracer, Tracer
-
-Enter = Callable[[int], Any]
-BoundPlan = Callable[[Sequence[Any], Sequence[int], Enter], list[Any]]
 
 
 class CapturedGraphs(NamedTuple):
@@ -98,6 +95,6 @@ def _check_one_stream(capture: CapturedProgram, plan: Plan) -> None:
             if stream != step.stream:
                 raise ScheduleError(
                     f"{step.operators[0]}@{step.start} is on stream {step.stream!r}, earlier code of its micro-batch "
-                    f"on {stream!r}: without a graph (capture: segments) the code between annotated calls keeps one "
+                    f"on {stream!r}: without a graph (capture: eager) the code between annotated calls keeps one "
                     "stream per micro-batch; annotate what is to run elsewhere"
                 )

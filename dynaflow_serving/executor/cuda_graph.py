@@ -35,10 +35,9 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.capture.program import BoundPlan, CapturedProgram, Enter
 from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.core.program import Program, Scope
-from dynaflow_serving.executor.base import BoundPlan, Enter
 from dynaflow_serving.executor.lanes import lanes, reorder
 from dynaflow_serving.planning.verify import verify
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.capture.program import BoundPlan, CapturedProgram
 from dynaflow_serving.core.batch import Batch, Signature, Split
 from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.errors import PlanError, ScheduleError
-from dynaflow_serving.executor import BoundPlan, Executor
+from dynaflow_serving.executor import Executor
 from dynaflow_serving.executor.tracing import Tracer, measured
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify

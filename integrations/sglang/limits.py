@@ -47,7 +47,7 @@ def _device(view: Any, config: Config) -> list[str]:
     if causes := executor_causes("SGLang", config, str(view.device).partition(":")[0]):
         return causes
     if config.capture == "graph":
-        return ["capture: graph: SGLang makes no graph of its models (set capture: auto, or segments)"]
+        return ["capture: graph: SGLang makes no graph of its models (set capture: auto, or eager)"]
     strategy = config.build()
     if strategy.max_micro_batches < 2:
         return [f"strategy {config.strategy!r} never splits, and un-split steps run as SGLang runs them"]

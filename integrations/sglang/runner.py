@@ -4,7 +4,7 @@ Contract
 - Two methods of two objects are replaced, and nothing of SGLang's classes: `ModelRunner._forward_raw`, which every
   real step passes (warm-up and graph capture call the model directly and run whole), and the forward of the body,
   which is all of the model but the head and sampling.
-- SGLang has no graph of its models: the body is recorded (`dynaflow_serving.segments`) in two of SGLang's own dummy
+- SGLang has no graph of its models: the body is recorded (`capture.eager`) in two of SGLang's own dummy
   runs, before the scheduler reports ready.
 - A split step uses no CUDA graph: a graph replays the whole batch with its own attention metadata. Un-split steps
   replay as ever.
@@ -67,7 +67,7 @@ class DynaflowRunner:
         self.runner, self.body = runner, body_of(runner.model)
         check_layout(self.body)
         device = str(runner.device).partition(":")[0]
-        self.session = Session(config, device, "segments", logger, get_parallel().tp_rank)
+        self.session = Session(config, device, "eager", logger, get_parallel().tp_rank)
         self.backends: list[Any] = []
         self._forward_raw, self._init_attention_backends = runner._forward_raw, runner.init_attention_backends
         self.segmented = SegmentedForward(

@@ -1,7 +1,7 @@
 """Models that vLLM runs without a graph: `--enforce-eager`, compilation mode 0, and models that it cannot compile.
 
 Contract
-- The model's own forward runs once per micro-batch as a suspended computation (`dynaflow_serving.segments`) that stops
+- The model's own forward runs once per micro-batch as a suspended computation (`capture.eager`) that stops
   at attention, at the expert layers and at collectives, and at what the strategy's own annotations name.
 - It is recorded in two dummy runs of vLLM's, after the model is loaded and before the ranks compare their plans.
 - A collective that none of the rules names would run wherever the code between borders does, out of the common order
@@ -59,7 +59,7 @@ def attach(session: VLLMSession, runner: Any) -> SegmentedForward | None:
             f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
         )
     stock = model.forward
-    session.mode = "segments (no graph)," + session.mode.partition(",")[2]
+    session.mode = "eager (no graph)," + session.mode.partition(",")[2]
     segmented = SegmentedForward(session, stock, model, rules(), {"attention": "kv"})
 
     @functools.wraps(stock)

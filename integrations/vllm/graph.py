@@ -10,24 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import fx
-
-from dynaflow_serving.capture.fx.symbols import expression, fake_value
 from dynaflow_serving.core.batch import Split
 from dynaflow_serving.integrations.vllm.session import VLLMSession
 from dynaflow_serving.session.plan_cache import PlanCache
-
-
-def token_symbols(gm: fx.GraphModule) -> set[Any]:
-    """The sympy symbols of `gm`: vLLM makes only the number of tokens dynamic; several may stand for it."""
-    symbols: set[Any] = set()
-    for n in gm.graph.nodes:
-        if n.op == "placeholder":
-            fake = fake_value(n)
-            sizes = fake.shape if isinstance(fake, torch.Tensor) else [fake] if isinstance(fake, torch.SymInt) else []
-            symbols |= {s for size in sizes for s in expression(size).free_symbols}
-    return symbols
 
 
 class MicroBatchedGraph:

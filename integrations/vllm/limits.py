@@ -76,8 +76,8 @@ def _mode(vllm_config: Any, capture: str) -> list[str]:
         if capture == "graph":
             return ["capture: graph needs a compilation mode with a graph (drop --enforce-eager, or set capture: auto)"]
         return []
-    if capture == "segments":
-        return ["capture: segments runs the model without a graph (add --enforce-eager, or set capture: auto)"]
+    if capture == "eager":
+        return ["capture: eager runs the model without a graph (add --enforce-eager, or set capture: auto)"]
     if compilation.mode not in (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE):
         mode = getattr(compilation.mode, "name", compilation.mode)
         return [f"compilation mode {mode} captures no graph for plugins (modes 0, 2 and 3 are supported)"]

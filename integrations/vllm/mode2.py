@@ -18,7 +18,8 @@ from torch import fx
 
 from dynaflow_serving.capture.fx import partition
 from dynaflow_serving.capture.fx.inductor import compile_pieces
-from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph, token_symbols
+from dynaflow_serving.capture.fx.symbols import input_symbols
+from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph
 from dynaflow_serving.integrations.vllm.operators import effects, rules
 from dynaflow_serving.integrations.vllm.session import current
 
@@ -26,7 +27,7 @@ from dynaflow_serving.integrations.vllm.session import current
 def backend(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
     session = current()
     capture = partition(
-        gm, rules=(*session.strategy.annotations, *rules()), tokens=token_symbols(gm), effects=effects()
+        gm, rules=(*session.strategy.annotations, *rules()), tokens=input_symbols(gm), effects=effects()
     )
     whole = None
     if session.piece_compiler == "inductor":

@@ -18,8 +18,9 @@ from torch import fx
 
 from dynaflow_serving.capture.fx import capture_pieces
 from dynaflow_serving.capture.fx.matching import apply_rules
+from dynaflow_serving.capture.fx.symbols import input_symbols
 from dynaflow_serving.integrations.vllm.engine_args import KEY
-from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph, token_symbols
+from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph
 from dynaflow_serving.integrations.vllm.operators import effects, rules
 from dynaflow_serving.integrations.vllm.session import current
 
@@ -53,5 +54,5 @@ def attach() -> None:
 def _stitch(backend: Any, whole: Any) -> MicroBatchedGraph:
     session = current()
     graphs = {item.submod_name: item.graph for item in backend.piecewise_graphs}
-    capture = capture_pieces(backend.split_gm, graphs, tokens=token_symbols(backend.split_gm), effects=effects())
+    capture = capture_pieces(backend.split_gm, graphs, tokens=input_symbols(backend.split_gm), effects=effects())
     return MicroBatchedGraph(session, session.add(capture), whole)

@@ -122,8 +122,8 @@ def test_wrong_arguments() -> None:
         dynaflow.compile(Net(), SPLIT, level="inducter")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown option 'min_token'"):
         dynaflow.compile(Net(), "nanoflow", config={"min_token": 3})
-    with pytest.raises(ConfigError, match="capture: segments is for engines that run models without a graph"):
-        dynaflow.compile(torch.sin, {"strategy": "nanoflow", "capture": "segments"})
+    with pytest.raises(ConfigError, match="capture: eager is for engines that run models without a graph"):
+        dynaflow.compile(torch.sin, {"strategy": "nanoflow", "capture": "eager"})
     with pytest.raises(ConfigError, match="unknown executor 'gpu'"):
         dynaflow.compile(Net(), SPLIT, executor="gpu")
 

@@ -14,7 +14,7 @@ def test_tokens_equal_stock(generate, check_tokens, kind, tp):
     ours = generate(kind, "none", tp, NANOFLOW)
     check_tokens(ours, kind, "none", tp)
     assert ours.split > 0
-    assert "segments (no graph), Model Runner" in ours.reports[0]["mode"]
+    assert "eager (no graph), Model Runner" in ours.reports[0]["mode"]
     assert len({r["plan_hash"] for r in ours.reports}) == 1 and len(ours.reports) == tp
     plan = ours.reports[0]["programs"][0]["plans"][-1]
     assert "compute | run layers.0.attention @1" in plan
@@ -24,7 +24,7 @@ def test_tokens_equal_stock(generate, check_tokens, kind, tp):
 @pytest.mark.parametrize(
     "dynaflow",
     [
-        {"strategy": "nanoflow", "options": {"min_tokens": 1, "micro_batches": 3}, "capture": "segments"},
+        {"strategy": "nanoflow", "options": {"min_tokens": 1, "micro_batches": 3}, "capture": "eager"},
         {"strategy": "nanoflow", "options": {"min_tokens": 1, "micro_batches": 4, "cut": "token"}},
         {"strategy": "sequential", "options": {"micro_batches": 3}, "executor": "sequential"},
     ],
@@ -59,7 +59,7 @@ def test_a_model_that_vllm_cannot_compile_needs_no_option(generate, check_tokens
     monkeypatch.setattr(LlamaModel, "__init__", without_compile)
     ours = generate("llama", "mode2-uncompiled", dynaflow=NANOFLOW)
     monkeypatch.undo()
-    assert ours.split > 0 and "segments (no graph), Model Runner" in ours.reports[0]["mode"]
+    assert ours.split > 0 and "eager (no graph), Model Runner" in ours.reports[0]["mode"]
     check_tokens(ours, "llama", "none")
 
 
@@ -83,7 +83,7 @@ def test_annotations_of_a_strategy(generate, check_tokens, tmp_path):
     ("capture", "options", "cause"),
     [
         ("graph", {"enforce_eager": True}, "capture: graph needs a compilation mode with a graph"),
-        ("segments", {}, "capture: segments runs the model without a graph .add --enforce-eager"),
+        ("eager", {}, "capture: eager runs the model without a graph .add --enforce-eager"),
     ],
 )
 def test_capture_that_does_not_fit(start, capture, options, cause):

@@ -2,6 +2,6 @@
 suspended computation, and stops at the annotated calls (`borders`, `frames`); two un-split runs tell the Program
 (`recording`, `program`); a plan then says which micro-batch goes on next (`operators`, `front_end`)."""
 
-from dynaflow_serving.capture.eager.front_end import Arguments, Diverged, Segments
+from dynaflow_serving.capture.eager.front_end import Arguments, Diverged, EagerCapture
 
-__all__ = ["Arguments", "Diverged", "Segments"]
+__all__ = ["Arguments", "Diverged", "EagerCapture"]

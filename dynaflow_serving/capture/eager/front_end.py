@@ -26,8 +26,7 @@ from dynaflow_serving.capture.eager.frames import Frame
 from dynaflow_serving.capture.eager.operators import Diverged, Driver, build_capture
 from dynaflow_serving.capture.eager.program import ModelProgram, pair_up
 from dynaflow_serving.capture.eager.recording import Run, Seen, record
-from dynaflow_serving.capture.program import CapturedProgram
-from dynaflow_serving.executor.base import BoundPlan, Enter
+from dynaflow_serving.capture.program import BoundPlan, CapturedProgram, Enter
 from dynaflow_serving.strategy.rules import Rule
 
 ATTEMPTS = 8
@@ -36,7 +35,7 @@ ATTEMPTS = 8
 Arguments = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-class Segments:
+class EagerCapture:
     """One forward. `driver.frame` is the frame of the operator that runs."""
 
     def __init__(
@@ -161,4 +160,4 @@ class Segments:
         return names
 
 
-__all__ = ["Arguments", "Diverged", "Segments"]
+__all__ = ["Arguments", "Diverged", "EagerCapture"]

@@ -2,6 +2,5 @@
 (`axes`), and the callables of its operators (`capture`)."""
 
 from dynaflow_serving.capture.fx.partition import add_into_variants, capture_pieces, partition
-from dynaflow_serving.capture.program import CapturedProgram
 
-__all__ = ["CapturedProgram", "add_into_variants", "capture_pieces", "partition"]
+__all__ = ["add_into_variants", "capture_pieces", "partition"]

@@ -19,8 +19,19 @@ def expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
+def input_symbols(gm: fx.GraphModule) -> set[Any]:
+    """All symbols in the sizes of the inputs: the token symbols, where only the number of tokens is dynamic."""
+    symbols: set[Any] = set()
+    for n in gm.graph.nodes:
+        if n.op == "placeholder":
+            fake = fake_value(n)
+            sizes = fake.shape if isinstance(fake, torch.Tensor) else [fake] if isinstance(fake, torch.SymInt) else []
+            symbols |= {s for size in sizes for s in expression(size).free_symbols}
+    return symbols
+
+
 def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
-    """The symbol that most tensor inputs have at `batch_dim`."""
+    """The symbol that most tensor inputs have at `batch_dim`: the token symbol, where other sizes are dynamic too."""
     count: Counter[Any] = Counter()
     for n in gm.graph.nodes:
         if n.op == "placeholder":

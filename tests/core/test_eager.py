@@ -1,4 +1,4 @@
-"""The second front-end: recorded programs, plans over suspended computations, and torch's state between them."""
+"""The eager front-end: recorded programs, plans over suspended computations, and torch's state between them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support import AddNorm
 from torch import nn
 
 from dynaflow_serving.capture import examples
-from dynaflow_serving.capture.eager import Diverged, Segments, recording
+from dynaflow_serving.capture.eager import Diverged, EagerCapture, recording
 from dynaflow_serving.capture.eager.frames import Frame
 from dynaflow_serving.capture.mark import mark
 from dynaflow_serving.core.batch import Batch, Split
@@ -101,8 +101,10 @@ def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(tokens, WIDTH), torch.rand(tokens) + 0.5
 
 
-def segments(model: nn.Module, rules: tuple[Rule, ...], make: Callable[[int], tuple[Any, ...]] = inputs) -> Segments:
-    made = Segments(model.forward, model, rules, {"attention": "kv"})
+def recorded(
+    model: nn.Module, rules: tuple[Rule, ...], make: Callable[[int], tuple[Any, ...]] = inputs
+) -> EagerCapture:
+    made = EagerCapture(model.forward, model, rules, {"attention": "kv"})
     made.attach()
     for tokens in (6, 8):
         made.record(tokens, make(tokens), {})
@@ -115,9 +117,9 @@ def model() -> Iterator[Model]:
 
 
 class Run:
-    """Recorded segments under a strategy."""
+    """A recorded model under a strategy."""
 
-    def __init__(self, made: Segments, strategy: OpScheduler, executor: str = "sequential") -> None:
+    def __init__(self, made: EagerCapture, strategy: OpScheduler, executor: str = "sequential") -> None:
         assert made.captured is not None
         self.made, self.plan_cache = made, PlanCache(made.captured, strategy, get_executor(executor))
 
@@ -139,7 +141,7 @@ def strategy(name: str, **options: Any) -> OpScheduler:
 def test_both_front_ends_give_the_same_plan_text(name: str, micro_batches: int) -> None:
     """All but the program's digest in the first line: only the graph's program names weights and sizes as inputs."""
     captured = examples.example_capture("llama").program
-    made = segments(examples.llama(), (), lambda n: (torch.randn(n, examples.HIDDEN),))
+    made = recorded(examples.llama(), (), lambda n: (torch.randn(n, examples.HIDDEN),))
     assert made.captured is not None
     texts = []
     for program in (captured, made.captured.program):
@@ -153,7 +155,7 @@ def test_both_front_ends_give_the_same_plan_text(name: str, micro_batches: int) 
 @pytest.mark.parametrize("name", ["sequential", "nanoflow", "comm_overlap"])
 @pytest.mark.parametrize("rules", [RULES, (*RULES, NORM)], ids=["", "norm"])
 def test_split_equals_whole(model: Model, executor: str, name: str, rules: tuple[Rule, ...]) -> None:
-    made = segments(model, rules)
+    made = recorded(model, rules)
     run = Run(made, strategy(name), executor)
     for tokens, micro_batches in ((2, 2), (7, 2), (11, 3), (9, 4)):
         args = inputs(tokens)
@@ -162,7 +164,7 @@ def test_split_equals_whole(model: Model, executor: str, name: str, rules: tuple
 
 
 def test_what_the_program_says(model: Model) -> None:
-    made = segments(model, (*RULES, NORM))
+    made = recorded(model, (*RULES, NORM))
     assert made.captured is not None
     program = made.captured.program
     by_name = program.by_name
@@ -178,7 +180,7 @@ def test_what_the_program_says(model: Model) -> None:
 
 
 def test_micro_batches_advance_in_the_order_of_the_plan(model: Model) -> None:
-    run = Run(segments(model, RULES), strategy("nanoflow"))
+    run = Run(recorded(model, RULES), strategy("nanoflow"))
     caches = [layer.attention.cache for layer in model.layers]
     for cache in caches:
         cache.sizes.clear()
@@ -216,7 +218,7 @@ def all_reduce_add_norm(
 
 
 def test_a_kernel_replaces_two_adjacent_borders(model: Model) -> None:
-    run = Run(segments(model, (*RULES, NORM)), Fused())
+    run = Run(recorded(model, (*RULES, NORM)), Fused())
     args = inputs(7)
     want = model.forward(*args)
     kernel_calls.clear()
@@ -237,7 +239,7 @@ class MergedReduce(Fused):
 
 
 def test_a_plain_border_runs_merged(model: Model) -> None:
-    run = Run(segments(model, RULES), MergedReduce())
+    run = Run(recorded(model, RULES), MergedReduce())
     args = inputs(7)
     torch.testing.assert_close(run(2, *args), model.forward(*args), rtol=1e-6, atol=1e-6)
     (plan,) = (p for p in run.plan_cache.plans if p.micro_batches == 2)
@@ -253,7 +255,7 @@ class TwoStreams(Fused):
 
 def test_code_of_one_micro_batch_keeps_one_stream(model: Model) -> None:
     with pytest.raises(ScheduleError, match=r"layers.0.o_proj@0 is on stream 'side'.*annotate"):
-        Run(segments(model, RULES), TwoStreams())(2, *inputs(6))
+        Run(recorded(model, RULES), TwoStreams())(2, *inputs(6))
 
 
 def test_a_wait_removed_from_a_plan_is_found(model: Model) -> None:
@@ -261,7 +263,7 @@ def test_a_wait_removed_from_a_plan_is_found(model: Model) -> None:
 
     from dynaflow_serving.errors import PlanError
 
-    made = segments(model, RULES)
+    made = recorded(model, RULES)
     assert made.captured is not None
     plan = lower(get_strategy("nanoflow")().record(made.captured.program, 2), "nanoflow")
     waits = [i for i, s in enumerate(plan.actions) if s.kind is ActionKind.WAIT]
@@ -285,7 +287,7 @@ class Branching(nn.Module):
 
 def test_another_path_than_the_recorded_one_is_detected_and_recorded_anew() -> None:
     model = Branching(lambda x: len(x) >= 6)
-    made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
+    made = recorded(model, RULES, lambda n: (torch.randn(n, WIDTH),))
     x = torch.randn(8, WIDTH)
     run = Run(made, strategy("sequential", micro_batches=2))
     with pytest.raises(Diverged, match="ended where it called all_reduce"):  # micro-batches of 4 take the other branch
@@ -300,7 +302,7 @@ def test_another_path_than_the_recorded_one_is_detected_and_recorded_anew() -> N
 
 def test_a_path_that_depends_on_the_number_of_tokens_waits_for_another_recording() -> None:
     model = Branching(lambda x: len(x) >= 7)
-    made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
+    made = recorded(model, RULES, lambda n: (torch.randn(n, WIDTH),))
     assert made.captured is None and "number of tokens" in made.waiting
     made.record(9, (torch.randn(9, WIDTH),), {})
     assert made.captured is not None
@@ -308,7 +310,7 @@ def test_a_path_that_depends_on_the_number_of_tokens_waits_for_another_recording
 
 def test_a_branch_on_values_cannot_be_split() -> None:
     model = Branching(lambda x: x.sum() < 1e9)
-    made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
+    made = recorded(model, RULES, lambda n: (torch.randn(n, WIDTH),))
     assert made.captured is not None
     assert "reads the value of a tensor" in made.captured.program.unsplittable
 
@@ -331,13 +333,13 @@ def test_a_border_in_a_block_of_another_stream_cannot_be_split(monkeypatch: pyte
             return self.attention(x) + 1
 
     for inside in (True, False):
-        made = segments(OwnStream(inside), RULES, lambda n: (torch.randn(n, WIDTH),))
+        made = recorded(OwnStream(inside), RULES, lambda n: (torch.randn(n, WIDTH),))
         assert made.captured is not None
         assert ("attention is called inside a CUDA stream block" in made.captured.program.unsplittable) is inside
 
 
 def test_an_error_in_the_model_reaches_the_caller_and_closes_all_frames(model: Model) -> None:
-    run = Run(segments(model, RULES), strategy("nanoflow"))
+    run = Run(recorded(model, RULES), strategy("nanoflow"))
     args = inputs(7)
     broken = model.layers[1].up.weight.data
     model.layers[1].up.weight.data = torch.zeros(WIDTH, WIDTH + 1)
@@ -349,7 +351,7 @@ def test_an_error_in_the_model_reaches_the_caller_and_closes_all_frames(model: M
 
 # -- rules ---------------------------------------------------------------------------------------------------
 def test_torch_functions_by_name(model: Model) -> None:
-    made = segments(model, (*RULES, SplitFunc("relu", "relu")))
+    made = recorded(model, (*RULES, SplitFunc("relu", "relu")))
     assert made.captured is not None
     assert "layers.0.relu" in made.captured.program.by_name
     args = inputs(7)
@@ -368,7 +370,7 @@ def test_torch_functions_by_name(model: Model) -> None:
 )
 def test_a_rule_that_matches_nothing(model: Model, rule: Rule, message: str) -> None:
     with pytest.raises(AnnotationError, match=message):
-        segments(model, (*RULES, rule))
+        recorded(model, (*RULES, rule))
 
 
 def test_a_mark_around_a_block_is_refused_by_name() -> None:
@@ -378,7 +380,7 @@ def test_a_mark_around_a_block_is_refused_by_name() -> None:
                 return x.sin()
 
     with pytest.raises(AnnotationError, match=r"mark\('middle'\) as a context manager needs a graph.*decorator"):
-        segments(Marked(), (), lambda n: (torch.randn(n, WIDTH),))
+        recorded(Marked(), (), lambda n: (torch.randn(n, WIDTH),))
 
 
 # -- torch's thread-local state ------------------------------------------------------------------------------
@@ -416,7 +418,7 @@ def test_state_is_kept_apart(name: str) -> None:
     """Frames enter, suspend inside, and leave in another order than they entered; so does the driver between them."""
     enter, look = STATES[name]
     model = InState(enter, look)
-    made = Segments(model.forward, model, RULES[:1])
+    made = EagerCapture(model.forward, model, RULES[:1])
     made.attach()
     outside = look()
     frames = [Frame(model.forward, made.borders.by_place, 2) for _ in range(3)]
@@ -439,7 +441,7 @@ def test_state_is_kept_apart(name: str) -> None:
 def test_a_closed_frame_leaves_its_blocks() -> None:
     enter, look = STATES["inference"]
     model = InState(enter, look)
-    made = Segments(model.forward, model, RULES[:1])
+    made = EagerCapture(model.forward, model, RULES[:1])
     made.attach()
     frame = Frame(model.forward, made.borders.by_place, 2)
     frame.start((torch.randn(2, WIDTH),), {})
@@ -459,7 +461,7 @@ def test_a_border_runs_in_the_state_of_its_caller() -> None:
             return x.float()
 
     model = Mixed()
-    made = segments(model, RULES, lambda n: (torch.randn(n, WIDTH),))
+    made = recorded(model, RULES, lambda n: (torch.randn(n, WIDTH),))
     x = torch.randn(6, WIDTH)
     for executor in ("sequential", "cpu"):
         got = Run(made, strategy("sequential", micro_batches=2), executor)(2, x)
@@ -486,7 +488,7 @@ def test_context_variables_are_each_frames_own() -> None:
 
 
 def test_gradients_flow_through_a_split_forward(model: Model) -> None:
-    run = Run(segments(model, RULES), strategy("sequential", micro_batches=2))
+    run = Run(recorded(model, RULES), strategy("sequential", micro_batches=2))
     args = inputs(6)
     with torch.enable_grad():
         run(2, *args).sum().backward()

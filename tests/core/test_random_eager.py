@@ -1,4 +1,4 @@
-"""Random models through the segments front-end: split equals whole, on every executor and under every order."""
+"""Random models through the eager front-end: split equals whole, on every executor and under every order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import AddNorm
 from torch import nn
 
-from dynaflow_serving.capture.eager import Segments
+from dynaflow_serving.capture.eager import EagerCapture
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.executor import get_executor
@@ -104,7 +104,7 @@ def record_random_order(schedule: Schedule, draw: random.Random, streams: bool) 
 )
 def test_split_equals_whole(seed: int, size: int, n: int, executor: str) -> None:
     model = RandomModel(seed, size)
-    made = Segments(model.forward, model, RULES, {"attention": "kv"})
+    made = EagerCapture(model.forward, model, RULES, {"attention": "kv"})
     made.attach()
 
     def inputs(tokens: int) -> tuple[Any, ...]:
