@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-# tests/core/support.py is imported by its bare name: with --import-mode=importlib folders are no packages.
-sys.path.append(str(Path(__file__).parent))
+# With --import-mode=importlib folders are no packages: support modules are imported by their bare names,
+# and benchmarks from the root of the checkout, because it is no part of the package.
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,15 @@ def registered_strategies() -> Iterator[None]:
     yield
     STRATEGIES.clear()
     STRATEGIES.update(before)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """The test runs without gradients, as engines do."""
+    import torch
+
+    with torch.no_grad():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

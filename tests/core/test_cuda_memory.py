@@ -37,70 +37,90 @@ class Block:
     before: list[Action] = dataclasses.field(default_factory=list)  # who used the memory in its earlier lives
 
 
-def races(program: Program, plan: Plan) -> list[str]:
-    """Every reuse of memory that may come too early, with all blocks of one size (the worst case)."""
-    order = closure(plan)
-    tracked = tracked_values(program)
-    block: dict[Instance, Block] = {}
-    parts: dict[tuple[str, int], Instance] = {}  # value @ micro-batch -> merge buffer
-    free: dict[str, list[Block]] = defaultdict(list)
-    found: list[str] = []
+class MemoryModel:
+    """The allocator while a plan is issued, with all blocks of one size (the worst case)."""
 
-    def new(instance: Instance, action: Action) -> None:
-        old = free[action.stream].pop() if free[action.stream] else None
-        block[instance] = Block(action.stream, {instance}, [action], old.before + old.users if old else [])
-        for user in block[instance].before:
+    def __init__(self, program: Program, plan: Plan) -> None:
+        self.program, self.order, self.tracked = program, closure(plan), tracked_values(program)
+        self.block: dict[Instance, Block] = {}
+        self.parts: dict[tuple[str, int], Instance] = {}  # (value, micro-batch) -> merge buffer
+        self.free: dict[str, list[Block]] = defaultdict(list)
+        self.races: list[str] = []
+
+    def allocate(self, instance: Instance, action: Action) -> None:
+        free = self.free[action.stream]
+        old = free.pop() if free else None
+        block = Block(action.stream, {instance}, [action], old.before + old.users if old else [])
+        self.block[instance] = block
+        for user in block.before:
             SEEN["reused"] += 1
-            if user.stream != action.stream and (identity(user), identity(action)) not in order:
-                found.append(f"{instance} in {action} while {user} may run")
+            if user.stream != action.stream and (identity(user), identity(action)) not in self.order:
+                self.races.append(f"{instance} in {action} while {user} may run")
 
-    def use(instance: Instance, action: Action) -> None:
-        if instance in block:  # arguments belong to the caller
-            block[instance].users.append(action)
+    def use(self, instance: Instance, action: Action) -> None:
+        if instance in self.block:  # arguments belong to the caller
+            self.block[instance].users.append(action)
 
-    def share(instance: Instance, owner: Instance, action: Action) -> None:
-        if owner in block:
-            block[owner].live.add(instance)
-            block[instance] = block[owner]
-            use(instance, action)
+    def share(self, instance: Instance, owner: Instance, action: Action) -> None:
+        if owner in self.block:
+            self.block[owner].live.add(instance)
+            self.block[instance] = self.block[owner]
+            self.use(instance, action)
 
-    for action in plan.actions:
+    def release(self, instance: Instance) -> None:
+        if instance in self.block:
+            block = self.block.pop(instance)
+            block.live.discard(instance)
+            if not block.live:
+                self.free[block.stream].append(block)
+
+    def issue(self, action: Action) -> None:
         if action.kind is ActionKind.SPLIT:
-            share(action.instances[1], action.instances[0], action)
+            self.share(action.instances[1], action.instances[0], action)
         elif action.kind is ActionKind.ALLOC:
             for whole in action.instances:
-                new(whole, action)
-                parts.update({(whole.value, mb): whole for mb in range(whole.start, whole.stop)})
+                self.allocate(whole, action)
+                self.parts.update({(whole.value, mb): whole for mb in range(whole.start, whole.stop)})
         elif action.kind is ActionKind.MERGE:
-            whole, *used = action.instances
-            for part in used:
-                use(part, action)
-            if whole in block:
-                use(whole, action)
-            else:
-                new(whole, action)
+            self.merge(action)
         elif action.kind in (ActionKind.RUN, ActionKind.REPLACE):
-            inputs, outputs = external_ports(program, action.operators)
-            given = [Instance(v, action.start, action.stop) for v in inputs if v in tracked]
-            for instance in given:
-                use(instance, action)
-            for v in (v for v in outputs if v in tracked):
-                made, storage = Instance(v, action.start, action.stop), program.values[v].storage
-                owner = next((i for i in given if program.values[i.value].storage == storage), None)
-                if v in action.into:
-                    share(made, parts[v, action.start], action)
-                elif owner is not None:
-                    share(made, owner, action)
-                elif storage == v:
-                    new(made, action)
+            self.run(action)
         elif action.kind is ActionKind.FREE:
             for instance in action.instances:
-                if instance in block:
-                    owner_block = block.pop(instance)
-                    owner_block.live.discard(instance)
-                    if not owner_block.live:
-                        free[owner_block.stream].append(owner_block)
-    return found
+                self.release(instance)
+
+    def merge(self, action: Action) -> None:
+        whole, *used = action.instances
+        for part in used:
+            self.use(part, action)
+        if whole in self.block:
+            self.use(whole, action)
+        else:
+            self.allocate(whole, action)
+
+    def run(self, action: Action) -> None:
+        inputs, outputs = external_ports(self.program, action.operators)
+        given = [Instance(v, action.start, action.stop) for v in inputs if v in self.tracked]
+        for instance in given:
+            self.use(instance, action)
+        values = self.program.values
+        for v in (v for v in outputs if v in self.tracked):
+            made, storage = Instance(v, action.start, action.stop), values[v].storage
+            owner = next((i for i in given if values[i.value].storage == storage), None)
+            if v in action.into:
+                self.share(made, self.parts[v, action.start], action)
+            elif owner is not None:
+                self.share(made, owner, action)
+            elif storage == v:
+                self.allocate(made, action)
+
+
+def races(program: Program, plan: Plan) -> list[str]:
+    """Every reuse of memory that may come too early."""
+    model = MemoryModel(program, plan)
+    for action in plan.actions:
+        model.issue(action)
+    return model.races
 
 
 def identity(action: Action) -> Action:

@@ -1,138 +1,37 @@
-"""The eager front-end: recorded programs, plans over suspended computations, and torch's state between them."""
+"""The eager front-end: recorded programs, and plans over suspended computations."""
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from support import AddNorm
+from eager_support import NORM, RULES, WIDTH, Attention, Model, Run, inputs, recorded, reduce, strategy
 from torch import nn
 
 from dynaflow_serving.capture import examples
-from dynaflow_serving.capture.eager import Diverged, EagerCapture, recording
-from dynaflow_serving.capture.eager.frames import Frame
+from dynaflow_serving.capture.eager import Diverged, recording
 from dynaflow_serving.capture.mark import mark
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.order import external_ports
 from dynaflow_serving.core.plan import COMPUTE_STREAM, ActionKind
-from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import AnnotationError, ScheduleError
-from dynaflow_serving.executor import get_executor
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
-from dynaflow_serving.session.plan_cache import PlanCache, no_context
+from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.strategy.splitting import cut_evenly
 
-WIDTH = 8
-
-
-def reduce(x: torch.Tensor) -> torch.Tensor:
-    """Stands for an all-reduce over two equal ranks."""
-    return x * 2
-
-
-class Cache:
-    """A KV cache: what each micro-batch has appended, in the order of execution."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
-        self.cache = Cache()
-
-    def forward(self, x: torch.Tensor, step: object = None) -> torch.Tensor:
-        self.cache.sizes.append(len(x))
-        return torch.tanh(x @ self.weight)
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.o_proj, self.up = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.attention, self.norm1, self.norm2 = Attention(), AddNorm(WIDTH), AddNorm(WIDTH)
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, step: object) -> tuple[torch.Tensor, torch.Tensor]:
-        x = reduce(self.o_proj(self.attention(self.qkv(x), step=step)))
-        x, residual = self.norm1(x, residual)
-        out: tuple[torch.Tensor, torch.Tensor] = self.norm2(reduce(torch.relu(self.up(x))), residual)
-        return out
-
-
-class Model(nn.Module):
-    """The residual passes from layer to layer; `step` is an object that is new in each call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList([Layer(), Layer()])
-
-    def forward(self, x: torch.Tensor, scale: torch.Tensor, step: object = None) -> torch.Tensor:
-        x = residual = x * scale[:, None]
-        for layer in self.layers:
-            x, residual = layer(x, residual, step)
-        return x
-
-
-RULES: tuple[Rule, ...] = (
-    SplitModule("Attention", "attention", Resource.MEMORY, ("attention",), context=True),
-    SplitFunc(reduce, "all_reduce", Resource.NETWORK, ("all_reduce",), group="tp"),
-)
-NORM = SplitModule(AddNorm, "norm")
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(tokens, WIDTH), torch.rand(tokens) + 0.5
-
-
-def recorded(
-    model: nn.Module, rules: tuple[Rule, ...], make: Callable[[int], tuple[Any, ...]] = inputs
-) -> EagerCapture:
-    made = EagerCapture(model.forward, model, rules, {"attention": "kv"})
-    made.attach()
-    for tokens in (6, 8):
-        made.record(tokens, make(tokens), {})
-    return made
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture
 def model() -> Iterator[Model]:
     yield Model()
-
-
-class Run:
-    """A recorded model under a strategy."""
-
-    def __init__(self, made: EagerCapture, strategy: OpScheduler, executor: str = "sequential") -> None:
-        assert made.captured is not None
-        self.made, self.plan_cache = made, PlanCache(made.captured, strategy, get_executor(executor))
-
-    def __call__(self, micro_batches: int, *args: torch.Tensor) -> torch.Tensor:
-        split = cut_evenly(Batch((1,) * len(args[0])), micro_batches)
-        plan = self.plan_cache.prepare(split.signature).run
-        result: torch.Tensor = self.made.run(plan, split.bounds, args, {}, no_context, None)
-        return result
-
-
-def strategy(name: str, **options: Any) -> OpScheduler:
-    cls = get_strategy(name)
-    return cls(cls.Options(**options))
 
 
 # -- programs and plans --------------------------------------------------------------------------------------
@@ -381,110 +280,6 @@ def test_a_mark_around_a_block_is_refused_by_name() -> None:
 
     with pytest.raises(AnnotationError, match=r"mark\('middle'\) as a context manager needs a graph.*decorator"):
         recorded(Marked(), (), lambda n: (torch.randn(n, WIDTH),))
-
-
-# -- torch's thread-local state ------------------------------------------------------------------------------
-STATES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-    "grad": (torch.enable_grad, torch.is_grad_enabled),
-    "inference": (torch.inference_mode, torch.is_inference_mode_enabled),
-    "autocast": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.is_autocast_enabled("cpu")),
-    "autocast dtype": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.get_autocast_dtype("cpu")),
-    "function mode": (lambda: torch.device("meta"), lambda: torch.empty(1).device),
-    "dispatch keys": (torch._C._AutoDispatchBelowAutograd, lambda: torch._C._dispatch_tls_local_exclude_set()),
-}
-
-
-class InState(nn.Module):
-    """Enters a state, calls a border inside it, and looks at the state before and after."""
-
-    def __init__(self, enter: Callable[[], Any], look: Callable[[], Any]) -> None:
-        super().__init__()
-        self.enter, self.look, self.attention = enter, look, Attention()
-        self.seen: list[Any] = []
-        self.attention.register_forward_pre_hook(lambda *_: None)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        before = self.look()
-        with self.enter():
-            inside = self.look()
-            x = self.attention(x + 0)
-            again = self.look()
-        self.seen.append((before, inside, again, self.look()))
-        return self.attention(x + 1)
-
-
-@pytest.mark.parametrize("name", STATES)
-def test_state_is_kept_apart(name: str) -> None:
-    """Frames enter, suspend inside, and leave in another order than they entered; so does the driver between them."""
-    enter, look = STATES[name]
-    model = InState(enter, look)
-    made = EagerCapture(model.forward, model, RULES[:1])
-    made.attach()
-    outside = look()
-    frames = [Frame(model.forward, made.borders.by_place, 2) for _ in range(3)]
-    calls = [f.start((torch.randn(2, WIDTH),), {}) for f in frames]
-    assert look() == outside
-    within = []
-    for i in (1, 0, 2, 1, 2, 0):
-        call = calls[i]
-        assert call is not None
-        within.append(frames[i].call(look))
-        assert look() == outside
-        calls[i] = frames[i].advance(torch.zeros(2, WIDTH, device="cpu"))
-        assert look() == outside
-    assert all(f.dead for f in frames) and len(model.seen) == 3
-    for before, inside, again, after in model.seen:
-        assert before == after == outside != inside == again
-    assert within[:3] == [model.seen[0][1]] * 3 and within[3:] == [outside] * 3
-
-
-def test_a_closed_frame_leaves_its_blocks() -> None:
-    enter, look = STATES["inference"]
-    model = InState(enter, look)
-    made = EagerCapture(model.forward, model, RULES[:1])
-    made.attach()
-    frame = Frame(model.forward, made.borders.by_place, 2)
-    frame.start((torch.randn(2, WIDTH),), {})
-    frame.close()
-    assert frame.dead and not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
-
-
-def test_a_border_runs_in_the_state_of_its_caller() -> None:
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = Attention()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                x = reduce(self.attention(x + 0))
-            return x.float()
-
-    model = Mixed()
-    made = recorded(model, RULES, lambda n: (torch.randn(n, WIDTH),))
-    x = torch.randn(6, WIDTH)
-    for executor in ("sequential", "cpu"):
-        got = Run(made, strategy("sequential", micro_batches=2), executor)(2, x)
-        assert torch.equal(got, torch.cat([model.forward(x[:3]), model.forward(x[3:])]))
-
-
-def test_context_variables_are_each_frames_own() -> None:
-    variable = contextvars.ContextVar("variable", default=0)
-
-    def body(x: int) -> int:
-        variable.set(x)
-        frame.suspend(None, (), {})  # type: ignore[arg-type]
-        return variable.get()
-
-    frames = []
-    for x in (1, 2):
-        frame = Frame(body, {}, 1)
-        frame.start((x,), {})
-        frames.append(frame)
-    assert variable.get() == 0
-    for x, frame in enumerate(frames, 1):
-        frame.advance(None)
-        assert frame.result == x
 
 
 def test_gradients_flow_through_a_split_forward(model: Model) -> None:
