@@ -16,7 +16,7 @@ import triton
 
 from dynaflow_serving.errors import ScheduleError
 
-INTERPRETED: bool = bool(triton.knobs.plan_cache.interpret)
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HIDDEN = 16384  # a row stays in the registers of one CTA
 
