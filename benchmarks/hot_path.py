@@ -36,6 +36,7 @@ from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.bucket import bucket_of
 from dynaflow_serving.policy.table import Decision, Table, Trial
+from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.steps import Steps
 from dynaflow_serving.strategies import get_strategy
@@ -56,10 +57,6 @@ def chain(operators: int) -> CapturedProgram:
     ops = tuple(Operator(f"op{i}", Resource.COMPUTE, (names[i],), (names[i + 1],)) for i in range(operators))
     program = Program(("x",), (names[-1],), values, ops)
     return CapturedProgram(program, {o.name: identity for o in ops})
-
-
-def no_context(micro_batch: int) -> None:
-    pass
 
 
 def microseconds(call: Callable[[], Any], repeat: int) -> tuple[float, float]:

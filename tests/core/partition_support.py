@@ -15,6 +15,7 @@ from dynaflow_serving.core.program import Resource
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.strategies import get_strategy
 
 
@@ -24,7 +25,7 @@ def run_split(c: CapturedProgram, inputs: dict[str, torch.Tensor], total: int, c
     verify(c.program, plan)
     taken = c.program.inputs[: len(c.program.inputs) - len(c.constants)]
     values = arguments(taken, inputs, total)
-    return c.rebuild(SequentialExecutor().bind(c, plan, {})(values, [0, *cuts, total], lambda mb: None))
+    return c.rebuild(SequentialExecutor().bind(c, plan, {})(values, [0, *cuts, total], no_context))
 
 
 @mark("twice", Resource.NETWORK, ["t"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support import IN_PLACE, TWO_STREAMS, lowered, manual, no_context, program_of, without
+from support import IN_PLACE, TWO_STREAMS, lowered, manual, program_of, without
 
 from dynaflow_serving.capture.examples import example_capture
 from dynaflow_serving.config import Config
@@ -20,6 +20,7 @@ from dynaflow_serving.errors import InactiveError, PlanError
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.plan_cache import no_context
 
 
 def session(**options: Any) -> Session:

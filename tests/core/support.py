@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import textwrap
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
+from hypothesis import example as hypothesis_example
 from torch import fx, nn
 
 from dynaflow_serving.capture.examples import example_capture
@@ -63,6 +65,23 @@ outputs z a
 
 # An embedded example, captured once for all tests: nothing may be changed in it.
 example = cache(example_capture)
+
+
+def fixed_examples(count: int, **ranges: tuple[int, int]) -> Callable[[Any], Any]:
+    """Decorate a Hypothesis test with `count` examples that never change: a seed, and a number of each of `ranges`.
+
+    Hypothesis draws from the constants of all loaded modules, so even a derandomized test has other cases after an
+    edit anywhere. Where a test counts what its cases reach, these cases alone reach it.
+    """
+
+    def decorate(test: Any) -> Any:
+        draw = random.Random(0)
+        for _ in range(count):
+            numbers = {name: draw.randint(*ends) for name, ends in ranges.items()}
+            test = hypothesis_example(seed=draw.getrandbits(32), **numbers)(test)
+        return test
+
+    return decorate
 
 
 class AddNorm(nn.Module):
@@ -139,7 +158,3 @@ def replaced(plan: Plan, actions: list[Action]) -> Plan:
 
 def names(capture: CapturedProgram) -> list[str]:
     return [o.name for o in capture.program.operators]
-
-
-def no_context(micro_batch: int) -> None:
-    """The `enter` of plans whose operators read no context."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from golden_plans import CASES, GOLDEN, golden_file, golden_plan
 from support import example
 
 from dynaflow_serving.core.parse import parse_plan, parse_program
@@ -13,21 +12,6 @@ from dynaflow_serving.errors import PlanError
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import happens_before, verify
 from dynaflow_serving.strategies import get_strategy
-
-GOLDEN = Path(__file__).parent / "golden"
-CASES = [(m, s, 2) for m in ("llama", "moe") for s in ("sequential", "nanoflow", "dual_batch")]
-CASES += [(m, "nanoflow", 3) for m in ("llama", "moe")]
-CASES += [("llama", "comm_overlap", 2), ("moe", "comm_overlap", 1)]
-CASES += [("llama", "prefill_decode", 2), ("moe", "branches", 1), ("dit", "branches", 1)]
-
-
-def golden_file(model: str, strategy: str, micro_batches: int) -> Path:
-    many = "" if micro_batches == 2 else str(micro_batches)
-    return GOLDEN / f"{model}.{strategy}{many}.plan"
-
-
-def golden_plan(model: str, strategy: str, micro_batches: int = 2) -> Plan:
-    return parse_plan(golden_file(model, strategy, micro_batches).read_text())
 
 
 @pytest.mark.parametrize(("model", "strategy", "micro_batches"), CASES)

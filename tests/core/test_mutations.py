@@ -20,23 +20,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from golden_plans import CASES, golden_file
+from plan_order import END, ENTRY, EVENTS, Closure, closure, identities
 from support import arguments, example, replaced
-from test_golden import CASES, golden_file
 
 from dynaflow_serving.capture.examples import HIDDEN
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.parse import parse_plan, parse_program
-from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, ActionKind, Plan
+from dynaflow_serving.core.plan import Action, ActionKind, Plan
 from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import PlanError
 from dynaflow_serving.executor import Executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.planning.verify import verify
-
-EVENTS = (ActionKind.RECORD, ActionKind.WAIT)
-ENTRY, END = -1, -2
-Closure = set[tuple[object, object]]
+from dynaflow_serving.session.plan_cache import no_context
 
 
 def mutants(plan: Plan) -> Iterator[tuple[str, Plan]]:
@@ -52,34 +50,6 @@ def mutants(plan: Plan) -> Iterator[tuple[str, Plan]]:
                 yield "free earlier", replaced(plan, [*actions[:j], action, *actions[j:i], *actions[i + 1 :]])
         if i and actions[i - 1].kind is not action.kind:
             yield "swap neighbours", replaced(plan, [*actions[: i - 1], action, actions[i - 1], *actions[i + 1 :]])
-
-
-def identities(plan: Plan) -> list[object]:
-    """What an action does, its stream left out: the same action in golden plan and mutant."""
-    return [dataclasses.replace(s, stream="") if s.kind not in EVENTS else None for s in plan.actions]
-
-
-def closure(plan: Plan) -> Closure:
-    """(earlier, later) pairs of work actions, ENTRY and END. Raises `ValueError` for a wait without a record."""
-    ids = identities(plan)
-    reach: list[set[object]] = []  # per action: what is finished when it is
-    last: dict[str, set[object]] = {COMPUTE_STREAM: {ENTRY}}
-    events: dict[int, set[object]] = {}
-    pairs: Closure = set()
-    for action, me in zip(plan.actions, ids, strict=True):
-        before = last.get(action.stream, set())
-        if action.kind is ActionKind.WAIT:
-            if action.event not in events:
-                raise ValueError("a wait comes before its record")
-            before = before | events[action.event]
-        if action.kind is ActionKind.RECORD:
-            events[action.event] = before
-        if me is not None:
-            pairs |= {(b, me) for b in before}
-            before = before | {me}
-        reach.append(before)
-        last[action.stream] = before
-    return pairs | {(b, END) for b in last[COMPUTE_STREAM]}
 
 
 def touches(program: Program, action: Action) -> tuple[set[object], set[object]]:
@@ -150,7 +120,7 @@ def run(executor: Executor, capture: CapturedProgram, plan: Plan) -> torch.Tenso
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     bounds = {1: [0, 9], 2: [0, 2, 9], 3: [0, 2, 5, 9]}[plan.micro_batches]
     with torch.no_grad():
-        (out,) = executor.bind(capture, plan, {})(arguments(names, inputs, 9), bounds, lambda mb: None)
+        (out,) = executor.bind(capture, plan, {})(arguments(names, inputs, 9), bounds, no_context)
     return out
 
 

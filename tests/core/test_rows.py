@@ -12,6 +12,7 @@ from dynaflow_serving.core.program import Scope
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.strategy.schedule import Schedule
 
 
@@ -41,7 +42,7 @@ def test_several_rows_per_token_are_cut_and_merged_between_tokens() -> None:
     assert any(" merge " in line for line in plan.to_text().splitlines())
     run = SequentialExecutor().bind(captured, plan, {})
     with torch.no_grad():
-        (out,) = run(arguments(program.inputs, {"x": x}, 5), [0, 2, 5], lambda mb: None)
+        (out,) = run(arguments(program.inputs, {"x": x}, 5), [0, 2, 5], no_context)
     assert torch.equal(out, flattened(x))
 
 

@@ -22,6 +22,7 @@ from dynaflow_serving.errors import ConfigError, PlanError
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.strategies import get_strategy
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -123,7 +124,7 @@ def test_what_the_real_executors_measure_can_be_predicted(
 
     def milliseconds(run: Any) -> float:
         started = time.perf_counter()
-        (out,) = run([x], (0, 2, 4), lambda micro_batch: None)
+        (out,) = run([x], (0, 2, 4), no_context)
         assert torch.equal(out, x + 4)
         return (time.perf_counter() - started) * 1e3
 

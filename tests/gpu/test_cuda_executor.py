@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_support import ON_GPU, arguments_of, on_gpu, slow_bump
-from support import no_context, without
+from support import without
 
 from dynaflow_serving.capture.examples import example_capture
 from dynaflow_serving.config import ExecutorOptions
@@ -16,6 +16,7 @@ from dynaflow_serving.executor.cuda_streams import green_contexts
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.strategies import get_strategy
 
 pytestmark = ON_GPU

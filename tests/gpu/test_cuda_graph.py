@@ -7,13 +7,12 @@ import random
 import pytest
 import torch
 from gpu_support import ON_GPU, arguments_of, on_gpu, slow_bump
-from support import no_context
 
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.planning.lowering import lower
-from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategy.splitting import cut_evenly
 

@@ -16,8 +16,8 @@ FOLDERS = os.pathsep.join(str(Path(__file__).parents[1] / name) for name in ("gp
 PROGRAM = """
 import sys, torch
 from gpu_support import arguments_of, on_gpu, slow_bump
-from support import no_context
 from support import without
+from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.planning.lowering import lower

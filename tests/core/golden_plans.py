@@ -1,0 +1,23 @@
+"""The files of golden plans, and the cases that have one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynaflow_serving.core.parse import parse_plan
+from dynaflow_serving.core.plan import Plan
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = [(m, s, 2) for m in ("llama", "moe") for s in ("sequential", "nanoflow", "dual_batch")]
+CASES += [(m, "nanoflow", 3) for m in ("llama", "moe")]
+CASES += [("llama", "comm_overlap", 2), ("moe", "comm_overlap", 1)]
+CASES += [("llama", "prefill_decode", 2), ("moe", "branches", 1), ("dit", "branches", 1)]
+
+
+def golden_file(model: str, strategy: str, micro_batches: int) -> Path:
+    many = "" if micro_batches == 2 else str(micro_batches)
+    return GOLDEN / f"{model}.{strategy}{many}.plan"
+
+
+def golden_plan(model: str, strategy: str, micro_batches: int = 2) -> Plan:
+    return parse_plan(golden_file(model, strategy, micro_batches).read_text())
