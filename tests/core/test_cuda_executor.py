@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_standin import FakeCuda, FakeEvent, FakeStream
-from support import IN_PLACE, TWO_STREAMS, arguments, example, lowered, manual, no_context, program_of, without
+from support import IN_PLACE, TWO_STREAMS, arguments, example, lowered, manual, program_of, without
 
 from dynaflow_serving.capture.examples import HIDDEN, example_capture
 from dynaflow_serving.capture.program import CapturedProgram
@@ -20,6 +20,7 @@ from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.torch_backend import compile
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import IN_PLACE, TWO_STREAMS, lowered, manual, no_context, program_of, replaced, without
+from support import IN_PLACE, TWO_STREAMS, lowered, manual, program_of, replaced, without
 
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.sequential import SequentialExecutor
+from dynaflow_serving.session.plan_cache import no_context
 
 
 @pytest.fixture
