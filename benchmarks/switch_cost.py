@@ -105,7 +105,7 @@ def frames(enter: Callable[[], Any] | None = None) -> Callable[[], None]:
             return model.forward(x)
 
     def run() -> None:
-        frame = Frame(body, made.borders.by_place, 2)
+        frame = Frame(body, made.borders.by_target, 2)
         call = frame.start((x,), {})
         while call is not None:
             call = frame.advance(x)

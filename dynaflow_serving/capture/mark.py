@@ -15,8 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.fx.traceback import annotate
 
-from dynaflow_serving.capture.eager.borders import marked_border
 from dynaflow_serving.capture.eager.frames import current_frame
+from dynaflow_serving.capture.eager.placing import marked_border
 from dynaflow_serving.capture.fx.matching import KEY
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import AnnotationError, unknown_name

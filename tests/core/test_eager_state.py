@@ -54,7 +54,7 @@ def test_state_is_kept_apart(name: str) -> None:
     made = EagerCapture(model.forward, model, RULES[:1])
     made.attach()
     outside = look()
-    frames = [Frame(model.forward, made.borders.by_place, 2) for _ in range(3)]
+    frames = [Frame(model.forward, made.borders.by_target, 2) for _ in range(3)]
     calls = [f.start((torch.randn(2, WIDTH),), {}) for f in frames]
     assert look() == outside
     within = []
@@ -76,7 +76,7 @@ def test_a_closed_frame_leaves_its_blocks() -> None:
     model = InState(enter, look)
     made = EagerCapture(model.forward, model, RULES[:1])
     made.attach()
-    frame = Frame(model.forward, made.borders.by_place, 2)
+    frame = Frame(model.forward, made.borders.by_target, 2)
     frame.start((torch.randn(2, WIDTH),), {})
     frame.close()
     assert frame.dead and not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()

@@ -1,69 +1,96 @@
-"""A model's forward as a suspended computation: one `Frame` per micro-batch, all on the caller's thread.
+"""A model's forward as a suspended computation, one `Frame` per micro-batch, and the borders at which it stops.
 
 Contract
-- A frame runs until it calls a border; `advance` then returns that call. `advance(result)` goes on from there.
-- Greenlets, not threads: out and back takes 0.7 us where it takes two threads 15 (`benchmarks/switch_cost.py`, two
-  cores), and one thread keeps CUDA's current stream, the allocator and the engine's globals
-  as the engine has them. Torch's thread-local state is kept apart by `state`, Python's context variables by greenlet.
+- All frames are on the caller's thread.
+- A frame runs until it calls a border; `start` and `advance` return that call, or None at the end.
+- Frames are greenlets, not threads: out and back takes 0.7 us, between two threads 15 (`benchmarks/switch_cost.py`, two
+  cores). One thread keeps CUDA's current stream, the allocator and the engine's globals as the engine has them.
+- `state` keeps torch's thread-local state apart for each frame, greenlet does so for Python's context variables.
 - Outside a frame a border's wrapper calls straight through: engines run un-split steps as before.
-- A frame that is not wanted any more is closed: its `with` and `finally` blocks run, on the thread that made it.
+- `close` unwinds a frame that has not ended: its `with` and `finally` blocks run, on the thread that made it.
 """
 
 from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from dynaflow_serving.capture.eager.state import TakenOff, TorchState, autocast_dtypes
+from dynaflow_serving.capture.eager.state import SuspendedState, TorchState, autocast_dtypes
+from dynaflow_serving.strategy.rules import Rule
 
-if TYPE_CHECKING:
-    from dynaflow_serving.capture.eager.borders import Border
+NO_RESULT = object()
 
 
-class Call(NamedTuple):
-    """A call of a border that a frame wants made."""
+@dataclass(eq=False, slots=True)
+class Border:
+    """One annotated module, Python function or torch function."""
+
+    rule: Rule
+    function: Callable[..., Any]  # the original, which does the work of a call
+    path: str = ""  # of its module; a function's path is that of the module that calls it
+    module: torch.nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        return self.rule.label
+
+
+@dataclass(eq=False, slots=True)
+class PendingCall:
+    """A call of a border at which a frame is suspended: the plan makes the call later."""
 
     border: Border
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def argument(self, key: int | str) -> Any:
+        """The argument at a position or with a keyword."""
+        return self.args[key] if isinstance(key, int) else self.kwargs[key]
+
 
 class Frame(greenlet):
     def __init__(self, function: Callable[..., Any], borders: dict[Any, Border], tokens: int) -> None:
-        """borders: what suspends this frame, by the module or function that carries the border.
-        tokens: of its micro-batch."""
+        """Make a frame that has not started.
+
+        Args:
+            function: the forward, or what runs it.
+            borders: module or function -> the border at which this frame stops there.
+            tokens: of its micro-batch.
+        """
         super().__init__(function)
         self.gr_context = contextvars.copy_context()
         self.borders, self.tokens = borders, tokens
-        self.pending: Call | None = None  # what it is suspended at; None before the start and after the end
-        self.result: Any = None  # what the function has returned
-        self.leaves: list[Any] = []  # of its arguments, with their structure
-        self.spec: Any = None
-        self.handed: list[Any] = []  # what the border that ran last has returned, if it was not a plain one
+        self.argument_leaves: list[Any] = []  # the forward's (args, kwargs), flat
+        self.argument_spec: Any = None  # their structure
+        self.pending: PendingCall | None = None  # None before the start and after the end
+        self.call_result: Any = NO_RESULT  # of the pending call, where the call is made and the frame not advanced yet
+        self.result: Any = None  # of the forward, after the end
         self._outside, self._dtypes = TorchState.now(), autocast_dtypes()
-        self._taken_off: TakenOff | None = None
+        self._state: SuspendedState | None = None  # while it is suspended, where it is not the caller's
 
     def suspend(self, border: Border, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called inside the frame: returns what the driver passes to `advance`."""
+        """Stop the frame, from inside it, at a call; return what `advance` is given for it."""
         assert self.parent is not None
-        return self.parent.switch(Call(border, args, kwargs))
+        return self.parent.switch(PendingCall(border, args, kwargs))
 
-    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PendingCall | None:
         return self._switch(*args, **kwargs)
 
-    def advance(self, result: Any) -> Call | None:
-        """Go on with `result` for the pending call, to the next call; None at the end."""
+    def advance(self, result: Any) -> PendingCall | None:
+        """Go on with `result` for the pending call, to the next call or to the end."""
         return self._switch(result)
 
-    def _switch(self, *args: Any, **kwargs: Any) -> Call | None:
-        self._put_back()
+    def _switch(self, *args: Any, **kwargs: Any) -> PendingCall | None:
+        self._restore_state()
         try:
             got = self.switch(*args, **kwargs)
         finally:
-            self._take_off()
+            self._save_state()
         if self.dead:
             self.pending, self.result = None, got
         else:
@@ -72,40 +99,40 @@ class Frame(greenlet):
 
     @property
     def has_own_state(self) -> bool:
-        """Whether it is suspended in another torch state than the driver's."""
-        return self._taken_off is not None
+        """Whether the frame is suspended in another torch state than its caller's."""
+        return self._state is not None
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `function` in the state that the frame is suspended in, such as its autocast."""
+        """Call `function` in the torch state that the frame is suspended in, such as its autocast."""
         if not self.has_own_state:
             return function(*args, **kwargs)
-        self._put_back()
+        self._restore_state()
         try:
             return function(*args, **kwargs)
         finally:
-            self._take_off()
+            self._save_state()
 
     def close(self) -> None:
-        """Unwind it, if it has not ended."""
-        if self and not self.dead:  # started
-            self._put_back()
+        """Unwind the frame, if it has started and not ended."""
+        if self and not self.dead:  # a greenlet is true once it has started
+            self._restore_state()
             try:
                 self.throw(GreenletExit)
             finally:
-                self._take_off()
+                self._save_state()
         self.pending = None
 
-    def _put_back(self) -> None:
-        if self._taken_off is not None:
-            self._taken_off.put_back()
-            self._taken_off = None
+    def _restore_state(self) -> None:
+        if self._state is not None:
+            self._state.restore()
+            self._state = None
 
-    def _take_off(self) -> None:
+    def _save_state(self) -> None:
         if not self._outside.is_now():
-            self._taken_off = TakenOff(self._outside, self._dtypes, TorchState.now())
+            self._state = SuspendedState(self._outside, self._dtypes, TorchState.now())
 
 
 def current_frame() -> Frame | None:
-    """The frame that is running; None in the driver, in other threads, and in un-split steps."""
+    """Return the frame that is running; None outside frames: in plans, in other threads, and in un-split steps."""
     current = getcurrent()
     return current if type(current) is Frame else None

@@ -1,252 +1,181 @@
-"""What a plan calls: a function per operator, that moves a micro-batch's frame on or makes a border's call.
+"""Which operators a recorded model has, and how each is run: the cut.
 
 Contract
-- Functions take the Program's input values in order and return one output bare, several as a tuple, as everywhere. A
-  value that only its frame holds is None in the plan: it is there for the order and the lifetimes.
-- Functions with `context` work on `Driver.frame`, which `enter` sets; those of plain borders on their inputs alone.
-- A frame that calls another border than the recorded one, or with other constants, raises `Diverged`.
+- Every border call is an operator, and so is every section that cannot be folded into a neighbour.
+- A border call is *plain* if its arguments are tensors and constants and it returns tensors. A plan may put it on any
+  stream, merge it over micro-batches, or replace it by a kernel. Any other border call needs its frame.
+- An operator that runs a section *advances* its frame, up to the border call where the frame is suspended next.
+- A frame *runs ahead* where only the next border call uses a plain border call's results, and the section between makes
+  no call. The frame gets meta tensors for the results and goes on. The arguments of both calls are then known before
+  either is made, and one kernel may replace both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 
-import torch
-import torch.utils._pytree as pytree
-
-from dynaflow_serving.capture.eager.frames import Call, Frame
-from dynaflow_serving.capture.eager.program import ModelProgram, Part, same
-from dynaflow_serving.capture.eager.recording import BorderCall, Seen, Stretch, tensors_of
-from dynaflow_serving.capture.program import CapturedProgram
-from dynaflow_serving.errors import DynaflowError, ScheduleError
-
-Key = int | str  # position or keyword of an argument
+from dynaflow_serving.capture.eager.pairing import CONSTANT_TYPES, RecordingPair, same_object
+from dynaflow_serving.capture.eager.recording import BorderCall, RecordedTensor, Section, tensors_of
 
 
-class Diverged(DynaflowError):
-    """A micro-batch has taken another path through the model than the recorded one."""
+@dataclass(eq=False, slots=True)
+class EagerOperator:
+    """One operator: the event that it runs, and where it takes its frame."""
+
+    event: int  # a section or a border call
+    plain: bool = False  # a border call that needs no frame
+    advances: bool = False  # whether it runs the model's own code
+    comes_to: list[int] = field(default_factory=list)  # the border calls that its frame then comes to; none: the end
+    inputs: list[RecordedTensor] = field(default_factory=list)
+    outputs: list[RecordedTensor] = field(default_factory=list)
 
 
-class Driver:
-    """The frames of the step in flight."""
+def cut_into_operators(pair: RecordingPair, states: Mapping[str, str]) -> Cut:
+    """Cut a recorded model into operators.
 
-    frame: Frame  # of the micro-batch whose operator runs
+    A plain border call without an input from the operator before it would be unordered, although the model's own order
+    may matter. Such calls are not made plain. That changes what their neighbours hand over, so the cut is made again
+    until there is none; each round takes at least one more call.
+
+    Args:
+        pair: the two recordings.
+        states: name of a border -> the engine state that it reads and writes (attention -> "kv").
+    """
+    not_plain: set[int] = set()
+    while True:
+        cut = Cut(pair, states, not_plain)
+        unordered = cut.unordered_calls()
+        if not unordered:
+            return cut
+        not_plain |= unordered
 
 
-def build_capture(model: ModelProgram, driver: Driver) -> CapturedProgram:
-    program = model.program
-    leaves, spec = list(model.a.outputs), model.a.spec
-    position = {v: i for i, v in enumerate(program.outputs)}
-    slots = [position[model.value_of[model.given(s)]] if isinstance(s, Seen) else None for s in leaves]
+class Cut:
+    """The operators of a recorded model, and which of its tensors a plan holds."""
 
-    def rebuild(values: Sequence[Any]) -> Any:
-        merged = [leaf if i is None else values[i] for i, leaf in zip(slots, leaves)]
-        return pytree.tree_unflatten(merged, spec)
+    def __init__(self, pair: RecordingPair, states: Mapping[str, str], not_plain: Iterable[int]) -> None:
+        """Cut the model, with `not_plain` border calls bound to their frames."""
+        self.pair, self.recording, self.states = pair, pair.first, states
+        self.operators: list[EagerOperator] = []
+        self._not_plain = frozenset(not_plain)
+        self._plain = {i: self._is_plain(i) for i in self.recording.border_calls}
+        self._folded = {i + 1 for i in self._plain if self._can_fold_section_after(i)}
+        self._held = set(pair.inputs.values())  # what the plan holds; frames hold the rest
+        self._aliases: dict[RecordedTensor, RecordedTensor] = {}  # tensor held by a frame -> as the plan gets it
+        for number, event in enumerate(self.recording.events):
+            if isinstance(event, BorderCall):
+                self.operators.append(self._border_operator(number, event))
+            elif number not in self._folded:
+                self.operators.append(self._section_operator(number, event))
 
-    functions: dict[str, Callable[..., Any]] = {}
-    for part, operator in zip(model.parts, program.operators):
-        event = model.a.events[part.event]
-        if isinstance(event, Stretch):
-            functions[part.name] = _stretch(model, driver, part, len(operator.outputs))
-        elif part.plain:
-            functions[part.name] = _plain_border(model, part, event)
+    def is_plain(self, event: int) -> bool:
+        return self._plain[event]
+
+    def plan_tensor(self, tensor: RecordedTensor) -> RecordedTensor:
+        """Return `tensor` as the plan knows it."""
+        return self._aliases.get(tensor, tensor)
+
+    def unordered_calls(self) -> set[int]:
+        """Return the plain border calls that no dataflow ties to the operator before them."""
+        return {
+            later.event
+            for earlier, later in pairwise(self.operators)
+            if later.plain and not set(earlier.outputs) & set(later.inputs)
+        }
+
+    # -- questions about events ---------------------------------------------------------------------
+    def _is_plain(self, event: int) -> bool:
+        call, other = self.recording.border_call(event), self.pair.second.border_call(event)
+        if event in self._not_plain or call.border.rule.context or call.own_state or call.border.name in self.states:
+            return False
+        objects = {k: v for k, v in call.arguments.items() if not isinstance(v, RecordedTensor)}
+        return (
+            any(self.pair.is_read(r) for r in tensors_of(call.results))
+            and all(isinstance(r, (RecordedTensor, *CONSTANT_TYPES)) for r in call.results)
+            and all(same_object(v, other.arguments[k]) for k, v in objects.items())
+        )
+
+    def _can_fold_section_after(self, event: int) -> bool:
+        """Whether the section after a border call needs no operator: it calls nothing, and nothing waits for it."""
+        section = event + 1
+        if self.recording.section(section).paths:
+            return False
+        if not self._plain[event]:
+            return True  # the border call's own operator advances the frame
+        if section == len(self.recording.events) - 1:
+            return not any(self._is_made_by_section(t) for t in tensors_of(self.recording.outputs))
+        following = event + 2
+        arguments = tensors_of(self.recording.border_call(following).arguments.values())
+        if any(t.producer == section and not self.pair.is_constant(t) for t in arguments):
+            return False
+        results = tensors_of(self.recording.border_call(event).results)
+        return all(self.pair.readers.get(r, set()) <= {following} for r in results)
+
+    def _is_made_by_section(self, tensor: RecordedTensor) -> bool:
+        return not tensor.is_argument and isinstance(self.recording.events[tensor.producer], Section)
+
+    # -- making operators ---------------------------------------------------------------------------
+    def _section_operator(self, number: int, section: Section) -> EagerOperator:
+        if number == 0:
+            given = list(self.pair.inputs.values())
         else:
-            functions[part.name] = _border(model, driver, part, event, len(operator.outputs))
-    stretches = frozenset(p.name for p in model.parts if isinstance(model.a.events[p.event], Stretch))
-    constants = tuple(model.constants.values())
-    return CapturedProgram(program, functions, constants=constants, rebuild=rebuild, one_stream=stretches)
+            results = tensors_of(self.recording.border_call(number - 1).results)
+            given = [r for r in results if self.pair.is_read(r)]
+        reads = [t for t in section.reads if not t.is_argument or t in self._held]
+        operator = EagerOperator(number, advances=True, inputs=list(dict.fromkeys((*given, *reads))))
+        self._advance(operator, number)
+        return operator
 
+    def _border_operator(self, number: int, call: BorderCall) -> EagerOperator:
+        plain = self._plain[number]
+        operator = EagerOperator(
+            number,
+            plain=plain,
+            advances=not plain and number + 1 in self._folded,
+            inputs=list(dict.fromkeys(map(self.plan_tensor, tensors_of(call.arguments.values())))),
+            outputs=list(dict.fromkeys(tensors_of(call.results))),
+        )
+        if operator.advances:
+            self._advance(operator, number + 1)
+        return operator
 
-def _stretch(model: ModelProgram, driver: Driver, part: Part, outputs: int) -> Callable[..., Any]:
-    follow = _Follow(model, part, outputs)
-    if part.event == 0:
-        places = list(model.inputs)
-
-        def start(*inputs: Any) -> Any:
-            frame = driver.frame
-            for leaf, value in zip(places, inputs):
-                frame.leaves[leaf] = value
-            args, kwargs = pytree.tree_unflatten(frame.leaves, frame.spec)
-            return _bare(follow(frame, frame.start(args, kwargs)))
-
-        return start
-    event = model.border(part.event - 1)
-    results = _results_from(model, event, part)
-
-    def go_on(*inputs: Any) -> Any:
-        frame = driver.frame
-        result = frame.handed.pop() if frame.handed else results(inputs, frame.tokens)
-        return _bare(follow(frame, frame.advance(result)))
-
-    return go_on
-
-
-def _border(model: ModelProgram, driver: Driver, part: Part, event: BorderCall, outputs: int) -> Callable[..., Any]:
-    follow = _Follow(model, part, outputs) if part.moves else None
-    position = {s: i for i, s in enumerate(part.inputs)}
-    # Arguments that the frame could only be given stand-ins for.
-    late = [
-        (k, position[s]) for k, s in event.arguments.items() if isinstance(s, Seen) and s.producer == part.event - 2
-    ]
-    taken = [event.results.index(s) for s in part.outputs if s in event.results]
-    extra = outputs - len(taken)
-
-    def call(*inputs: Any) -> Any:
-        frame = driver.frame
-        assert frame.pending is not None
-        border, args, kwargs = frame.pending
-        for key, i in late:
-            if isinstance(key, int):
-                args = (*args[:key], inputs[i], *args[key + 1 :])
-            else:
-                kwargs = {**kwargs, key: inputs[i]}
-        result = frame.call(border.function, *args, **kwargs)
-        listed = (result,) if event.shape == "tensor" else result
-        found = [listed[i] for i in taken]
-        if follow is None:
-            frame.handed = [result]
-            return _bare([*found, *[None] * extra])
-        return _bare([*found, *follow(frame, frame.advance(result))])
-
-    return call
-
-
-def _plain_border(model: ModelProgram, part: Part, event: BorderCall) -> Callable[..., Any]:
-    function = event.border.function
-    position = {s: i for i, s in enumerate(part.inputs)}
-    listed = [(k, position.get(model.given(v)) if isinstance(v, Seen) else None, v) for k, v in event.arguments.items()]
-    taken = [event.results.index(s) for s in part.outputs]
-
-    def call(*inputs: Any) -> Any:
-        args = [v if i is None else inputs[i] for k, i, v in listed if isinstance(k, int)]
-        kwargs = {k: v if i is None else inputs[i] for k, i, v in listed if isinstance(k, str)}
-        result = function(*args, **kwargs)
-        return result if event.shape == "tensor" else _bare([result[i] for i in taken])
-
-    return call
-
-
-def _results_from(model: ModelProgram, event: BorderCall, part: Part) -> Callable[[Sequence[Any], int], Any]:
-    """What the border has returned, put together again from the inputs of the operator after it."""
-    position = {s: i for i, s in enumerate(part.inputs)}
-    stand_in = _StandIns(model, event)
-
-    def results(inputs: Sequence[Any], tokens: int) -> Any:
-        if event.shape == "object":
-            raise ScheduleError(f"{event.border.name} cannot be replaced by a kernel: it returns an object")
-        made = [
-            r if not isinstance(r, Seen) else inputs[position[r]] if r in position else stand_in.tensor(r, tokens)
-            for r in event.results
+    def _advance(self, operator: EagerOperator, section: int) -> None:
+        """Note the border calls that `section`, run by `operator`, leads to, and what the plan gets to see there."""
+        operator.comes_to = self._calls_after(section)
+        operator.outputs += [
+            t
+            for t, readers in self.pair.readers.items()
+            if t.producer == section and readers - {section} and not self.pair.is_constant(t)
         ]
-        return event.returned(made)
+        shown: list[RecordedTensor] = []  # where the frame is suspended, the plan can see these
+        for event in operator.comes_to:
+            call = self.recording.border_call(event)
+            shown += tensors_of(call.arguments.values())
+            self._held.update(tensors_of(call.results))
+        if not operator.comes_to:
+            shown = tensors_of(self.recording.outputs)
+        self._held.update(t for t in shown if t.producer == section)
+        for tensor in dict.fromkeys(shown):
+            if tensor not in self._held and tensor not in self._aliases and not self.pair.is_constant(tensor):
+                self._hand_over(tensor, operator)
 
-    return results
+    def _hand_over(self, tensor: RecordedTensor, operator: EagerOperator) -> None:
+        """Let the plan have a tensor that only frames held, as an output of `operator`."""
+        alias = RecordedTensor(operator.event, tensor.shape, tensor.dtype, tensor.storage)
+        self.pair.add_alias(alias, tensor)
+        self._aliases[tensor] = alias
+        operator.outputs.append(alias)
+        if not tensor.is_argument and tensor not in operator.inputs:
+            operator.inputs.append(tensor)
 
-
-class _StandIns:
-    """Tensors without memory, of the size that a border's results will have."""
-
-    def __init__(self, model: ModelProgram, event: BorderCall) -> None:
-        self.event = event
-        self.axes = {r: model.axis(r) for r in tensors_of(event.results)}
-
-    def tensor(self, r: Seen, tokens: int) -> torch.Tensor:
-        shape = list(r.shape)
-        if found := self.axes[r]:
-            shape[found[0]] = tokens * found[1]
-        return torch.empty(shape, dtype=r.dtype, device="meta")
-
-    def __call__(self, tokens: int) -> tuple[Any, list[Any]]:
-        """What to return to the frame, and its tensors in the order of the event's results."""
-        made = [self.tensor(r, tokens) if isinstance(r, Seen) else r for r in self.event.results]
-        return self.event.returned(made), made
-
-
-class _Stop:
-    """A border that a frame must come to, and what its call must look like."""
-
-    def __init__(self, model: ModelProgram, i: int, previous: int | None) -> None:
-        self.event = model.border(i)
-        self.name = self.event.border.name
-        keys = list(self.event.arguments)
-        self.positions = sum(isinstance(k, int) for k in keys)
-        self.keywords = {k for k in keys if isinstance(k, str)}
-        constants = [(k, v) for k, v in self.event.arguments.items() if not isinstance(v, Seen)]
-        self.constants = constants if model.plain[i] else []  # another border's may be made in each step
-        self.tensors = [k for k, v in self.event.arguments.items() if isinstance(v, Seen)]
-        results = model.border(previous).results if previous is not None else []
-        self.late = [
-            (k, results.index(v)) for k, v in self.event.arguments.items() if isinstance(v, Seen) and v in results
-        ]
-        self.stand_ins = _StandIns(model, self.event)
-
-    def check(self, call: Call | None, made: list[Any]) -> Call:
-        name = self.name
-        if call is None:
-            raise Diverged(f"the model ended where it called {name} when it was recorded")
-        if call.border is not self.event.border:
-            raise Diverged(f"the model called {call.border.name} where it called {name} when it was recorded")
-        if len(call.args) != self.positions or call.kwargs.keys() != self.keywords:
-            raise Diverged(f"the model called {name} with other arguments than when it was recorded")
-        for key, value in self.constants:
-            if not same(argument(call, key), value):
-                raise Diverged(f"the model called {name} with {key}={argument(call, key)!r}, recorded was {value!r}")
-        for key in self.tensors:
-            if not isinstance(argument(call, key), torch.Tensor):
-                raise Diverged(f"the model called {name} without the tensor {key} that it had when it was recorded")
-        for key, i in self.late:
-            if argument(call, key) is not made[i]:
-                raise Diverged(f"the model changed what it passes to {name} since it was recorded")
-        return call
-
-
-class _Follow:
-    """Leads a frame past the stops of one operator, and picks the operator's outputs."""
-
-    def __init__(self, model: ModelProgram, part: Part, outputs: int) -> None:
-        self.stops = [_Stop(model, i, part.stops[n - 1] if n else None) for n, i in enumerate(part.stops)]
-        self.spec = model.a.spec
-        event = model.a.events[part.event]
-        own = [s for s in part.outputs if not (isinstance(event, BorderCall) and s in event.results)]
-        self.picks: list[tuple[int, Any] | None] = [self._place(model, part, s) for s in own]
-        self.picks += [None] * (outputs - len(part.outputs))  # frame.N
-
-    def _place(self, model: ModelProgram, part: Part, s: Seen) -> tuple[int, Any] | None:
-        """(stop, argument) or (-1, leaf of the result) where the tensor shows; None if it stays in the frame."""
-        for n, i in enumerate(part.stops):
-            for key, v in model.border(i).arguments.items():
-                if isinstance(v, Seen) and s in (v, model.given(v)):
-                    return n, key
-        if not part.stops:
-            for leaf, v in enumerate(model.a.outputs):
-                if isinstance(v, Seen) and s in (v, model.given(v)):
-                    return -1, leaf
-        return None
-
-    def __call__(self, frame: Frame, call: Call | None) -> list[Any]:
-        calls: list[Call] = []
-        made: list[Any] = []
-        for n, stop in enumerate(self.stops):
-            if n:
-                returned, made = self.stops[n - 1].stand_ins(frame.tokens)
-                call = frame.advance(returned)
-            calls.append(stop.check(call, made))
-        leaves: list[Any] = []
-        if not self.stops:
-            if call is not None:
-                raise Diverged(f"the model called {call.border.name} where it ended when it was recorded")
-            leaves, spec = pytree.tree_flatten(frame.result)
-            if spec != self.spec:
-                raise Diverged("the model returned another structure than when it was recorded")
-        return [
-            None if p is None else leaves[p[1]] if p[0] < 0 else argument(calls[p[0]], p[1]) for p in self.picks
-        ]  # fmt: skip
-
-
-def argument(call: Call, key: Key) -> Any:
-    return call.args[key] if isinstance(key, int) else call.kwargs[key]
-
-
-def _bare(outputs: list[Any]) -> Any:
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    def _calls_after(self, section: int) -> list[int]:
+        """Return the border calls that a frame comes to from `section`: the next, and those that it runs ahead to."""
+        calls: list[int] = []
+        for event in range(section + 1, len(self.recording.events), 2):
+            calls.append(event)
+            runs_ahead = self._plain[event] and event + 1 in self._folded
+            if not runs_ahead:
+                break
+        return calls

@@ -1,11 +1,11 @@
 """Torch's thread-local state, kept apart for each suspended computation.
 
 Contract
-- A suspended computation shares its thread with the others, so what it has changed (grad mode, inference mode,
-  autocast, dispatch keys, torch function modes) is taken off the thread while it is suspended and put back when it
-  goes on: nothing leaks, in whatever order computations enter and leave their `with` blocks.
-- In the common case, a computation that has changed nothing, this costs one comparison of snapshots.
-- A CUDA stream is not state of a computation: the plan sets it (`recording` refuses a border inside a stream block).
+- Suspended computations share one thread. A computation may change grad mode, inference mode, autocast, dispatch keys
+  and torch function modes. These changes are taken off the thread while it is suspended, and put back when it goes on.
+- Nothing leaks, in whatever order computations enter and leave their `with` blocks.
+- A computation that has changed nothing, the common case, costs one comparison of snapshots.
+- The CUDA stream belongs to the plan, not to a computation. `recording` refuses a border inside a stream block.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class TorchState:
+    """A snapshot of the thread's state."""
+
     grad: bool
     inference: bool
-    include: Any  # DispatchKeySet; autocast and dispatch modes show here
+    include: Any  # DispatchKeySet: it shows autocast and dispatch modes
     exclude: Any
-    modes: int  # torch function modes
-    autocast: tuple[tuple[str, torch.dtype], ...]  # device types with autocast, and its dtype there
+    modes: int  # number of torch function modes
+    autocast: tuple[tuple[str, torch.dtype], ...]  # (device type, dtype) where autocast is on
 
     @classmethod
     def now(cls) -> TorchState:
@@ -44,7 +46,7 @@ class TorchState:
         )
 
     def is_now(self) -> bool:
-        """Whether the thread is in this state. Autocast switched on or off shows in the dispatch keys."""
+        """Whether the thread is in this state. The dispatch keys show whether autocast is on."""
         return (
             torch.is_grad_enabled() == self.grad
             and _C._dispatch_tls_local_include_set() == self.include
@@ -56,18 +58,18 @@ class TorchState:
 
 
 def autocast_dtypes() -> dict[str, torch.dtype]:
-    """What autocast takes where a block names no dtype: it outlives the blocks that change it."""
+    """Return the dtype of autocast by device type, which outlives the blocks that change it."""
     return {device: torch.get_autocast_dtype(device) for device in _AUTOCAST_DEVICES}
 
 
-class TakenOff:
-    """The thread is in state `outside` from the making of this object until `put_back`."""
+class SuspendedState:
+    """The state of a suspended computation: the thread is in state `outside` until `restore`."""
 
     def __init__(self, outside: TorchState, dtypes: dict[str, torch.dtype], inside: TorchState) -> None:
-        # Of function modes only those above the outside's are the computation's own.
+        # The function modes above those of the outside are the computation's own.
         self._modes = [_C._pop_torch_function_stack() for _ in range(inside.modes - outside.modes)]
         self._inside = inside
-        # Guards, for that is the only way to set these two; they restore in any order, not only last in, first out.
+        # Only guards can set these two. They restore in any order, not only last in, first out.
         keys = _C._ForceDispatchKeyGuard(outside.include, outside.exclude)
         self._guards = (_C._InferenceMode(outside.inference), keys)
         for guard in self._guards:
@@ -76,7 +78,7 @@ class TakenOff:
         for device, _ in inside.autocast:
             torch.set_autocast_dtype(device, dtypes[device])
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         for guard in reversed(self._guards):
             guard.__exit__(None, None, None)
         torch._C._set_grad_enabled(self._inside.grad)

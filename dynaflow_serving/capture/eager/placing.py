@@ -1,15 +1,15 @@
-"""Where a frame stops: the annotated calls, found in a model by a strategy's and an integration's rules.
+"""Finding a model's borders by the rules of a strategy and an integration, and putting them where frames stop.
 
 Contract
-- `SplitModule` rules: the forward of every module of that class; `SplitFunc` rules: a Python function or method
-  (given as such, or by its dotted path `package.module.Class.method`), or a torch function or operator (by object or
-  name); `mark` as a decorator: the decorated function.
-- Modules and Python functions are wrapped where they are looked up, once per process; torch functions are seen by a
-  torch function mode, which costs about a microsecond per torch call and is on only where a rule names one.
-- The outermost border wins: a border's own call runs as it is, with the borders inside it. Of several rules for one
-  module or function the first wins.
-- A required rule that matches nothing is an `AnnotationError`: here for modules and Python functions, after the
-  recording for torch functions.
+- A `SplitModule` rule makes a border of every module of its class. A `SplitFunc` rule names a Python function or method
+  (itself, or its dotted path `package.module.Class.method`), or a torch function or operator (itself, or its name).
+  `mark` as a decorator makes a border of the decorated function.
+- Modules and Python functions are wrapped where they are looked up, once per process. A torch function mode sees torch
+  functions: it costs about a microsecond per torch call, and is on only where a rule names one.
+- The outermost border wins: its call runs the borders inside it as they are. Of several rules for one module or
+  function the first wins.
+- A required rule that matches nothing is an `AnnotationError`. It is raised here for modules and Python functions, and
+  after a recording for torch functions.
 """
 
 from __future__ import annotations
@@ -18,41 +18,26 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dynaflow_serving.capture.eager.frames import current_frame
+from dynaflow_serving.capture.eager.frames import Border, current_frame
 from dynaflow_serving.errors import AnnotationError, unknown_name
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule, target_names
 
-_WRAPPED = "_dynaflow_wrapped"
-
-
-@dataclass(eq=False, slots=True)
-class Border:
-    """One annotated callable. `path`: of its module; "" for functions, whose path is that of the caller."""
-
-    rule: Rule
-    function: Callable[..., Any]  # what the call does
-    path: str = ""
-    module: torch.nn.Module | None = None
-
-    @property
-    def name(self) -> str:
-        return self.rule.label
+_WRAPPED = "_dynaflow_wrapped"  # attribute of a wrapper: the function that it wraps
 
 
 class Borders:
-    """The borders of one model. `place` puts them where frames of the model stop."""
+    """The borders of one model. `place` puts them where frames of the model stop; `remove` takes them away."""
 
     def __init__(self, module: torch.nn.Module, rules: Iterable[Rule]) -> None:
         self.module, self.rules = module, tuple(rules)
-        self.by_place: dict[Any, Border] = {}  # module or function -> its border
+        self.by_target: dict[Any, Border] = {}  # module or function -> its border
         self.torch_rules: list[SplitFunc] = []
-        self.seen_torch_rules: set[int] = set()  # ids of those that a recording has met
+        self._matched_torch_rules: set[int] = set()  # ids of those that have matched a call
         self._torch_borders: dict[Any, Border | None] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -65,13 +50,13 @@ class Borders:
                 self._place_function(rule)
 
     def remove(self) -> None:
-        """Modules get their own forward back; wrappers of functions stay, and call straight through."""
+        """Give modules their own forward back. Wrappers of functions stay, and call straight through."""
         while self._undo:
             self._undo.pop()()
-        self.by_place.clear()
+        self.by_target.clear()
 
-    def entry(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` as frames run it."""
+    def frame_function(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what frames run: `forward`, under a torch function mode where rules name torch functions."""
         if not self.torch_rules:
             return forward
 
@@ -82,23 +67,27 @@ class Borders:
         return under_mode
 
     def torch_border(self, function: Any) -> Border | None:
-        """The border that `function`, which torch is about to call, is."""
+        """Return the border of `function`, which torch is about to call; None where no rule matches it."""
         if function not in self._torch_borders:
             names = set(target_names(function))
             rule = next((r for r in self.torch_rules if r.matches(function, names)), None)
             self._torch_borders[function] = None if rule is None else Border(rule, function)
         border = self._torch_borders[function]
         if border is not None:
-            self.seen_torch_rules.add(id(border.rule))
+            self._matched_torch_rules.add(id(border.rule))
         return border
 
-    def check_met(self, met: list[str]) -> None:
-        """Raise `AnnotationError` for a torch function that no recording has met. `met`: borders called."""
+    def check_torch_rules(self, called: Iterable[str]) -> None:
+        """Raise `AnnotationError` for a required torch function that the recorded model has not called.
+
+        Args:
+            called: names of the borders that it has called, for the message.
+        """
         for rule in self.torch_rules:
-            if rule.required and id(rule) not in self.seen_torch_rules:
+            if rule.required and id(rule) not in self._matched_torch_rules:
                 raise AnnotationError(
                     f"SplitFunc({rule.target!r}) matches nothing: the model does not call it between its other borders "
-                    f"({', '.join(sorted(set(met))) or 'none'}). Calls inside a border are not seen."
+                    f"({', '.join(sorted(set(called))) or 'none'}). Calls inside a border are not seen."
                 )
 
     def _place_modules(self, rule: SplitModule) -> None:
@@ -111,9 +100,9 @@ class Borders:
             if not rule.matches(type(module)):
                 continue
             found = True
-            if module in self.by_place:
+            if module in self.by_target:
                 continue
-            self.by_place[module] = Border(rule, module.forward, path, module)
+            self.by_target[module] = Border(rule, module.forward, path, module)
             module.forward = _wrapper(module, module.forward)
             self._undo.append(functools.partial(module.__dict__.pop, "forward", None))
         if not found and rule.required:
@@ -134,18 +123,18 @@ class Borders:
                 ) from None
             return
         function = getattr(owner, name)
-        place = getattr(function, _WRAPPED, None)
-        if place is None:
-            place, wrapped = function, _wrapper(function, function)
+        original = getattr(function, _WRAPPED, None)
+        if original is None:
+            original, wrapped = function, _wrapper(function, function)
             setattr(wrapped, _WRAPPED, function)
             setattr(owner, name, wrapped)
             if not isinstance(owner, type):
                 _replace_imports(function, wrapped)
-        self.by_place.setdefault(place, Border(rule, place))
+        self.by_target.setdefault(original, Border(rule, original))
 
 
 def marked_border(function: Callable[..., Any], rule: SplitFunc) -> Callable[..., Any]:
-    """`function` as a border of every frame that calls it: what `mark` as a decorator makes of it."""
+    """Return `function` as a border of every frame that calls it, for `mark` as a decorator."""
     border = Border(rule, function)
 
     @functools.wraps(function)
@@ -157,11 +146,13 @@ def marked_border(function: Callable[..., Any], rule: SplitFunc) -> Callable[...
     return call
 
 
-def _wrapper(place: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapper(target: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with a stop where the running frame has a border for `target`."""
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
-        if frame is not None and (border := frame.borders.get(place)) is not None:
+        if frame is not None and (border := frame.borders.get(target)) is not None:
             return frame.suspend(border, args, kwargs)
         return function(*args, **kwargs)
 
@@ -169,6 +160,8 @@ def _wrapper(place: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _TorchBorders(TorchFunctionMode):
+    """Stops the running frame at the torch functions that rules name."""
+
     def __init__(self, borders: Borders) -> None:
         super().__init__()
         self._borders = borders
@@ -190,20 +183,14 @@ def _is_torch(target: Any) -> bool:
 
 
 def _owner(target: Any) -> tuple[Any, str]:
-    """The module or class that a function is looked up in, and its name there."""
+    """Return the module or class that a function is looked up in, and its name there.
+
+    Raises:
+        ImportError: the module of a dotted path cannot be imported.
+        AttributeError: there is no such function, or it is local to another.
+    """
     if isinstance(target, str):
-        parts = target.split(".")
-        for i in range(len(parts) - 1, 0, -1):
-            try:
-                owner: Any = importlib.import_module(".".join(parts[:i]))
-            except ModuleNotFoundError as error:
-                if i == 1:
-                    raise
-                if not (error.name or "").startswith(parts[0]):
-                    raise
-                continue
-            names = parts[i:]
-            break
+        owner, names = _import_prefix(target)
     else:
         owner, names = sys.modules[target.__module__], target.__qualname__.split(".")
         if "<locals>" in names:
@@ -214,8 +201,20 @@ def _owner(target: Any) -> tuple[Any, str]:
     return owner, names[-1]
 
 
+def _import_prefix(dotted: str) -> tuple[Any, list[str]]:
+    """Import the longest prefix of `dotted` that is a module; return it and the names that follow."""
+    parts = dotted.split(".")
+    for length in range(len(parts) - 1, 1, -1):
+        try:
+            return importlib.import_module(".".join(parts[:length])), parts[length:]
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith(parts[0]):  # the module is there, and imports one that is not
+                raise
+    return importlib.import_module(parts[0]), parts[1:]
+
+
 def _replace_imports(function: Callable[..., Any], wrapped: Callable[..., Any]) -> None:
-    """Where other modules have imported `function` by name."""
+    """Put `wrapped` where other modules have imported `function` by name."""
     for module in list(sys.modules.values()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if value is function:
