@@ -28,7 +28,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Contest:
+class OfflineBenchmark:
     """What `compare` is to run. `settle_seconds` of rest come before each pass (idle workers of vLLM spin for 1 s)."""
 
     driver: str
@@ -104,25 +104,25 @@ class Comparison:
     engagement: Engagement
 
 
-def compare(contest: Contest, progress: Progress) -> Comparison:
+def compare(benchmark: OfflineBenchmark, progress: Progress) -> Comparison:
     """Run it. `progress` is told what begins. Raises `EngineProcessError`."""
     with contextlib.ExitStack() as stack:
         engines = {}
         for name in (BASELINE, DYNAFLOW):  # both processes first: while one starts its engine, the other imports
-            engines[name] = EngineProcess(name, contest.driver, contest.environment, contest.logs / f"{name}.log")
+            engines[name] = EngineProcess(name, benchmark.driver, benchmark.environment, benchmark.logs / f"{name}.log")
             stack.callback(engines[name].kill)
-        for name, dynaflow in ((BASELINE, None), (DYNAFLOW, contest.dynaflow)):
+        for name, dynaflow in ((BASELINE, None), (DYNAFLOW, benchmark.dynaflow)):
             progress(f"start {name} engine")
-            info = engines[name].start(replace(contest.settings, dynaflow=dynaflow))
+            info = engines[name].start(replace(benchmark.settings, dynaflow=dynaflow))
         pairs, mismatches = [], []
-        for number in range(1 + contest.pairs):
-            requests = requests_of_pass(contest.traffic, info.vocabulary, number)
+        for number in range(1 + benchmark.pairs):
+            requests = requests_of_pass(benchmark.traffic, info.vocabulary, number)
             order = ORDERS[(number + 1) % 2]  # pass 1, the first pair, begins with the baseline
-            what = f"pair {number} of {contest.pairs}" if number else "warm-up"
+            what = f"pair {number} of {benchmark.pairs}" if number else "warm-up"
             seconds, tokens = {}, {}
             for name in order:
                 progress(f"{what}: {name}")
-                seconds[name], tokens[name] = _rested(engines[name], requests, contest.settle_seconds)
+                seconds[name], tokens[name] = _rested(engines[name], requests, benchmark.settle_seconds)
             if found := _difference(number, tokens[BASELINE], tokens[DYNAFLOW]):
                 mismatches.append(found)
             if number:
@@ -133,7 +133,7 @@ def compare(contest: Contest, progress: Progress) -> Comparison:
         progress("stop engines")
         for engine in engines.values():
             engine.close()
-    return Comparison(info.version, info.device, contest.traffic, pairs, mismatches, Engagement.of(reports))
+    return Comparison(info.version, info.device, benchmark.traffic, pairs, mismatches, Engagement.of(reports))
 
 
 def _rested(engine: EngineProcess, requests: list[Request], rest: float) -> tuple[float, list[list[int]]]:

@@ -1,16 +1,12 @@
-"""The benchmark's table and progress, for people."""
+"""The benchmark of engines as tables for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import RenderableType
 from rich.table import Table
-
-from dynaflow_serving.bench.compare import Progress as Tell
 
 ROWS = {
     "requests/s": "requests_per_s",
@@ -49,22 +45,3 @@ def tables(result: Mapping[str, Any]) -> Iterator[RenderableType]:
     facts.add_row("model", result["model"])
     facts.add_row("pairs", str(len(result["pairs"])))
     yield facts
-
-
-@contextmanager
-def progress(console: Console, stages: int) -> Iterator[Tell]:
-    """A bar that is told what begins; plain lines where there is no terminal."""
-    if not console.is_terminal:
-        yield lambda what: console.print(what, markup=False, highlight=False)
-        return
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=stages)
-        begun = 0
-
-        def tell(what: str) -> None:
-            nonlocal begun
-            bar.update(task, description=what, completed=begun)
-            begun += 1
-
-        yield tell

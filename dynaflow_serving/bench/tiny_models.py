@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.2,
 }
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
@@ -71,6 +73,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
 }
+
+
+def find_model(name: str | None) -> tuple[str, bool]:
+    """Return what to tell an engine, and whether that is on this machine.
+
+    Args:
+        name: A model directory, a kind of tiny model (None: llama), or a Hugging Face name such as Qwen/Qwen3-8B.
+
+    Raises:
+        ConfigError: The name is none of these.
+    """
+    name = name or "llama"
+    if (Path(name) / "config.json").is_file():
+        return str(Path(name).resolve()), True
+    if name in ARCHITECTURES:
+        return str(make_tiny_model(name)), True
+    if Path(name).exists():
+        raise ConfigError(f"model {name!r} is not a model directory: it has no config.json")
+    if HUB_NAME.match(name) and not name.startswith("."):
+        return name, False
+    raise ConfigError(
+        f"model {name!r} does not exist. " + unknown_name("tiny model", name, ARCHITECTURES) + " Or give the path of a "
+        "model directory, or a Hugging Face name such as Qwen/Qwen3-8B."
+    )
 
 
 def make_tiny_model(kind: str, directory: str | Path | None = None, layers: int = 2) -> Path:

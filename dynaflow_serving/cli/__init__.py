@@ -1,9 +1,11 @@
 """The `dynaflow` command.
 
 Contract
-- A `DynaflowError` is one paragraph on stderr and exit code 2, never a traceback; a run that completed but whose
-  verdict is bad (tokens differ, a plan is wrong) ends with exit code 1.
+- A `DynaflowError` is shown as one paragraph on stderr, never as a traceback, and the exit code is 2. A run that
+  completed but whose verdict is bad (tokens differ, a plan is wrong) ends with exit code 1.
 - Results go to stdout, progress and errors to stderr.
+- A command only parses its options, calls the package that does the work, and prints. It imports that package inside
+  its function, so that this module is imported quickly.
 - An engine is imported in a child process only, when a command runs it.
 """
 
@@ -12,21 +14,21 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from dynaflow_serving.cli import bench, check, doctor, explain, schema, simulate, tune
+from dynaflow_serving.cli.output import say_on_stderr
 from dynaflow_serving.errors import DynaflowError
 
 
 class Commands(TyperGroup):
-    """Shows a `DynaflowError` of any command, also to those who call `app` instead of `main`."""
+    """Shows a `DynaflowError` of any command, also where `app` is called instead of `main`."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except DynaflowError as e:
-            Console(stderr=True).print(f"dynaflow: error: {e}", markup=False, highlight=False, soft_wrap=True)
+            say_on_stderr(f"dynaflow: error: {e}")
             raise typer.Exit(2) from None
 
 
@@ -47,4 +49,5 @@ app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:
+    """Run the command of this process's arguments."""
     app()

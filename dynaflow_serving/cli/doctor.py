@@ -1,17 +1,25 @@
-"""`dynaflow doctor`: what is installed, and what of it can be used together."""
+"""`dynaflow doctor`: what is installed, and what of it can be used together.
+
+Contract
+- What is missing or not supported is a line of the answer, never an error.
+- No engine is imported: releases are read from the packages' metadata.
+"""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def doctor() -> None:
     """Show what is installed here: torch, devices, engines with the supported releases, executors, strategies."""
+    from rich.console import Console
+
     console = Console()
     console.print(_table("Environment", ("", ""), _environment()))
     console.print(_table("Engines", ("engine", "installed", "supported releases", "usable"), _engines()))
@@ -20,6 +28,8 @@ def doctor() -> None:
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")

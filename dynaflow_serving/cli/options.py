@@ -1,17 +1,23 @@
-"""What `bench` and `explain` share: which strategy, with which options, on which model."""
+"""The options that several commands share, and what they are turned into.
+
+Contract
+- An option that two commands have is declared here once, as an annotated type.
+- The imports that take long are inside the functions, so that `dynaflow --help` is quick.
+"""
 
 from __future__ import annotations
 
-import re
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 
-from dynaflow_serving.config import Config, load
-from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dynaflow_serving.config import Config
 
 StrategyOption = Annotated[
     str | None,
@@ -24,12 +30,40 @@ OptionOption = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the strategy; may be repeated."),
 ]
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
+TensorParallelOption = Annotated[
+    int, typer.Option("--tensor-parallel", "-tp", "--tp", min=1, help="Ranks of a tensor-parallel group.")
+]
+CompiledOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compiled/--uncompiled",
+        help="vLLM: with or without compilation and CUDA graphs. Default: the engine's; on a CPU `bench` compiles "
+        "nothing.",
+        show_default=False,
+    ),
+]
+MaxBatchedTokensOption = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of one step at most. Default: the engine's.", show_default=False)
+]
+JSONOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 
 def configure(source: str | Path, micro_batches: int | None, options: list[str] | None) -> Config:
-    """The config at `source` with the options given on the command line. Raises `ConfigError`."""
+    """Read the config at `source` and change it by the options of the command line.
+
+    Args:
+        source: The name of a strategy, or the path of a YAML or .py file.
+        micro_batches: The value of the strategy's option of that name; None keeps the config's.
+        options: Items of the form NAME=VALUE, the value in YAML.
+
+    Raises:
+        ConfigError: The config or one of the options is not valid.
+    """
+    import yaml
+
+    from dynaflow_serving.config import load
+    from dynaflow_serving.strategies import get_strategy
+
     config = load(source)
     changed = dict(config.options)
     for option in options or []:
@@ -51,29 +85,6 @@ def configure(source: str | Path, micro_batches: int | None, options: list[str] 
     return load(config.model_copy(update={"options": changed}))
 
 
-def resolve_model(name: str | None) -> tuple[str, bool]:
-    """What to tell the engine, and whether that is on this machine.
-
-    `name` is a directory, a kind of tiny model (None: llama), or a Hugging Face name such as Qwen/Qwen3-8B.
-    """
-    from dynaflow_serving.bench.tiny_models import ARCHITECTURES, make_tiny_model
-
-    name = name or "llama"
-    if (Path(name) / "config.json").is_file():
-        return str(Path(name).resolve()), True
-    if name in ARCHITECTURES:
-        return str(make_tiny_model(name)), True
-    if Path(name).exists():
-        raise ConfigError(f"model {name!r} is not a model directory: it has no config.json")
-    if HUB_NAME.match(name) and not name.startswith("."):
-        return name, False
-    raise ConfigError(
-        f"model {name!r} does not exist. " + unknown_name("tiny model", name, ARCHITECTURES) + " Or give the path of a "
-        "model directory, or a Hugging Face name such as Qwen/Qwen3-8B."
-    )
-
-
-def strategy_facts(config: Config) -> dict[str, Any]:
-    """All options with their values, the defaults included."""
-    options: dict[str, Any] = config.build().options.model_dump()
-    return options
+def command_line() -> str:
+    """Return this process's command as one would type it, without the folder of the program."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

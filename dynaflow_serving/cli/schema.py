@@ -1,4 +1,8 @@
-"""`dynaflow schema`: JSON Schema of the config file, for editors."""
+"""`dynaflow schema`: JSON Schema of the config file, for editors.
+
+Contract
+- The schema is generated from the classes that validate a config, so the two cannot differ.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PlanComparison:
     program: Program
     tokens: tuple[int, ...]  # of each micro-batch
     alone: OperatorTimes  # the same micro-batches in turn, on one stream
@@ -86,7 +86,7 @@ def compare(
     in_turn: Sequence[Timeline],
     unsplit: Sequence[Timeline] = (),
     engine_step: EngineStep | None = None,
-) -> Comparison:
+) -> PlanComparison:
     """planned: runs of the plan; in_turn: of the same micro-batches under `sequential`.
 
     Raises `ConfigError` for an operator of the plan that `in_turn` lacks."""
@@ -95,7 +95,7 @@ def compare(
     plan = measured.timeline.plan
     predicted = Shown.of("plan, predicted", [simulate(plan, Measured(program, alone).demands(plan))])
     whole = Shown.of("un-split, measured", unsplit) if unsplit else None
-    return Comparison(program, tokens, alone, measured, predicted, whole, engine_step)
+    return PlanComparison(program, tokens, alone, measured, predicted, whole, engine_step)
 
 
 def operator_times(timelines: Sequence[Timeline]) -> dict[tuple[str, int], float]:

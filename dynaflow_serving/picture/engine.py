@@ -18,7 +18,7 @@ from dynaflow_serving.config import Config, TraceOptions
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.parse import parse_program
 from dynaflow_serving.errors import ConfigError, DynaflowError
-from dynaflow_serving.picture.comparison import Comparison, EngineStep, compare
+from dynaflow_serving.picture.comparison import EngineStep, PlanComparison, compare
 from dynaflow_serving.strategies.auto import Auto
 
 RUNS = 5
@@ -27,7 +27,7 @@ IN_TURN = Path(__file__).with_name("in_turn.py")
 
 def compare_in_engine(
     engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
-) -> tuple[dict[str, Any], list[Comparison]]:
+) -> tuple[dict[str, Any], list[PlanComparison]]:
     """(the report of the run under the plan, a comparison per program; none if the engine did not split the batch).
 
     Raises `ConfigError` for a strategy that chooses among others, `EngineProcessError`, and `DynaflowError` where the

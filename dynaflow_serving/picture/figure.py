@@ -1,4 +1,4 @@
-"""A Comparison as SVG: timelines one above the other on one time axis, a row per stream.
+"""A PlanComparison as SVG: timelines one above the other on one time axis, a row per stream.
 
 Contract
 - A colour per micro-batch, network operators hatched, a name where there is room for it; every bar has a `<title>`
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from dynaflow_serving.bench.pages import assert_installed, svg
 from dynaflow_serving.core.plan import ActionKind, range_text
 from dynaflow_serving.core.timeline import Span, Timeline
-from dynaflow_serving.picture.comparison import Comparison, Shown
+from dynaflow_serving.picture.comparison import PlanComparison, Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def assert_can_draw(*also: str) -> None:
     assert_installed("a picture", "matplotlib", *also)
 
 
-def draw(comparison: Comparison, title: str = "", caption: str = "") -> str:
+def draw(comparison: PlanComparison, title: str = "", caption: str = "") -> str:
     """The `<svg>` element. title: what is shown; caption: where it was measured, and what to know about it. Neither is
     needed where a page says it."""
     from matplotlib.figure import Figure
@@ -200,7 +200,7 @@ def _names(span: Span) -> list[str]:
     return [f"{name} {range_text(action.start, action.stop)}", name.removeprefix("layers."), kind]
 
 
-def _legend(figure: Figure, comparison: Comparison, place: tuple[float, float]) -> None:
+def _legend(figure: Figure, comparison: PlanComparison, place: tuple[float, float]) -> None:
     from matplotlib.patches import Patch
 
     handles = []

@@ -18,7 +18,7 @@ import torch
 from dynaflow_serving.core.batch import Signature, Split
 from dynaflow_serving.core.program import Program, Scope
 from dynaflow_serving.core.timeline import Timeline
-from dynaflow_serving.picture.comparison import Comparison, compare
+from dynaflow_serving.picture.comparison import PlanComparison, compare
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.strategies.sequential import Sequential
 
@@ -31,7 +31,7 @@ def measured_and_predicted(
     args: Sequence[Any],
     enter: Callable[[int], Any] = no_context,
     runs: int = RUNS,
-) -> Comparison:
+) -> PlanComparison:
     """Run `args` (the program's inputs without constants) under the plan of `split`, `runs` times.
 
     Raises `ScheduleError` and `PlanError`, as `PlanCache.prepare` does."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from dynaflow_serving.bench.pages import templates
 from dynaflow_serving.core.grid import grid
-from dynaflow_serving.picture.comparison import Comparison, Shown, operator_times
+from dynaflow_serving.picture.comparison import PlanComparison, Shown, operator_times
 from dynaflow_serving.picture.figure import draw
 
 
@@ -30,7 +30,7 @@ class Caption:
         return ". ".join(self.notes) + "."
 
 
-def render(comparisons: Sequence[Comparison], caption: Caption, command: str) -> str:
+def render(comparisons: Sequence[PlanComparison], caption: Caption, command: str) -> str:
     """The page; one part per program."""
     from markupsafe import Markup
 
@@ -66,7 +66,7 @@ def _figures(shown: Shown, unsplit: Shown | None) -> dict[str, Any]:
     }
 
 
-def _operators(comparison: Comparison) -> list[dict[str, Any]]:
+def _operators(comparison: PlanComparison) -> list[dict[str, Any]]:
     """Per operator of the Program: its seconds per micro-batch, in turn and under the plan."""
     planned = operator_times([comparison.measured])
     together = {

@@ -11,7 +11,7 @@ from dynaflow_serving.simulate.cost import Demand, Measured, Roofline
 from dynaflow_serving.simulate.device import Device, Link, Topology
 from dynaflow_serving.simulate.engine import Simulation, simulate
 from dynaflow_serving.simulate.model import Shape, decoder
-from dynaflow_serving.simulate.scenario import Row, compare, parse_requests
+from dynaflow_serving.simulate.scenario import SimulatedSchedule, compare, parse_requests
 
 __all__ = [
     "Demand",
@@ -19,8 +19,8 @@ __all__ = [
     "Link",
     "Measured",
     "Roofline",
-    "Row",
     "Shape",
+    "SimulatedSchedule",
     "Simulation",
     "Topology",
     "compare",

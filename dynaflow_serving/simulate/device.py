@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dynaflow_serving.simulate.catalogue import Entry
+from dynaflow_serving.errors import ConfigError
+from dynaflow_serving.simulate.catalogue import Entry, find
 
 
 class Device(Entry):
@@ -89,3 +90,33 @@ class Topology(BaseModel):
     @property
     def world(self) -> int:
         return self.tp * self.dp
+
+    @property
+    def title(self) -> str:
+        """The topology in words: `8 x h100 (nvlink4), tp=8 ep=1 dp=1`."""
+        over = f", {self.network.name} between nodes" if self.world > self.per_node else ""
+        return f"{self.world} x {self.device.name} ({self.link.name}{over}), tp={self.tp} ep={self.ep} dp={self.dp}"
+
+
+def make_topology(
+    device: str, link: str, network: str, *, per_node: int, tp: int, ep: int, dp: int, imbalance: float
+) -> Topology:
+    """Return the topology of a device and links that are found by name (`catalogue.find`).
+
+    Raises:
+        ConfigError: A name is unknown, or the numbers do not fit together.
+    """
+    found_device, found_link, found_network = find(Device, device), find(Link, link), find(Link, network)
+    try:
+        return Topology(
+            device=found_device,
+            link=found_link,
+            network=found_network,
+            per_node=per_node,
+            tp=tp,
+            ep=ep,
+            dp=dp,
+            imbalance=imbalance,
+        )
+    except ValidationError as e:
+        raise ConfigError("; ".join(str(item["msg"]).removeprefix("Value error, ") for item in e.errors())) from None

@@ -1,8 +1,8 @@
 """One step of a model on a topology: un-split, in sequential micro-batches, and under a strategy.
 
 Contract
-- `compare` gives one row each for the un-split step, the strategy's own micro-batches run one after another on one
-  stream, and the strategy's plan; where the strategy does not split, its row says why.
+- `compare` returns one schedule each for the un-split step, for the strategy's own micro-batches one after another on
+  one stream, and for the strategy's plan. Where the strategy does not split, its schedule says why.
 - Every figure that leaves this module (`as_dict`) carries `simulated: true`.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import ConfigError
@@ -29,18 +30,29 @@ from dynaflow_serving.strategy.splitting import whole
 _REQUESTS = re.compile(r"(?:(\d+)x)?(\d+)(?:@(\d+))?$")
 
 
+MICRO_BATCHES = (2, 3, 4)  # compared where the user names no number
+
+
 @dataclass(frozen=True)
-class Row:
-    """One way to run the step. `speed_up` is over the un-split step; `reason`: why the strategy did not split."""
+class SimulatedSchedule:
+    """One way to run the step.
+
+    Attributes:
+        schedule: The name of the strategy, or "un-split".
+        tokens: The tokens of each micro-batch.
+        timeline: What was simulated.
+        speed_up: Over the un-split step.
+        reason: Why the strategy did not split; "" if it did.
+    """
 
     schedule: str
-    tokens: tuple[int, ...]  # of each micro-batch
+    tokens: tuple[int, ...]
     timeline: Simulation
     speed_up: float
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, in milliseconds and shares of the makespan."""
+        """Return plain data; times are in milliseconds, the others are shares of the makespan."""
         t = self.timeline
         return {
             "simulated": True,
@@ -58,14 +70,80 @@ class Row:
         }
 
 
+@dataclass(frozen=True)
+class Scenario:
+    """A step that several schedules are compared on.
+
+    Attributes:
+        shape: The model.
+        topology: The ranks that run it.
+        batch: The requests of one data-parallel rank.
+        graphs: Whether CUDA graphs spare the host the issuing of kernels.
+    """
+
+    shape: Shape
+    topology: Topology
+    batch: Batch
+    graphs: bool = True
+
+    @property
+    def title(self) -> str:
+        """The scenario in words."""
+        return f"{self.shape.name} on {self.topology.title}, {len(self.batch.tokens)} requests a rank"
+
+    def simulate(self, config: Config) -> list[SimulatedSchedule]:
+        """Compare the variants of the config's strategy; schedules with one plan and one cut are listed once.
+
+        Raises:
+            ConfigError, ScheduleError, PlanError: As `compare` raises them.
+        """
+        compared = compare(self.shape, self.topology, self.batch, variants(config), self.graphs)
+        return list({(s.schedule, s.tokens, s.timeline.plan.digest): s for s in compared}.values())
+
+    def as_dict(self, batch: str, config: Config, schedules: Sequence[SimulatedSchedule]) -> dict[str, Any]:
+        """Return the schedules and all they depend on as plain data.
+
+        Args:
+            batch: The requests as the user wrote them.
+            config: The config whose strategy was simulated.
+            schedules: The result of `simulate`.
+        """
+        return {
+            "simulated": True,
+            "model": self.shape.model_dump(),
+            "topology": self.topology.model_dump(),
+            "batch": batch,
+            "graphs": self.graphs,
+            "strategy": config.model_dump(),
+            "rows": [schedule.as_dict() for schedule in schedules],
+        }
+
+
+def variants(config: Config) -> list[OpScheduler]:
+    """Return the strategies that a config stands for.
+
+    These are the candidates of a strategy that chooses among several. Else they are the strategy with each number of
+    `MICRO_BATCHES`, unless it has no such option or the config names a number.
+    """
+    strategy = config.build()
+    if strategy.candidates != ("",):
+        return [strategy.of(candidate) for candidate in strategy.candidates]
+    if "micro_batches" not in type(strategy.options).model_fields or "micro_batches" in config.options:
+        return [strategy]
+    return [config.model_copy(update={"options": config.options | {"micro_batches": n}}).build() for n in MICRO_BATCHES]
+
+
 def busy(timeline: Simulation, resource: Resource) -> float:
-    """Share of the makespan that the resource was used, 0 to 1."""
+    """Return the share of the makespan in which the resource was used, 0 to 1."""
     return timeline.busy[resource] / timeline.makespan if timeline.makespan else 0.0
 
 
 def parse_requests(text: str) -> Batch:
-    """`128x1@1024,2x512`: 128 requests of one new token with 1024 in the KV cache, then two of 512. Raises
-    `ConfigError`."""
+    """Read requests such as `128x1@1024,2x512`: 128 of one new token with 1024 in the KV cache, then two of 512.
+
+    Raises:
+        ConfigError: The text is not of this form.
+    """
     tokens: list[int] = []
     context: list[int] = []
     for part in text.split(","):
@@ -82,11 +160,13 @@ def parse_requests(text: str) -> Batch:
 
 def compare(
     shape: Shape, topology: Topology, batch: Batch, strategies: Sequence[OpScheduler], graphs: bool = True
-) -> list[Row]:
-    """The un-split step, then for each strategy its sequential micro-batches and its plan.
+) -> list[SimulatedSchedule]:
+    """Simulate the un-split step, then for each strategy its sequential micro-batches and its plan.
 
-    Raises `ConfigError` for a model that does not fit the topology, `ScheduleError` and `PlanError` as the strategy
-    does when it is run for real.
+    Raises:
+        ConfigError: The model does not fit the topology.
+        ScheduleError: A strategy does not schedule the model, as when it is run for real.
+        PlanError: A plan is wrong.
     """
     model = decoder(shape, topology)
     executor = SimulatedExecutor(model, topology, graphs)
@@ -97,7 +177,7 @@ def compare(
         return result
 
     plain = timeline(Sequential(), whole(batch, ""))
-    rows = [Row("un-split", (sum(batch.tokens),), plain, 1.0)]
+    found = [SimulatedSchedule("un-split", (sum(batch.tokens),), plain, 1.0)]
     in_turn: set[tuple[int, ...]] = set()
     for strategy in strategies:
         split = PlanCache(CapturedProgram(model.program, {}), strategy, executor).decide(batch)
@@ -106,7 +186,7 @@ def compare(
         if len(tokens) > 1 and split.bounds not in in_turn:
             in_turn.add(split.bounds)
             t = timeline(Sequential(), split)
-            rows.append(Row("sequential", tokens, t, plain.makespan / t.makespan))
+            found.append(SimulatedSchedule("sequential", tokens, t, plain.makespan / t.makespan))
         t = timeline(strategy, split)
-        rows.append(Row(strategy.name, tokens, t, plain.makespan / t.makespan, reason))
-    return rows
+        found.append(SimulatedSchedule(strategy.name, tokens, t, plain.makespan / t.makespan, reason))
+    return found

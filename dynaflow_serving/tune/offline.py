@@ -1,12 +1,12 @@
 """Tuning without serving: `dynaflow tune`.
 
 Contract
-- A `Job` runs in a child process that tunes at its start: an engine as it would serve, or an embedded example. What
-  depends on the machine (the engine's defaults, environment) is settled where the job runs.
-- `shares` deals the candidates out to several jobs. Each measures its own against its own un-split steps, under the key
-  that a process with all candidates has, so that `merge` can put the tables together.
-- A merged table holds all trials, and the tuner's own rule concludes from them, with the noise of the noisiest share
-  that has timed a candidate.
+- A `TuningJob` runs in a child process that tunes at its start: an engine as it would serve, or an embedded example.
+  What depends on the machine (the engine's defaults, environment) is settled where the job runs.
+- `shares` deals the candidates out to several jobs. Each measures its own against its own un-split steps. All have the
+  key of a process with all candidates, so that `merge` can put the tables together.
+- A merged table holds all trials. The tuner's own rule concludes from them, with the noise of the noisiest share that
+  has timed a candidate.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 from dynaflow_serving.bench.engines import find_engine
 from dynaflow_serving.bench.process import EngineProcess
 from dynaflow_serving.bench.settings import EngineSettings
+from dynaflow_serving.bench.tiny_models import find_model
+from dynaflow_serving.capture.examples import EXAMPLES
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.policy.bucket import Bucket
@@ -35,7 +37,7 @@ class TuningError(DynaflowError):
 
 
 @dataclass(frozen=True)
-class Job:
+class TuningJob:
     """What is tuned, and how its engine is started. `None` is the engine's own default."""
 
     target: str  # embedded example, model directory or Hugging Face name
@@ -59,14 +61,77 @@ class Job:
             )
         return strategy
 
-    def with_options(self, **options: Any) -> Job:
+    @property
+    def summary(self) -> str:
+        """The candidates that are measured, and how long that may take, in words."""
+        auto = self.auto
+        return f"candidates {', '.join(auto.measured)}; at most {auto.options.budget_seconds:g} s of measuring"
+
+    def with_choices(
+        self, candidates: list[str] | None, micro_batches: list[int] | None, budget_seconds: float | None
+    ) -> TuningJob:
+        """Return the job with choices of the user's in place of the config's; None keeps the config's.
+
+        Raises:
+            ConfigError: The strategy decides nothing, or a choice is not valid.
+        """
+        self.auto  # noqa: B018  raises for another strategy
+        choices: dict[str, Any] = {
+            "candidates": candidates and [_absolute(name) for name in candidates],
+            "micro_batches": micro_batches,
+            "budget_seconds": budget_seconds,
+        }
+        return self.with_options(**{name: value for name, value in choices.items() if value is not None})
+
+    def with_options(self, **options: Any) -> TuningJob:
         """The same with other options of the strategy. Raises `ConfigError`."""
         config = Config(**self.config)
         changed = config.model_copy(update={"options": {**config.options, **options}})
         return replace(self, config=load(changed).model_dump())
 
 
-def run(job: Job, name: str, log: Path) -> Table:
+def _absolute(candidate: str) -> str:
+    """Make the path of a strategy file one that holds in any working directory."""
+    return str(Path(candidate).resolve()) if candidate.endswith(".py") else candidate
+
+
+def for_example(job: TuningJob) -> TuningJob:
+    """Return the job if its target is an embedded example that can be tuned.
+
+    Raises:
+        ConfigError: There is no such example, or a setting is given that only models have.
+    """
+    if job.target not in EXAMPLES:
+        raise ConfigError(
+            f"target {job.target!r} is not an embedded example ({', '.join(EXAMPLES)}). For a model, say which engine "
+            "will serve it: --engine vllm or --engine sglang"
+        )
+    given = {
+        "--tensor-parallel": job.tensor_parallel > 1,
+        "--dtype": job.dtype,
+        "--compiled and --uncompiled": job.compiled is not None,
+        "--max-model-len": job.max_model_len,
+        "--max-batched-tokens": job.max_batched_tokens,
+    }
+    if wrong := [name for name, is_given in given.items() if is_given]:
+        raise ConfigError(f"{', '.join(wrong)}: for models (--engine), not for embedded examples")
+    return job
+
+
+def for_engine(job: TuningJob, engine: str) -> TuningJob:
+    """Return the job of an engine that loads the target as its model.
+
+    Raises:
+        ConfigError: The engine or the model is unknown, or the engine leaves no choice about compilation.
+    """
+    entry = find_engine(engine)
+    if job.compiled is not None:
+        entry.compiled(job.compiled)
+    model, local = find_model(job.target)
+    return replace(job, target=model, local=local, engine=engine)
+
+
+def run(job: TuningJob, name: str, log: Path) -> Table:
     """Tune in a child process, called `name` in messages; its output goes to `log`, and a table beside that.
 
     Raises `EngineProcessError` for a child that fails, `TuningError` for an engine that does not tune.
@@ -89,7 +154,7 @@ def run(job: Job, name: str, log: Path) -> Table:
     return Table.model_validate(policy)
 
 
-def _engine(job: Job, name: str, log: Path) -> tuple[EngineProcess, EngineSettings]:
+def _engine(job: TuningJob, name: str, log: Path) -> tuple[EngineProcess, EngineSettings]:
     entry = find_engine(job.engine)
     # Nothing is chosen that the engine's own server would not choose: the table is to hold for that. What the benchmark
     # sets on a CPU is for two engines that share it.
@@ -109,14 +174,14 @@ def _engine(job: Job, name: str, log: Path) -> tuple[EngineProcess, EngineSettin
     return EngineProcess(name, entry.driver, environment, log), settings
 
 
-def shares(job: Job, most: int) -> list[Job]:
+def shares(job: TuningJob, most: int) -> list[TuningJob]:
     """`job` as at most `most` jobs, each with some of its candidates."""
     labels = job.auto.measured
     count = min(most, len(labels))
     return [job.with_options(only=list(labels[i::count])) for i in range(count)]
 
 
-def merge(measured: Sequence[tuple[Job, Table]]) -> Table:
+def merge(measured: Sequence[tuple[TuningJob, Table]]) -> Table:
     """One table from the shares'. Raises `TuningError` if they were not measured under one key."""
     (first, table), *others = measured
     for _, other in others:
@@ -126,7 +191,7 @@ def merge(measured: Sequence[tuple[Job, Table]]) -> Table:
                 "same device and the same releases"
             )
     auto = first.with_options(only=[]).auto
-    by_bucket: dict[Bucket, list[tuple[Job, Decision]]] = {}
+    by_bucket: dict[Bucket, list[tuple[TuningJob, Decision]]] = {}
     for job, part in measured:
         for decision in part.decisions:
             by_bucket.setdefault(decision.bucket, []).append((job, decision))
@@ -134,7 +199,7 @@ def merge(measured: Sequence[tuple[Job, Table]]) -> Table:
     return Table(key=table.key, decisions=decisions, seconds=max(t.seconds for _, t in measured))
 
 
-def _merged(bucket: Bucket, parts: Sequence[tuple[Job, Decision]], auto: Auto) -> Decision:
+def _merged(bucket: Bucket, parts: Sequence[tuple[TuningJob, Decision]], auto: Auto) -> Decision:
     merged = Decision(kind=bucket.kind, tokens=bucket.tokens, requests=bucket.requests)
     tried = [d for _, d in parts if d.noise is not None]
     if not tried:

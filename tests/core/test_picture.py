@@ -26,7 +26,7 @@ from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.core.timeline import Timeline, spans_of
 from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.executor.cpu import CPUExecutor
-from dynaflow_serving.picture.comparison import Comparison, compare, operator_times
+from dynaflow_serving.picture.comparison import PlanComparison, compare, operator_times
 from dynaflow_serving.picture.engine import IN_TURN, compare_in_engine
 from dynaflow_serving.picture.figure import assert_can_draw, draw
 from dynaflow_serving.picture.measure import measured_and_predicted
@@ -60,13 +60,13 @@ def chain(strategy: OpScheduler, executor: CPUExecutor) -> PlanCache:
 
 
 @pytest.fixture(scope="module")
-def comparison(executor: CPUExecutor) -> Comparison:
+def comparison(executor: CPUExecutor) -> PlanComparison:
     """CHAIN in two micro-batches of 4 tokens, on real threads."""
     plan_cache = chain(NanoFlow(), executor)
     return measured_and_predicted(plan_cache, cut_evenly(Batch((8,)), 2), [torch.zeros(8, 1)], runs=3)
 
 
-def test_a_prediction_from_operators_in_turn_meets_what_is_measured(comparison: Comparison) -> None:
+def test_a_prediction_from_operators_in_turn_meets_what_is_measured(comparison: PlanComparison) -> None:
     """Sleeping operators know no contention, so what is left is the hand-off between threads."""
     assert set(comparison.alone) == {(o, mb) for o in ("c0", "n0", "c1", "n1") for mb in (0, 1)}
     assert all(MS <= seconds < 2 * MS for seconds in comparison.alone.values())
@@ -96,7 +96,7 @@ def test_times_of_single_operators_are_medians_over_the_runs() -> None:
     assert operator_times(runs) == {("x", 0): 2, ("y", 0): 7}
 
 
-def test_an_operator_that_was_not_measured_is_an_error(comparison: Comparison) -> None:
+def test_an_operator_that_was_not_measured_is_an_error(comparison: PlanComparison) -> None:
     with pytest.raises(ConfigError, match="no measured seconds for"):
         compare(comparison.program, (4, 4), [comparison.measured], [])
 
@@ -113,7 +113,7 @@ def texts(svg: str) -> list[str]:
     return ["".join(t.itertext()) for t in ET.fromstring(svg).iter(f"{SVG}text")]
 
 
-def test_every_span_is_a_bar_with_a_tooltip_and_what_was_simulated_is_called_so(comparison: Comparison) -> None:
+def test_every_span_is_a_bar_with_a_tooltip_and_what_was_simulated_is_called_so(comparison: PlanComparison) -> None:
     svg = draw(comparison, "a title", "measured on <that> machine")
     shown = comparison.shown
     found = bars(svg)
@@ -132,7 +132,7 @@ def test_every_span_is_a_bar_with_a_tooltip_and_what_was_simulated_is_called_so(
     assert f"streams overlap {comparison.measured.overlap:.0%} of it" in headings[1]
 
 
-def test_bars_are_where_their_spans_are(comparison: Comparison) -> None:
+def test_bars_are_where_their_spans_are(comparison: PlanComparison) -> None:
     """Widths in the SVG are proportional to seconds, on one axis for all panels."""
     root = ET.fromstring(draw(comparison))
     widths = {}
@@ -146,7 +146,7 @@ def test_bars_are_where_their_spans_are(comparison: Comparison) -> None:
         assert width == pytest.approx(seconds[name] * scale, abs=0.01)
 
 
-def test_equal_comparisons_give_equal_files_and_nothing_outside_is_referred_to(comparison: Comparison) -> None:
+def test_equal_comparisons_give_equal_files_and_nothing_outside_is_referred_to(comparison: PlanComparison) -> None:
     svg = draw(comparison, "a title", "a caption")
     assert svg == draw(comparison, "a title", "a caption")
     assert set(re.findall(r"(?:https?:)?//[^\s\"'<)]+", svg)) <= {
@@ -155,7 +155,7 @@ def test_equal_comparisons_give_equal_files_and_nothing_outside_is_referred_to(c
     }
 
 
-def test_many_layers_make_a_wide_picture(comparison: Comparison) -> None:
+def test_many_layers_make_a_wide_picture(comparison: PlanComparison) -> None:
     """A plan of 400 steps: as wide as its bars need."""
     lines = "\n".join(f"compute | run layers.{i}.attention @{mb}" for i in range(200) for mb in (0, 1))
     plan = parse_plan(f"plan a program=0 micro_batches=2 depends=-\n{lines}\n")
@@ -221,7 +221,7 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_has_every_operator_with_its_times_and_the_plan(comparison: Comparison) -> None:
+def test_the_page_has_every_operator_with_its_times_and_the_plan(comparison: PlanComparison) -> None:
     page = render([comparison], Caption("title", ("note",)), "command")
     for (name, mb), seconds in comparison.alone.items():
         row = page[page.index(f'<td class="text">{name}</td>') :]
@@ -298,7 +298,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "small"
 
 
-def in_engine(engine: str, config: Config) -> tuple[dict[str, Any], list[Comparison]]:
+def in_engine(engine: str, config: Config) -> tuple[dict[str, Any], list[PlanComparison]]:
     return compare_in_engine(engine, "a-model", TOKENS, config, None, 1)
 
 

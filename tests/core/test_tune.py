@@ -19,8 +19,8 @@ from dynaflow_serving.cli import app
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy.bucket import Bucket
 from dynaflow_serving.policy.table import Decision, Table, Trial
-from dynaflow_serving.tune.offline import Job, TuningError, merge, run, shares
-from dynaflow_serving.tune.spread import spread
+from dynaflow_serving.tune.cluster import tune_on_cluster
+from dynaflow_serving.tune.offline import TuningError, TuningJob, merge, run, shares
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is in the ray session only")
 LABELS = ("nanoflow x2", "nanoflow x3", "comm_overlap x2", "comm_overlap x3", "dual_batch x2")
@@ -31,8 +31,8 @@ def tune(*arguments: str) -> Result:
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["tune", *arguments])
 
 
-def job(target: str = "llama", **options: Any) -> Job:
-    return Job(target, {"strategy": "auto", "options": options})
+def job(target: str = "llama", **options: Any) -> TuningJob:
+    return TuningJob(target, {"strategy": "auto", "options": options})
 
 
 # -- shares and their tables --------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def cluster() -> Iterator[str]:
 @needs_ray
 def test_two_workers_measure_the_candidates_of_one_table(cluster: str) -> None:
     told: list[str] = []
-    found = spread(job(budget_seconds=20), cluster, lambda share, what: told.append(f"{share}: {what}"))
+    found = tune_on_cluster(job(budget_seconds=20), cluster, lambda share, what: told.append(f"{share}: {what}"))
     assert len({share.pid for share in found}) == len({share.node for share in found}) == 2
     merged = merge([(share.job, share.table) for share in found])
     assert [t.candidate for t in merged.decisions[0].trials] == list(LABELS)
@@ -246,12 +246,12 @@ def test_a_share_that_fails_ends_the_command_without_a_table(cluster: str, tmp_p
 
 @needs_ray
 def test_an_engine_goes_where_the_gpus_are(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynaflow_serving.tune.spread._measure", _where)
-    (share,) = spread(Job("model", {"strategy": "auto"}, engine="vllm"), cluster)
+    monkeypatch.setattr("dynaflow_serving.tune.cluster._measure", _where)
+    (share,) = tune_on_cluster(TuningJob("model", {"strategy": "auto"}, engine="vllm"), cluster)
     assert share.node in ("0", "1") and set(share.job.auto.measured) == set(LABELS)
 
 
-def _where(job: Job, name: str, threads: str | None) -> dict[str, Any]:
+def _where(job: TuningJob, name: str, threads: str | None) -> dict[str, Any]:
     """A task that measures nothing and answers with the GPUs that it was given."""
     import ray
 
@@ -261,12 +261,12 @@ def _where(job: Job, name: str, threads: str | None) -> dict[str, Any]:
 
 @needs_ray
 def test_a_cluster_without_room_or_without_an_answer(cluster: str) -> None:
-    model = Job("model", {"strategy": "auto"}, engine="vllm", tensor_parallel=2)
+    model = TuningJob("model", {"strategy": "auto"}, engine="vllm", tensor_parallel=2)
     with pytest.raises(TuningError, match=r"no node of the Ray cluster has 2 CPUs and 2 GPUs, one per rank") as error:
-        spread(model, cluster)
+        tune_on_cluster(model, cluster)
     assert {"{CPU: 1, GPU: 0}", "{CPU: 1, GPU: 2}"} == set(re.findall(r"{CPU[^}]*}", str(error.value)))  # in any order
     with pytest.raises(TuningError, match="no Ray cluster at 'nowhere'"):
-        spread(job(), "nowhere")
+        tune_on_cluster(job(), "nowhere")
 
 
 def test_a_share_of_no_candidate_is_refused() -> None:

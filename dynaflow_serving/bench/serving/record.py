@@ -22,7 +22,7 @@ from typing import Any
 from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW
 from dynaflow_serving.bench.result import NOISY
 from dynaflow_serving.bench.serving.proof import STEPS, add, not_engaged, not_stock
-from dynaflow_serving.bench.serving.run import SIDES, Pass, ServingContest, ServingRuns
+from dynaflow_serving.bench.serving.run import SIDES, Pass, ServingBenchmark, ServingPasses
 from dynaflow_serving.bench.serving.tool import LATENCIES, STATISTICS, Figures
 
 WIN, LOSS, NOISE = "win", "loss", "within noise"
@@ -51,47 +51,47 @@ METRICS = [
 HEADLINE = ("output_tokens_per_s", *(f"{latency} median" for latency in LATENCIES))
 
 
-def record(contest: ServingContest, runs: ServingRuns, run: Mapping[str, Any]) -> dict[str, Any]:
+def record(benchmark: ServingBenchmark, runs: ServingPasses, run: Mapping[str, Any]) -> dict[str, Any]:
     """`run` is engine, model, strategy, config, machine, command; the rest comes from the passes."""
     counted = [p for p in runs.passes if p.pair]
     steps = add([p.steps for p in counted if p.side == DYNAFLOW])
-    loads = [_load(contest, runs, index) for index in range(len(contest.loads))]
+    loads = [_load(benchmark, runs, index) for index in range(len(benchmark.loads))]
     return {
         **run,
-        "engine_version": contest.tool.version(),
+        "engine_version": benchmark.tool.version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "pairs": contest.pairs,
+        "pairs": benchmark.pairs,
         "servers": {side: shlex.join(command) for side, command in runs.server_commands.items()},
-        "environment": {**contest.environment, **contest.tool.variables},
+        "environment": {**benchmark.environment, **benchmark.tool.variables},
         "loads": loads,
         "verdicts": _verdicts(loads),
         "steps": asdict(steps),
         "policy": _policy(runs.passes),
-        "failures": failures(contest, runs.passes),
+        "failures": failures(benchmark, runs.passes),
         "notes": _notes(loads, str(run["strategy"])),
         "passes": [_pass(p) for p in runs.passes],
     }
 
 
-def failures(contest: ServingContest, passes: Sequence[Pass]) -> list[str]:
+def failures(benchmark: ServingBenchmark, passes: Sequence[Pass]) -> list[str]:
     """Empty if the figures compare what they claim to compare."""
     found = []
     for side in SIDES:
-        for index, load in enumerate(contest.loads):
+        for index, load in enumerate(benchmark.loads):
             mine = [p for p in passes if p.side == side and p.load == index]
             if failed := sum(p.figures.failed for p in mine):
                 errors = [error for p in mine for error in p.figures.errors]
                 why = f" The first error: {errors[0]}" if errors else ""
                 total = len(mine) * load.requests
                 found.append(f"{failed} of {total} requests failed against {side} ({load.name}).{why}")
-    found.append(_unequal_work(contest, passes))
+    found.append(_unequal_work(benchmark, passes))
     steps = add([p.steps for p in passes if p.side == DYNAFLOW and p.pair])
-    found.append(not_engaged(contest.dynaflow["strategy"], steps))
+    found.append(not_engaged(benchmark.dynaflow["strategy"], steps))
     found.append(not_stock([sample for p in passes if p.side == BASELINE for sample in p.metrics]))
     return [problem for problem in found if problem]
 
 
-def _unequal_work(contest: ServingContest, passes: Sequence[Pass]) -> str:
+def _unequal_work(benchmark: ServingBenchmark, passes: Sequence[Pass]) -> str:
     """Whether the two passes of a pair had other numbers of tokens, though no request failed."""
     tokens: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for p in passes:
@@ -100,7 +100,7 @@ def _unequal_work(contest: ServingContest, passes: Sequence[Pass]) -> str:
     for (index, pair), found in tokens.items():
         if len(found) > 1:
             counts = " and ".join(f"{prompt} in, {output} out" for prompt, output in sorted(found))
-            return f"The two servers did unequal work ({contest.loads[index].name}, pair {pair}): {counts} tokens."
+            return f"The two servers did unequal work ({benchmark.loads[index].name}, pair {pair}): {counts} tokens."
     return ""
 
 
@@ -115,10 +115,10 @@ def headline(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["gain"]["median"] if row["gain"] else float("inf"))
 
 
-def _load(contest: ServingContest, runs: ServingRuns, index: int) -> dict[str, Any]:
+def _load(benchmark: ServingBenchmark, runs: ServingPasses, index: int) -> dict[str, Any]:
     counted = [p for p in runs.passes if p.load == index and p.pair]
     return {
-        **contest.loads[index].facts(),
+        **benchmark.loads[index].facts(),
         "client": shlex.join(runs.client_commands[index]),
         "figures": [figure_of(metric, counted) for metric in METRICS],
         "tokens": {

@@ -30,7 +30,7 @@ SIDES = (BASELINE, DYNAFLOW)
 
 
 @dataclass(frozen=True)
-class ServingContest:
+class ServingBenchmark:
     """What `serve_in_turn` is to run. `work` holds logs, data sets and the tool's results."""
 
     tool: ServingTool
@@ -52,7 +52,7 @@ class ServingContest:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of one side. `load` is an index into the contest's loads; pair 0 is the warm-up.
+    """One pass of one side. `load` is an index into the benchmark's loads; pair 0 is the warm-up.
 
     metrics: all of DynaFlow's samples on this side after the pass (the baseline: before and after).
     """
@@ -66,62 +66,62 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class ServingRuns:
+class ServingPasses:
     passes: list[Pass]
     server_commands: dict[str, list[str]]
     client_commands: list[list[str]]  # of the first counted pass of each load
 
 
-def serve_in_turn(contest: ServingContest, progress: Progress) -> ServingRuns:
+def serve_in_turn(benchmark: ServingBenchmark, progress: Progress) -> ServingPasses:
     """Run it. `progress` is told what begins. Raises `EngineProcessError`."""
-    tool = contest.tool
-    contest.work.mkdir(parents=True, exist_ok=True)
-    sharegpt = sharegpt_for(contest.settings.model) if any(x.dataset == "sharegpt" for x in contest.loads) else None
-    environment = {**contest.environment, **tool.variables}
+    tool = benchmark.tool
+    benchmark.work.mkdir(parents=True, exist_ok=True)
+    sharegpt = sharegpt_for(benchmark.settings.model) if any(x.dataset == "sharegpt" for x in benchmark.loads) else None
+    environment = {**benchmark.environment, **tool.variables}
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminated_as_exit())
         servers: dict[str, Server] = {}
-        for side, dynaflow in zip(SIDES, (None, contest.dynaflow)):
+        for side, dynaflow in zip(SIDES, (None, benchmark.dynaflow)):
             progress(f"start {side} server")  # one after the other: an engine measures free memory when it starts
             port = free_port()
-            command = tool.server(replace(contest.settings, dynaflow=dynaflow), port, gpu=contest.gpu)
-            servers[side] = Server(side, command, port, environment, contest.work / f"{side}.log")
+            command = tool.server(replace(benchmark.settings, dynaflow=dynaflow), port, gpu=benchmark.gpu)
+            servers[side] = Server(side, command, port, environment, benchmark.work / f"{side}.log")
             stack.callback(servers[side].stop)
             servers[side].wait()
         passes: list[Pass] = []
         clients: list[list[str]] = []
-        for index, load in enumerate(contest.loads):
-            for pair in range(1 + contest.pairs):
-                job = _job(contest, index, pair, sharegpt)
-                what = f"{load.name}: {f'pair {pair} of {contest.pairs}' if pair else 'warm-up'}"
+        for index, load in enumerate(benchmark.loads):
+            for pair in range(1 + benchmark.pairs):
+                job = _job(benchmark, index, pair, sharegpt)
+                what = f"{load.name}: {f'pair {pair} of {benchmark.pairs}' if pair else 'warm-up'}"
                 for side in ORDERS[(pair + 1) % 2]:  # pair 1 begins with the baseline
                     progress(f"{what}: {side}")
-                    time.sleep(contest.settle_seconds)
-                    mine = replace(job, port=servers[side].port, result=contest.work / f"{index}-{pair}-{side}.json")
-                    passes.append(_pass(contest, mine, servers[side], index, pair))
+                    time.sleep(benchmark.settle_seconds)
+                    mine = replace(job, port=servers[side].port, result=benchmark.work / f"{index}-{pair}-{side}.json")
+                    passes.append(_pass(benchmark, mine, servers[side], index, pair))
                     if pair == 1 and side == BASELINE:
                         clients.append(tool.client(mine))
         progress("stop servers")
-    return ServingRuns(passes, {side: server.command for side, server in servers.items()}, clients)
+    return ServingPasses(passes, {side: server.command for side, server in servers.items()}, clients)
 
 
-def _job(contest: ServingContest, index: int, pair: int, sharegpt: ShareGPT | None) -> Job:
+def _job(benchmark: ServingBenchmark, index: int, pair: int, sharegpt: ShareGPT | None) -> Job:
     """The same for both sides, but for port and result."""
-    load, seed = contest.loads[index], seed_of_pass(contest.seed, index, pair)
+    load, seed = benchmark.loads[index], seed_of_pass(benchmark.seed, index, pair)
     dataset = None
     if load.dataset == "sharegpt" and sharegpt is not None:
-        dataset = contest.work / f"sharegpt-{index}-{pair}.json"
+        dataset = benchmark.work / f"sharegpt-{index}-{pair}.json"
         sharegpt.write(dataset, load, seed)
-    return Job(contest.settings.model, 0, load, seed, dataset, contest.work)
+    return Job(benchmark.settings.model, 0, load, seed, dataset, benchmark.work)
 
 
-def _pass(contest: ServingContest, job: Job, server: Server, index: int, pair: int) -> Pass:
+def _pass(benchmark: ServingBenchmark, job: Job, server: Server, index: int, pair: int) -> Pass:
     before = samples(server.metrics())
     name = f"the load generator ({job.load.name}, against {server.name})"
-    command = contest.tool.client(job)
-    run_beside(name, command, contest.environment, job.result.with_suffix(".log"), PASS_SECONDS)
+    command = benchmark.tool.client(job)
+    run_beside(name, command, benchmark.environment, job.result.with_suffix(".log"), PASS_SECONDS)
     time.sleep(METRICS_SECONDS)
     after = samples(server.metrics())
-    figures = contest.tool.figures(job.result.read_text(), job.load)
+    figures = benchmark.tool.figures(job.result.read_text(), job.load)
     metrics = [*before, *after] if server.name == BASELINE else after
     return Pass(index, pair, server.name, figures, steps_between(before, after), metrics)

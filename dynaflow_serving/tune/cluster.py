@@ -22,7 +22,7 @@ from typing import Any
 
 from dynaflow_serving.errors import DynaflowError
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.tune.offline import Job, TuningError, run, shares
+from dynaflow_serving.tune.offline import TuningError, TuningJob, run, shares
 
 LOCAL = "local"  # the address of a cluster that is started for this, on this machine
 END_SECONDS = 20.0
@@ -32,10 +32,10 @@ Tell = Callable[[str, str], None]  # (share, what becomes of it)
 
 
 @dataclass(frozen=True)
-class Share:
+class MeasuredShare:
     """What one worker has measured."""
 
-    job: Job
+    job: TuningJob
     table: Table
     host: str
     node: str  # of the cluster
@@ -43,7 +43,7 @@ class Share:
     seconds: float
 
 
-def spread(job: Job, address: str, tell: Tell = lambda share, what: None) -> list[Share]:
+def tune_on_cluster(job: TuningJob, address: str, tell: Tell = lambda share, what: None) -> list[MeasuredShare]:
     """`job` in shares, on all workers of the cluster at `address`.
 
     Raises `TuningError` without Ray, without the cluster, for a cluster without room, and for a share that fails.
@@ -69,9 +69,9 @@ def spread(job: Job, address: str, tell: Tell = lambda share, what: None) -> lis
                 ray.wait(list(running), num_returns=len(running), timeout=END_SECONDS)
 
 
-def _collect(ray: Any, running: dict[Any, tuple[str, Job]], tell: Tell) -> list[Share]:
+def _collect(ray: Any, running: dict[Any, tuple[str, TuningJob]], tell: Tell) -> list[MeasuredShare]:
     """The shares in their order; takes those that are done out of `running`."""
-    found: dict[str, Share] = {}
+    found: dict[str, MeasuredShare] = {}
     names = [name for name, _ in running.values()]
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
@@ -83,12 +83,12 @@ def _collect(ray: Any, running: dict[Any, tuple[str, Job]], tell: Tell) -> list[
             raise TuningError(f"{what}: {error}") from None
         if "error" in answer:
             raise TuningError(f"{what} on {answer['host']}: {answer['error']}")
-        share = found[name] = Share(job, Table.model_validate(answer.pop("table")), **answer)
+        share = found[name] = MeasuredShare(job, Table.model_validate(answer.pop("table")), **answer)
         tell(name, f"measured on {share.host} (process {share.pid}) in {share.seconds:.1f} s")
     return [found[name] for name in names]
 
 
-def _measure(job: Job, name: str, threads: str | None) -> dict[str, Any]:
+def _measure(job: TuningJob, name: str, threads: str | None) -> dict[str, Any]:
     """The task. threads: `OMP_NUM_THREADS` as it is where engines will serve; Ray's own would be another machine."""
     import ray
 

@@ -1,0 +1,94 @@
+"""The plans that a config's strategy makes of the embedded examples, for `dynaflow check`.
+
+Contract
+- Each plan is recorded, lowered and verified as it would be in an engine, for each number of micro-batches that the
+  strategy can be asked for.
+- A strategy that fails ends nothing: its entry holds the error, and the next entry follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dynaflow_serving.capture.examples import EXAMPLES, example_capture
+from dynaflow_serving.config import Config
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.plan import ActionKind, Plan
+from dynaflow_serving.core.program import Program
+from dynaflow_serving.errors import ConfigError, DynaflowError, ScheduleError
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.strategy.base import OpScheduler
+
+MICRO_BATCHES = (2, 3, 4)
+LARGE = (1,) * 64 + (100_000,) * 16  # tokens of each request, decode and prefill: no threshold keeps this batch whole
+
+
+@dataclass(frozen=True)
+class ExamplePlan:
+    """What a strategy makes of one example: a verified plan, or the error that kept it from one."""
+
+    example: str
+    strategy: str
+    micro_batches: int
+    plan: Plan | None
+    error: DynaflowError | None
+
+
+def plans_of_examples(config: Config) -> Iterator[ExamplePlan]:
+    """Yield an entry for each example, and in it for each variant of the config's strategy."""
+    for example in EXAMPLES:
+        program = example_capture(example).program
+        for strategy, micro_batches in _variants(config):
+            plan, error = None, None
+            try:
+                plan = _verified_plan(strategy, program, micro_batches)
+            except DynaflowError as e:
+                error = e
+            yield ExamplePlan(example, strategy.name, micro_batches, plan, error)
+
+
+def _verified_plan(strategy: OpScheduler, program: Program, micro_batches: int) -> Plan:
+    most = strategy.max_micro_batches
+    if micro_batches > most:  # engines prepare for no more than that
+        raise ScheduleError(f"split() made {micro_batches}, more than max_micro_batches={most}")
+    plan = lower(strategy.record(program, micro_batches), strategy.name)
+    verify(program, plan)
+    return plan
+
+
+def _variants(config: Config) -> list[tuple[OpScheduler, int]]:
+    """Return the strategies to try, each with its number of micro-batches.
+
+    These are the candidates of a strategy that chooses among several. Else they are the strategy with each number of
+    `MICRO_BATCHES`, or, where it has no such option, with the number that it splits a large batch into.
+    """
+    given = config.build()
+    if given.candidates != ("",):
+        each = [given.of(label) for label in given.candidates]
+        return [(strategy, strategy.max_micro_batches) for strategy in each]
+    found: dict[int, OpScheduler] = {}
+    numbers = MICRO_BATCHES if "micro_batches" in type(given.options).model_fields else (0,)
+    for n in numbers:
+        variant = config.model_copy(update={"options": config.options | ({"micro_batches": n} if n else {})})
+        try:
+            strategy = variant.build()
+            split = strategy.split(Batch(LARGE))
+        except ConfigError:  # a number that its options do not allow
+            continue
+        found.setdefault(len(split.micro_batches), strategy)
+    return [(strategy, n) for n, strategy in found.items()]
+
+
+def describe(program: Program, plan: Plan) -> str:
+    """Return `strategy nanoflow, 13 operators x 2 micro-batches, 61 actions on compute, network, 8 waits, hash 01`."""
+    return (
+        f"strategy {plan.strategy}, {len(program.operators)} operators x {plan.micro_batches} micro-batches, "
+        f"{len(plan.actions)} actions on {', '.join(plan.streams)}, {waits(plan)} waits, hash {plan.digest}"
+    )
+
+
+def waits(plan: Plan) -> int:
+    """Return how often a stream of the plan waits for another."""
+    return sum(action.kind is ActionKind.WAIT for action in plan.actions)
