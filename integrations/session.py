@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynaflow_serving.capture.eager import EagerCapture
-from dynaflow_serving.capture.program import BoundPlan, CapturedProgram
+from dynaflow_serving.capture.program import CapturedProgram, PlanFunction
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import InactiveError
@@ -78,7 +78,7 @@ class Session(Steps):
             return whole(batch, self.segments.waiting)
         return super()._decide(batch, plan_caches)
 
-    def plan(self, plan_cache: PlanCache) -> BoundPlan:
+    def plan(self, plan_cache: PlanCache) -> PlanFunction:
         """What runs `plan_cache`'s program in the split step in flight."""
         assert self.split is not None
         return plan_cache.prepare(self.split.signature, traced=self.traced).run

@@ -21,8 +21,8 @@ from dynaflow_serving.errors import PartitionError
 # Called with the number of the micro-batch before an operator with context, when the micro-batch changes.
 Enter = Callable[[int], Any]
 
-# A plan made callable: (program inputs without constants, token offsets of the micro-batches, enter) -> outputs.
-BoundPlan = Callable[[Sequence[Any], Sequence[int], Enter], list[Any]]
+# What runs a plan: (program inputs without constants, token offsets of the micro-batches, enter) -> outputs.
+PlanFunction = Callable[[Sequence[Any], Sequence[int], Enter], list[Any]]
 
 
 @dataclass

@@ -3,7 +3,7 @@
 Contract
 - `bind` turns a verified Plan into one callable; all the plan's structure is spent there, so that a run
   is straight-line Python (`codegen`).
-- A bound plan is called with the program's inputs in order (constants excluded), the token offsets of
+- A `BoundPlan` is called with the program's inputs in order (constants excluded), the token offsets of
   the micro-batches (first 0, last the total) and `enter`, which is called on the caller's thread before
   an operator with context when the micro-batch changes. It returns the program's outputs in order.
 - An option that an executor cannot honour is an `InactiveError` when it is made; a stream that the plan
@@ -13,10 +13,11 @@ Contract
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from dynaflow_serving.capture.program import BoundPlan, CapturedProgram
+from dynaflow_serving.capture.program import CapturedProgram, Enter, PlanFunction
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Plan
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError, unknown_name
@@ -28,6 +29,24 @@ class CapturedGraphs(NamedTuple):
 
     graphs: int
     mib: float
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPlan:
+    """A plan that an executor has made callable.
+
+    `run` is the function itself: a caller that counts nanoseconds calls that, and saves one call.
+    """
+
+    plan: Plan
+    run: PlanFunction
+    source: str = ""
+    """The text of the generated function; empty where none was generated."""
+    tracer: Tracer | None = None
+    """Where each run leaves the times of its actions."""
+
+    def __call__(self, args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> list[Any]:
+        return self.run(args, bounds, enter)
 
 
 class Executor(abc.ABC):
@@ -54,7 +73,7 @@ class Executor(abc.ABC):
         tracer: Tracer | None = None,
     ) -> BoundPlan:
         """Compile `plan`; `kernels` are the replacements that it names. With a `tracer` (one of `self.tracer()`) each
-        run tells it the time of every step.
+        run tells it the time of every action.
 
         Raises `ConfigError` for options of a stream that the plan does not have, `ScheduleError` for what this
         executor cannot run.

@@ -1,7 +1,7 @@
 """Plan -> straight-line Python: one local variable per instance, one line per action.
 
 Contract
-- The text is plain Python that a person can read: `Emitter.source` is kept on the bound function.
+- The text is plain Python that a person can read: `BoundPlan.source`.
 - Only RECORD, WAIT, the switch of streams and FREE differ between executors: they override `Emitter`.
 - Of our own nothing is left at run time but the calls: no look-ups, no hand-off per operator. Only a plan that is
   bound with a tracer takes the time.
@@ -18,6 +18,7 @@ from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.order import external_ports
 from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
 from dynaflow_serving.core.program import Scope
+from dynaflow_serving.executor.base import BoundPlan
 from dynaflow_serving.executor.tracing import Tracer
 from dynaflow_serving.kernels import Composed
 
@@ -80,8 +81,8 @@ class Emitter:
         ]
 
     # -- shared --------------------------------------------------------------------------------------
-    def build(self, tracer: Tracer | None = None) -> Callable[..., list[Any]]:
-        """The function. With a `tracer` each run tells it the time of every action that does work."""
+    def build(self, tracer: Tracer | None = None) -> BoundPlan:
+        """The bound plan. With a `tracer` each run tells it the time of every action that does work."""
         self.tracer = tracer
         if tracer is not None:
             self.names |= {"stamp": tracer.stamp, "mark": tracer.mark}
@@ -90,9 +91,7 @@ class Emitter:
         head += [f"({', '.join(f'c{i}' for i in range(self.plan.micro_batches + 1))},) = bounds"]
         text = "\n".join(["def run(args, bounds, enter):", *(f"    {line}" for line in (*head, *lines, self.result()))])
         exec(compile(text, f"<plan {self.plan.strategy} {self.plan.digest}>", "exec"), self.names)
-        run: Callable[..., list[Any]] = self.names["run"]
-        run.source = text  # type: ignore[attr-defined]
-        return run
+        return BoundPlan(self.plan, self.names["run"], text, tracer)
 
     def result(self) -> str:
         return f"return [{', '.join(self._output(v) for v in self.program.outputs)}]"

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.capture.program import BoundPlan, CapturedProgram
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, Plan
 from dynaflow_serving.errors import ScheduleError
-from dynaflow_serving.executor.base import Executor
+from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.codegen import Emitter
 from dynaflow_serving.executor.tracing import Tracer
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.capture.program import BoundPlan, CapturedProgram
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, ActionKind, Plan
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.executor.base import CapturedGraphs, Executor
+from dynaflow_serving.executor.base import BoundPlan, CapturedGraphs, Executor
 from dynaflow_serving.executor.codegen import Emitter
 from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
 from dynaflow_serving.executor.cuda_streams import StreamPool

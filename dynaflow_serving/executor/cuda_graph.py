@@ -35,9 +35,10 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.capture.program import BoundPlan, CapturedProgram, Enter
+from dynaflow_serving.capture.program import CapturedProgram, Enter, PlanFunction
 from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.core.program import Program, Scope
+from dynaflow_serving.executor.base import BoundPlan
 from dynaflow_serving.executor.lanes import lanes, reorder
 from dynaflow_serving.planning.verify import verify
 
@@ -88,7 +89,9 @@ class WholePlanGraphs:
         """`bind` makes the plan's eager form, in the order of its steps."""
         ordered = reorder(plan)
         verify(capture.program, ordered)
-        return _GraphedPlan(self, next(self._plans), capture, plan, bind(plan), lambda: bind(ordered))
+        eager = bind(plan)
+        graphed = _GraphedPlan(self, next(self._plans), capture, plan, eager.run, lambda: bind(ordered).run)
+        return BoundPlan(plan, graphed, eager.source)
 
     def run_eagerly(self, plan: Plan, reason: str) -> None:
         if reason not in self.eager:
@@ -99,7 +102,7 @@ class WholePlanGraphs:
         self,
         key: Hashable,
         plan: Plan,
-        run: BoundPlan,
+        run: PlanFunction,
         args: Sequence[Any],
         given: Sequence[int],
         bounds: Sequence[int],
@@ -163,11 +166,11 @@ class _GraphedPlan:
         number: int,
         capture: CapturedProgram,
         plan: Plan,
-        eager: BoundPlan,
-        bind: Callable[[], BoundPlan],
+        eager: PlanFunction,
+        bind: Callable[[], PlanFunction],
     ) -> None:
         self._owner, self._number, self._plan, self._eager, self._bind = owner, number, plan, eager, bind
-        self._ordered: BoundPlan | None = None
+        self._ordered: PlanFunction | None = None
         program = capture.program
         self._names = program.inputs[: len(program.inputs) - len(capture.constants)]
         values = [program.values[v] for v in self._names]

@@ -10,31 +10,21 @@ Contract
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from dynaflow_serving.capture.program import BoundPlan, CapturedProgram
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.batch import Batch, Signature, Split
 from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.errors import PlanError, ScheduleError
-from dynaflow_serving.executor import Executor
-from dynaflow_serving.executor.tracing import Tracer, measured
+from dynaflow_serving.executor.base import BoundPlan, Executor
+from dynaflow_serving.executor.tracing import measured
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.session.counts import StepCounts
 from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.splitting import whole
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A plan, bound. With `tracer` each run is timed step by step."""
-
-    plan: Plan
-    run: BoundPlan
-    tracer: Tracer | None = None
 
 
 def no_context(micro_batch: int) -> None:
@@ -51,7 +41,7 @@ class PlanCache:
         self.zero_copy = zero_copy
         self.counts = StepCounts()
         self.made = self.hits = 0  # plans made, and found made
-        self._prepared: dict[tuple[Signature, bool, bool], Prepared] = {}
+        self._prepared: dict[tuple[Signature, bool, bool], BoundPlan] = {}
         self._vetoed: dict[Signature, str] = {}
 
     def decide(self, batch: Batch) -> Split:
@@ -73,7 +63,7 @@ class PlanCache:
             return whole(batch, self._vetoed[split.signature])
         return split
 
-    def prepare(self, signature: Signature, zero_copy: bool | None = None, traced: bool = False) -> Prepared:
+    def prepare(self, signature: Signature, zero_copy: bool | None = None, traced: bool = False) -> BoundPlan:
         """The verified, bound Plan for a signature. Raises `ScheduleError`, `PlanError`."""
         zero_copy = self.zero_copy if zero_copy is None else zero_copy
         key = (signature, zero_copy, traced)
@@ -85,8 +75,7 @@ class PlanCache:
             plan = lower(recorded, strategy.name, zero_copy)
             verify(self.captured.program, plan)
             tracer = self.executor.tracer() if traced else None
-            run = self.executor.bind(self.captured, plan, recorded.kernels, tracer)
-            self._prepared[key] = Prepared(plan, run, tracer)
+            self._prepared[key] = self.executor.bind(self.captured, plan, recorded.kernels, tracer)
             self.made += 1
         else:
             self.hits += 1

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dynaflow_serving.capture.program import BoundPlan, CapturedProgram, Enter
+from dynaflow_serving.capture.program import CapturedProgram, Enter
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.plan import Plan
-from dynaflow_serving.executor.base import Executor
+from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.tracing import Tracer
 from dynaflow_serving.simulate.cost import Roofline, loads
 from dynaflow_serving.simulate.device import Topology
@@ -38,4 +38,4 @@ class SimulatedExecutor(Executor):
             costs = Roofline(self._topology, work, widths, loads(batch, bounds), self._graphs)
             return [simulate(plan, costs.demands(plan))]
 
-        return run
+        return BoundPlan(plan, run, tracer=tracer)

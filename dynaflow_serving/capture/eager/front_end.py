@@ -28,7 +28,7 @@ from dynaflow_serving.capture.eager.pairing import RecordingPair, TokenAxis, mat
 from dynaflow_serving.capture.eager.placing import Borders
 from dynaflow_serving.capture.eager.program import make_program
 from dynaflow_serving.capture.eager.recording import RecordedTensor, Recording, record
-from dynaflow_serving.capture.program import BoundPlan, CapturedProgram, Enter
+from dynaflow_serving.capture.program import CapturedProgram, Enter, PlanFunction
 from dynaflow_serving.strategy.rules import Rule
 
 ATTEMPTS = 8
@@ -113,7 +113,7 @@ class EagerCapture:
 
     def run(
         self,
-        plan: BoundPlan,
+        plan: PlanFunction,
         bounds: Sequence[int],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
