@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from dynaflow_serving.core.measurement import Spread
 
 BENCHMARKS = Path(__file__).parent
 KEPT = 0.95  # of the best fixed strategy's gain
@@ -64,9 +65,8 @@ def engine(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(f"never_slower: {what}\n{done.stdout}")
             starts.append(json.loads(file.read_text()))
         policy = json.loads(Path(folder, "table.json").read_text())
-    middle = [s["ratio"]["median"] for s in starts]
     return {
-        "ratio": {"median": statistics.median(middle), "min": min(middle), "max": max(middle)},
+        "ratio": Spread.of_ratios(s["ratio"]["median"] for s in starts).as_dict(),
         "tokens_equal": all(s["tokens_equal"] for s in starts),
         "starts": starts,
         "policy": policy,

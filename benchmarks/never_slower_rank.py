@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dynaflow_serving.config import Config
+from dynaflow_serving.core.measurement import Spread
 from dynaflow_serving.integrations.transformers.body import Body
 from dynaflow_serving.torch_backend import make_backend
 
@@ -39,7 +40,7 @@ def row(rate: float, times: dict[str, list[float]], body: Body, decision: Any, e
     }
     best = max(ratios.keys() - {AUTO}, key=lambda name: statistics.median(ratios[name][::2]))
     shown = {name: values[1::2] for name, values in ratios.items()}
-    speed_up = {n: {"median": statistics.median(v), "min": min(v), "max": max(v)} for n, v in shown.items()}
+    speed_up = {name: Spread.of_ratios(values).as_dict() for name, values in shown.items()}
     gain = speed_up[best]["median"] - 1
     return {
         "rate_mbit": rate,

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.measurement import Spread, in_turn
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.integrations.transformers.body import Body
@@ -164,10 +165,10 @@ def measure(variants: dict[str, Variant], rounds: int, tick: Callable[[], None])
     """Milliseconds of each variant, round by round in turn, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
-        for name, variant in variants.items():
+        for name in in_turn(list(variants), number):
             dist.barrier()
             started = time.perf_counter()
-            variant()
+            variants[name]()
             if number:
                 times[name].append((time.perf_counter() - started) * 1e3)
             tick()
@@ -180,8 +181,7 @@ def row(rate: float, n: int, times: dict[str, list[float]], equal: str, **extra:
     hidden = middle["sequential"] - middle["overlapped"]
 
     def speedup(name: str) -> dict[str, float]:
-        ratios = [a / b for a, b in zip(times[name], times["overlapped"], strict=True)]
-        return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        return Spread.of_ratios(a / b for a, b in zip(times[name], times["overlapped"], strict=True)).as_dict()
 
     return {
         "rate_mbit": rate,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from dynaflow_serving.capture.eager import EagerCapture
 from dynaflow_serving.capture.eager.frames import Frame
 from dynaflow_serving.capture.eager.state import TorchState
 from dynaflow_serving.core.batch import Signature
+from dynaflow_serving.core.measurement import Spread, in_turn
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.strategy.rules import SplitModule
@@ -168,19 +168,20 @@ def main() -> None:
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
     with torch.no_grad():
-        for _ in range(options.rounds):
-            for name, (run, borders) in cases.items():
+        for number in range(options.rounds):
+            for name in in_turn(list(cases), number):
+                run, borders = cases[name]
                 begin = time.perf_counter()
                 run()
                 times[name].append((time.perf_counter() - begin) / borders * 1e6)
     table = Table(title=f"us per border, {BORDERS} borders, {options.rounds} rounds, {os.cpu_count()} CPUs")
     for column in ("case", "median", "min", "max"):
         table.add_column(column, justify="left" if column == "case" else "right")
-    for name, got in times.items():
-        table.add_row(name, *(f"{v:.2f}" for v in (statistics.median(got), min(got), max(got))))
+    figures = {name: Spread.of_values(values).as_dict() for name, values in times.items()}
+    for name, spread in figures.items():
+        table.add_row(name, *(f"{value:.2f}" for value in spread.values()))
     Console().print(table)
     if options.json:
-        figures = {n: {"median": statistics.median(t), "min": min(t), "max": max(t)} for n, t in times.items()}
         result = {"unit": "us per border", "cpus": os.cpu_count(), "cases": figures}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

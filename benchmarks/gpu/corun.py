@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.limits import Limits, Work
 from benchmarks.gpu.report import Row, rows_of
-from benchmarks.gpu.timing import Timer, in_turn
+from benchmarks.gpu.timing import Timer, time_in_turn
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import ExecutorOptions, StreamOptions
 from dynaflow_serving.core.batch import Batch, Signature, Split
@@ -101,7 +101,7 @@ def rows(
             work = Work(0, neighbour.passes * x.nbytes)
         functions = {"product": torch.matmul, "neighbour": neighbour.run}
         calls, facts = _variants(CapturedProgram(program(), functions), [a, x, w], make_executor)
-        measured = in_turn(calls, timer, seconds / len(NEIGHBOURS))
+        measured = time_in_turn(calls, timer, seconds / len(NEIGHBOURS))
         for variant, row in facts.items():
             if "error" in row:
                 measured.failed[variant] = row["error"]

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from benchmarks.gpu.limits import Limits, Work, measure
 from benchmarks.gpu.report import Row, losses, rows_of, table
-from benchmarks.gpu.timing import CudaTimer, Measured, Timer, in_turn
+from benchmarks.gpu.timing import CudaTimer, Measured, Timer, time_in_turn
 from dynaflow_serving.kernels import KERNELS, get_kernel
 
 EAGER, COMPILED = "torch eager", "torch.compile"
@@ -139,7 +139,7 @@ def rows(
             _compare(case, dtype)
             if device == "cuda":
                 variants = {name: Graphed(call) for name, call in variants.items()}
-            result += _rows(case, in_turn(variants, timer, seconds / len(todo)), limits)
+            result += _rows(case, time_in_turn(variants, timer, seconds / len(todo)), limits)
     return result
 
 

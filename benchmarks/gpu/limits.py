@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu.timing import Timer, in_turn
+from benchmarks.gpu.timing import Timer, time_in_turn
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def measure(timer: Timer, seconds: float, device: str, dtype: torch.dtype, side:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(mib << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    measured = in_turn({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, timer, seconds)
+    measured = time_in_turn({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, timer, seconds)
     if measured.failed:
         raise RuntimeError(f"the device's limits cannot be measured: {measured.failed}")
     matmul, copy = (sorted(s)[len(s) // 2] / 1e3 for s in measured.samples.values())

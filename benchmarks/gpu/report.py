@@ -8,14 +8,14 @@ Contract
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from benchmarks.gpu.timing import Measured, Spread
+from benchmarks.gpu.timing import Measured
+from dynaflow_serving.core.measurement import Spread
 
 Row = dict[str, Any]
 
@@ -34,11 +34,11 @@ def rows_of(
         if name in measured.failed:
             row["error"] = measured.failed[name]
         else:
-            spread = Spread.of(measured.samples[name])
-            row |= {"ms": dataclasses.asdict(spread), "samples_ms": measured.samples[name]}
+            spread = Spread.of_values(measured.samples[name])
+            row |= {"ms": spread.as_dict(), "samples_ms": measured.samples[name]}
             row |= {"limit_ms": limits[name], "of_limit": limits[name] / spread.median}
             row["speedup"] = {
-                b: dataclasses.asdict(measured.speedup(name, b)) for b in against.get(name, ()) if b in measured.samples
+                b: measured.speedup(name, b).as_dict() for b in against.get(name, ()) if b in measured.samples
             }
         rows.append(row)
     return rows

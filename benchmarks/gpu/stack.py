@@ -33,7 +33,7 @@ from benchmarks.gpu import models
 from benchmarks.gpu.corun import MakeExecutor
 from benchmarks.gpu.limits import Limits, Work
 from benchmarks.gpu.report import Row, rows_of
-from benchmarks.gpu.timing import Section, Timer, in_turn, run_sections
+from benchmarks.gpu.timing import Section, Timer, run_sections, time_in_turn
 from dynaflow_serving.capture.examples import capture_model
 from dynaflow_serving.capture.fx import add_into_variants
 from dynaflow_serving.capture.fx.symbols import fake_value
@@ -214,7 +214,7 @@ def _mode(
             calls[name] = call
         except Exception as e:  # no green contexts, out of memory, a wrong result: this variant has no figure
             failed[name] = f"{type(e).__name__}: {e}"
-    measured = in_turn(calls, timer, seconds - (time.perf_counter() - began))
+    measured = time_in_turn(calls, timer, seconds - (time.perf_counter() - began))
     for name in [n for n in entries if n in measured.samples]:
         try:
             if mode == "graph":

@@ -9,13 +9,14 @@ Contract
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+from dynaflow_serving.core.measurement import Spread, in_turn
 
 Clock = Callable[[], float]
 SAMPLE_MS = 20.0  # a sample is as many calls in a row as take about this long
@@ -43,17 +44,6 @@ class CudaTimer:
         return float(start.elapsed_time(end)) / calls
 
 
-@dataclass(frozen=True)
-class Spread:
-    median: float
-    min: float
-    max: float
-
-    @staticmethod
-    def of(samples: Sequence[float]) -> Spread:
-        return Spread(statistics.median(samples), min(samples), max(samples))
-
-
 @dataclass
 class Measured:
     """Milliseconds per round and variant; sample i of every variant is of round i."""
@@ -64,10 +54,10 @@ class Measured:
     def speedup(self, variant: str, baseline: str) -> Spread:
         """Time of `baseline` over time of `variant`, round by round: above 1 `variant` is faster."""
         pairs = zip(self.samples[baseline], self.samples[variant], strict=True)
-        return Spread.of([b / v for b, v in pairs])
+        return Spread.of_ratios(b / v for b, v in pairs)
 
 
-def in_turn(
+def time_in_turn(
     variants: Mapping[str, Callable[[], Any]], timer: Timer, seconds: float, clock: Clock = time.perf_counter
 ) -> Measured:
     """Time `variants` against each other for about `seconds`, warm-up included."""
@@ -86,7 +76,7 @@ def in_turn(
     for number in range(most if order else 0):
         if number >= least and clock() - began >= seconds:
             break
-        for name in order if number % 2 == 0 else reversed(order):
+        for name in in_turn(order, number):
             measured.samples[name].append(timer.milliseconds(variants[name], calls[name]))
     return measured
 

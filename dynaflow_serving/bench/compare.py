@@ -2,10 +2,10 @@
 
 Contract
 - Both engines are alive at once, each in its own process; one works at a time.
-- A warm-up pass each is compared but not timed. Then pairs of passes; the order within a pair alternates
-  (baseline first, DynaFlow first, ...), so that a drift of the machine cancels.
-- Every pass has its own prompts (see `settings`), the same for both engines; all their tokens are compared.
-- Counters are zeroed after the warm-up: `Engagement` tells about the timed passes only.
+- Each engine first runs a warm-up pass, which is compared but not timed. Then pairs of passes follow. The order within
+  a pair alternates (baseline first, DynaFlow first, ...), so that a drift of the machine cancels.
+- Every pass has its own prompts (see `settings`), the same for both engines, and all their tokens are compared.
+- The counters are zeroed after the warm-up, so `Engagement` tells about the timed passes only.
 - Whatever happens, no process is left behind.
 """
 
@@ -14,22 +14,34 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.process import EngineProcess
-from dynaflow_serving.bench.settings import EngineSettings, Request, Traffic, requests_of_pass
+from dynaflow_serving.bench.settings import EngineSettings, Traffic, requests_of_pass
+from dynaflow_serving.core.measurement import in_turn
 
 BASELINE, DYNAFLOW = "baseline", "dynaflow"
-ORDERS = ((BASELINE, DYNAFLOW), (DYNAFLOW, BASELINE))
+SIDES = (BASELINE, DYNAFLOW)
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class OfflineBenchmark:
-    """What `compare` is to run. `settle_seconds` of rest come before each pass (idle workers of vLLM spin for 1 s)."""
+    """The comparison that `compare` runs.
+
+    Attributes:
+        driver: The `module:class` of the `EngineDriver`.
+        settings: The settings of both engines, without DynaFlow.
+        dynaflow: The content of the config file for the second engine.
+        traffic: The requests of every pass.
+        pairs: The number of timed pairs.
+        environment: The variables to add to both engines' environment.
+        logs: The folder of the engines' logs.
+        settle_seconds: The rest before each pass (idle workers of vLLM spin for 1 s).
+    """
 
     driver: str
     settings: EngineSettings
@@ -47,8 +59,15 @@ class OfflineBenchmark:
 
 
 @dataclass(frozen=True)
-class Pair:
-    order: tuple[str, str]
+class PassPair:
+    """One timed pass of each engine.
+
+    Attributes:
+        order: The names of the engines as they took turns.
+        seconds: The duration of each engine's pass, by its name.
+    """
+
+    order: Sequence[str]
     seconds: dict[str, float]
 
     @property
@@ -69,7 +88,16 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Engagement:
-    """What DynaFlow says it did in the timed passes: rank 0's report, and whether all ranks agree."""
+    """What DynaFlow did in the timed passes, by its own report.
+
+    Attributes:
+        strategy: The strategy's name.
+        mode: How the engine runs the plans, in its own words.
+        split: The number of split steps.
+        unsplit: The number of un-split steps by reason.
+        plan_hash: The digest of the plans.
+        ranks_agree: Whether all ranks report the same steps and plans; the figures above are rank 0's.
+    """
 
     strategy: str
     mode: str
@@ -79,7 +107,9 @@ class Engagement:
     ranks_agree: bool
 
     @staticmethod
-    def of(reports: list[dict[str, Any]]) -> Engagement:
+    def from_reports(reports: list[dict[str, Any]]) -> Engagement:
+        """Return what the reports of all ranks say, rank 0's first."""
+
         def facts(report: dict[str, Any]) -> tuple[Any, ...]:
             return report["steps"], report["plan_hash"]
 
@@ -95,20 +125,30 @@ class Engagement:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OfflineResult:
+    """Everything that a comparison of two engines has found."""
+
     engine_version: str
     device: str
     traffic: Traffic
-    pairs: list[Pair]
+    pairs: list[PassPair]
     mismatches: list[Mismatch]
     engagement: Engagement
 
 
-def compare(benchmark: OfflineBenchmark, progress: Progress) -> Comparison:
-    """Run it. `progress` is told what begins. Raises `EngineProcessError`."""
+def compare(benchmark: OfflineBenchmark, progress: Progress) -> OfflineResult:
+    """Run both engines in turn and return what was found.
+
+    Args:
+        benchmark: What to run.
+        progress: Told what begins, `benchmark.stages` times.
+
+    Raises:
+        EngineProcessError: An engine failed.
+    """
     with contextlib.ExitStack() as stack:
         engines = {}
-        for name in (BASELINE, DYNAFLOW):  # both processes first: while one starts its engine, the other imports
+        for name in SIDES:  # both processes first: while one starts its engine, the other imports
             engines[name] = EngineProcess(name, benchmark.driver, benchmark.environment, benchmark.logs / f"{name}.log")
             stack.callback(engines[name].kill)
         for name, dynaflow in ((BASELINE, None), (DYNAFLOW, benchmark.dynaflow)):
@@ -117,34 +157,38 @@ def compare(benchmark: OfflineBenchmark, progress: Progress) -> Comparison:
         pairs, mismatches = [], []
         for number in range(1 + benchmark.pairs):
             requests = requests_of_pass(benchmark.traffic, info.vocabulary, number)
-            order = ORDERS[(number + 1) % 2]  # pass 1, the first pair, begins with the baseline
-            what = f"pair {number} of {benchmark.pairs}" if number else "warm-up"
+            order = in_turn(SIDES, number + 1)  # pass 1, the first pair, begins with the baseline
+            stage = f"pair {number} of {benchmark.pairs}" if number else "warm-up"
             seconds, tokens = {}, {}
             for name in order:
-                progress(f"{what}: {name}")
-                seconds[name], tokens[name] = _rested(engines[name], requests, benchmark.settle_seconds)
+                progress(f"{stage}: {name}")
+                time.sleep(benchmark.settle_seconds)
+                seconds[name], tokens[name] = engines[name].generate(requests)
             if found := _difference(number, tokens[BASELINE], tokens[DYNAFLOW]):
                 mismatches.append(found)
             if number:
-                pairs.append(Pair(order, seconds))
+                pairs.append(PassPair(order, seconds))
             else:
                 engines[DYNAFLOW].reset()
         reports = engines[DYNAFLOW].report()
         progress("stop engines")
         for engine in engines.values():
             engine.close()
-    return Comparison(info.version, info.device, benchmark.traffic, pairs, mismatches, Engagement.of(reports))
-
-
-def _rested(engine: EngineProcess, requests: list[Request], rest: float) -> tuple[float, list[list[int]]]:
-    time.sleep(rest)
-    return engine.generate(requests)
+    return OfflineResult(
+        engine_version=info.version,
+        device=info.device,
+        traffic=benchmark.traffic,
+        pairs=pairs,
+        mismatches=mismatches,
+        engagement=Engagement.from_reports(reports),
+    )
 
 
 def _difference(number: int, expected: list[list[int]], found: list[list[int]]) -> Mismatch | None:
+    """Return where the tokens of a pass first differ; None if they are equal."""
     differing = [i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
     if not differing:
         return None
     a, b = expected[differing[0]], found[differing[0]]
     position = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return Mismatch(number, len(differing), differing[0], position)
+    return Mismatch(pass_number=number, requests=len(differing), request=differing[0], position=position)

@@ -1,4 +1,8 @@
-"""What a run uses when it is not told: the strategy, and the settings that depend on the device."""
+"""The defaults of a benchmark: the strategy, and the settings that depend on the device.
+
+Contract
+- A default is stated in the output of the command that uses it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ DEFAULT_CONFIG = Path(__file__).with_name("default.yaml")
 
 
 def default_dtype() -> str:
-    """float32 on a CPU, because ties of bfloat16 flip there; the model's own on a GPU."""
+    """Return float32 on a CPU, because ties of bfloat16 flip there, and the model's own dtype on a GPU."""
     return "auto" if has_gpu() else "float32"
 
 
 def default_compiled() -> bool:
-    """Compiled on a GPU, as the engine serves; not on a CPU, where it only takes long to start."""
+    """Whether engines compile: on a GPU, as they serve there, and not on a CPU, where it only takes long to start."""
     return has_gpu()

@@ -1,4 +1,4 @@
-"""What a child process asks of an engine.
+"""The interface between a child process and its engine.
 
 Contract
 - One driver drives one engine, in one process, through the engine's public API.
@@ -17,28 +17,34 @@ from dynaflow_serving.bench.settings import EngineSettings, Request
 
 @dataclass(frozen=True)
 class EngineInfo:
+    """What a started engine says of itself."""
+
     version: str
     vocabulary: int  # prompts hold token ids below this
     device: str  # in words, such as "NVIDIA H100 80GB HBM3"
 
 
-class Driver(Protocol):
-    def start(self, settings: EngineSettings) -> EngineInfo: ...
+class EngineDriver(Protocol):
+    """Drives one engine through its public API."""
+
+    def start(self, settings: EngineSettings) -> EngineInfo:
+        """Start the engine; return when it can serve."""
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
-        """The new tokens of each request."""
+        """Run the requests and return the new tokens of each."""
 
     def report(self) -> list[dict[str, Any]]:
-        """`dynaflow_report` of every rank, counted since `reset`."""
+        """Return `dynaflow_report` of every rank, counted since `reset`."""
 
     def reset(self) -> None:
         """Zero the counters of the report."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the engine, if it was started."""
 
 
-def load_driver(path: str) -> Driver:
-    """An instance of the class at `module:class`."""
+def load_driver(path: str) -> EngineDriver:
+    """Return an instance of the class at `module:class`."""
     module, _, name = path.partition(":")
-    driver: Driver = getattr(importlib.import_module(module), name)()
+    driver: EngineDriver = getattr(importlib.import_module(module), name)()
     return driver

@@ -1,9 +1,9 @@
 """The engines that can be benchmarked; a new one is one entry of `ENGINES`.
 
 Contract
-- An entry names its driver and its serving tool as `module:class`: a driver is imported in a child process only, a
-  tool when servers are benchmarked. Reading this table imports no engine.
-- `environment` adds nothing that the user has set.
+- An entry names its driver and its serving tool as `module:class`. A driver is imported in a child process only, a tool
+  when servers are benchmarked. Reading this table imports no engine.
+- `environment` changes no variable that the user has set.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from dynaflow_serving.errors import ConfigError, unknown_name
 class Engine:
     """What the benchmark must know of an engine beside its own API.
 
-    driver: `module:class` of a `drivers.Driver`.
-    tool: `module:class` of a `serving.tool.ServingTool`; "" if its servers cannot be benchmarked.
-    environment: variables of its processes, called as `vllm_environment` is.
-    fixed_graph: why --compiled and --uncompiled choose nothing here; "" if they do.
-    uncompiled: what runs when nothing is compiled, in words.
-    spin_seconds: after this rest, idle ranks of a tensor-parallel engine on CPUs no longer spin.
+    Attributes:
+        driver: The `module:class` of a `drivers.EngineDriver`.
+        tool: The `module:class` of a `serving.tool.ServingTool`; "" if its servers cannot be benchmarked.
+        environment: Returns the variables of its processes; it is called as `vllm_environment` is.
+        fixed_graph: Why --compiled and --uncompiled choose nothing here; "" if they do.
+        uncompiled: What runs when nothing is compiled, in words.
+        spin_seconds: The rest after which idle ranks of a tensor-parallel engine on CPUs no longer spin.
     """
 
     driver: str
@@ -36,7 +37,14 @@ class Engine:
     spin_seconds: float = 0.0
 
     def compiled(self, asked: bool | None) -> bool:
-        """Whether the engine compiles its graph. Raises `ConfigError` if that is not the user's to choose."""
+        """Whether the engine compiles its graph.
+
+        Args:
+            asked: The user's choice; None for the default.
+
+        Raises:
+            ConfigError: The user chose, but this engine leaves no choice.
+        """
         if not self.fixed_graph:
             return default_compiled() if asked is None else asked
         if asked is not None:
@@ -64,7 +72,11 @@ ENGINES: dict[str, Engine] = {
 
 
 def find_engine(name: str) -> Engine:
-    """The entry of that name. Raises `ConfigError` that lists the engines."""
+    """Return the entry of that name.
+
+    Raises:
+        ConfigError: There is none; the message lists the engines.
+    """
     if name not in ENGINES:
         raise ConfigError(unknown_name("engine", name, ENGINES))
     return ENGINES[name]

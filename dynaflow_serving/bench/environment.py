@@ -1,4 +1,4 @@
-"""Environment variables of an engine's processes, and what this machine has.
+"""The environment variables of an engine's processes, and the facts of this machine.
 
 Contract
 - A variable that the user has set is left alone.
@@ -23,13 +23,14 @@ KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_"
 
 
 def has_gpu() -> bool:
+    """Whether torch sees a CUDA device."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def device_name() -> str:
-    """The accelerator in words, or the processor with the number of cores that may be used."""
+    """Return the accelerator's name, or the processor's with the number of cores that may be used."""
     import torch
 
     if torch.cuda.is_available():
@@ -38,7 +39,7 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures of a run depend on beside its settings."""
+    """Return the facts of this machine that figures depend on: device, system and versions."""
     import torch
 
     return {
@@ -55,7 +56,18 @@ def machine() -> dict[str, Any]:
 def vllm_environment(
     tensor_parallel: int, *, gpu: bool, compiled: bool, local_model: bool, given: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """What to add to `given`. Raises `ConfigError` if there are fewer cores than ranks."""
+    """Return the variables of vLLM's processes that `given` lacks.
+
+    Args:
+        tensor_parallel: The number of ranks.
+        gpu: Whether the ranks run on GPUs.
+        compiled: Whether the engine compiles its graph.
+        local_model: Whether the model is on this machine, so that nothing is to be looked up elsewhere.
+        given: The environment of this process.
+
+    Raises:
+        ConfigError: There are fewer cores than ranks.
+    """
     wanted = {"VLLM_NO_USAGE_STATS": "1"}
     if not compiled:
         # With an uncompiled graph, vLLM 0.32 looks for an ahead-of-time artifact on disk in every step (4 ms), and
@@ -76,7 +88,11 @@ def vllm_environment(
 def sglang_environment(
     tensor_parallel: int, *, gpu: bool, compiled: bool, local_model: bool, given: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """What to add to `given`; the same, compiled or not. Raises `ConfigError` if there are fewer cores than ranks."""
+    """Return the variables of SGLang's processes that `given` lacks; they are the same, compiled or not.
+
+    Raises:
+        ConfigError: There are fewer cores than ranks.
+    """
     wanted = {}
     if local_model:
         wanted["HF_HUB_OFFLINE"] = "1"
@@ -91,12 +107,16 @@ def sglang_environment(
 
 
 def no_environment(tensor_parallel: int, *, gpu: bool, compiled: bool, local_model: bool) -> dict[str, str]:
-    """For an engine that needs no variable."""
+    """Return no variable, for an engine that needs none."""
     return {}
 
 
 def cores_of_ranks(cores: list[int], ranks: int) -> str:
-    """`nobind` for one rank, else equal shares such as `0,1|2,3`."""
+    """Return equal shares of the cores as vLLM and SGLang read them, such as `0,1|2,3`; `nobind` for one rank.
+
+    Raises:
+        ConfigError: There are fewer cores than ranks.
+    """
     if ranks == 1:
         return "nobind"
     share = len(cores) // ranks
@@ -106,6 +126,7 @@ def cores_of_ranks(cores: list[int], ranks: int) -> str:
 
 
 def usable_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

@@ -1,9 +1,9 @@
 """Steps of an engine with exactly the given batch, for `dynaflow explain`.
 
 Contract
-- A batch that the engine received piecemeal, and so ran in several steps, is no step of that batch: `run_steps` leaves
-  it out and tries again, a few times.
-- An engine that fails leaves its log; the error names it.
+- An engine that receives a batch piecemeal runs it in several steps. `run_steps` leaves such a try out and tries again,
+  a few times.
+- An engine that fails leaves its log, and the error names it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ SPARE = 8  # positions beyond a prompt: one for its new token, and SGLang keeps 
 
 
 @dataclass(frozen=True)
-class StepRun:
-    """seconds: of the whole step, with what the engine does before and after the model. timelines: one per program,
-    where the step was traced."""
+class MeasuredStep:
+    """One step of the batch.
+
+    Attributes:
+        seconds: The duration of the step, with all that the engine does before and after the model.
+        split: Whether the step was split.
+        timelines: One timeline per Program where the step was traced, else none.
+    """
 
     seconds: float
     split: bool
@@ -41,7 +46,11 @@ class StepRun:
 def one_step(
     engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
 ) -> dict[str, Any]:
-    """Rank 0's report after one prefill of prompts with `tokens` tokens each. Raises `EngineProcessError`."""
+    """Run one prefill of prompts with `tokens` tokens each and return rank 0's report.
+
+    Raises:
+        EngineProcessError: The engine failed.
+    """
     with _engine(engine, model, tokens, config, dtype, tensor_parallel) as (process, vocabulary):
         process.generate(_prompts(tokens, vocabulary, 0))
         return process.report()[0]
@@ -55,11 +64,16 @@ def run_steps(
     dtype: str | None,
     tensor_parallel: int,
     runs: int,
-) -> tuple[list[StepRun], dict[str, Any]]:
-    """At most `runs` such prefills, none of which the engine cut, and rank 0's report after the last.
+) -> tuple[list[MeasuredStep], dict[str, Any]]:
+    """Run the prefill of `one_step` repeatedly.
 
-    Raises `EngineProcessError`."""
-    found: list[StepRun] = []
+    Returns:
+        At most `runs` steps, of which the engine cut none, and rank 0's report after the last.
+
+    Raises:
+        EngineProcessError: The engine failed.
+    """
+    found: list[MeasuredStep] = []
     with _engine(engine, model, tokens, config, dtype, tensor_parallel) as (process, vocabulary):
         report = process.report()[0]
         for number in range(2 * runs):
@@ -70,7 +84,7 @@ def run_steps(
             split, unsplit = (_counted(report, kind) - _counted(before, kind) for kind in ("split", "unsplit"))
             if split + unsplit == 1:
                 new = report["timelines"] if report["timelines"] != before["timelines"] else []
-                found.append(StepRun(seconds, bool(split), tuple(map(Timeline.from_dict, new))))
+                found.append(MeasuredStep(seconds, split=bool(split), timelines=tuple(map(Timeline.from_dict, new))))
     return found, report
 
 
@@ -78,7 +92,7 @@ def run_steps(
 def _engine(
     engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
 ) -> Iterator[tuple[EngineProcess, int]]:
-    """The engine, which has counted no step yet, and the size of its vocabulary."""
+    """Start the engine; yield it, with its counters at zero, and the size of its vocabulary."""
     entry = find_engine(engine)
     environment = entry.environment(tensor_parallel, gpu=has_gpu(), compiled=False, local_model=True)
     settings = EngineSettings(
@@ -103,11 +117,15 @@ def _engine(
 
 
 def _prompts(tokens: tuple[int, ...], vocabulary: int, seed: int) -> list[Request]:
-    """One new token each: the prefill is the only step. Another seed is nothing that a prefix cache knows."""
+    """Return prompts for one new token each, so that the prefill is the only step.
+
+    Another seed gives prompts that no prefix cache knows.
+    """
     draw = random.Random(seed)
     return [Request([draw.randrange(vocabulary) for _ in range(n)], 1) for n in tokens]
 
 
 def _counted(report: dict[str, Any], kind: str) -> int:
+    """Return how many steps of that kind ("split" or "unsplit") the report has counted."""
     steps = report["steps"]
     return steps["split"] if kind == "split" else sum(steps["unsplit"].values())

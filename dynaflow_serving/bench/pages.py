@@ -1,8 +1,8 @@
-"""What pages and pictures are made with: matplotlib's SVG, and jinja2's templates.
+"""The tools that pages and pictures are made with: matplotlib's SVG, and jinja2's templates.
 
 Contract
-- Both packages are optional (`pip install 'dynaflow-serving[report]'`) and imported inside functions;
-  `assert_installed` is for before anything runs.
+- Both packages are optional (`pip install 'dynaflow-serving[report]'`) and imported inside functions. A command calls
+  `assert_installed` before anything runs.
 - A page refers to nothing outside of itself, and equal figures give equal files.
 """
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def assert_installed(what: str, *packages: str) -> None:
-    """Raise `DynaflowError` if one of `packages`, which `what` needs, is not installed."""
+    """Check that the packages which `what` needs are installed.
+
+    Raises:
+        DynaflowError: One is missing; the message says how to install it.
+    """
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise DynaflowError(
             f"{what} needs the packages {', '.join(packages)}; missing here: {', '.join(missing)}. "
@@ -30,7 +34,7 @@ def assert_installed(what: str, *packages: str) -> None:
 
 
 def templates(folder: Path) -> Any:
-    """The jinja2 environment of `folder`: values are escaped, and one that is not given is an error."""
+    """Return the jinja2 environment of a folder, which escapes values and refuses undefined ones."""
     import jinja2
 
     return jinja2.Environment(
@@ -43,7 +47,7 @@ def templates(folder: Path) -> Any:
 
 
 def svg(figure: Figure) -> str:
-    """The `<svg>` element of `figure`."""
+    """Return the `<svg>` element of a figure."""
     import matplotlib
 
     # Text stays text, which the browser's font draws; the salt makes equal figures equal files.

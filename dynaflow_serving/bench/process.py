@@ -1,8 +1,9 @@
 """The parent's side of a child process.
 
 Contract
-- A method returns what the engine answered, or raises `EngineProcessError` that names the log file and shows its
-  first errors and last lines; a child that dies is noticed at once, also while workers of its engine hold the pipe.
+- A method returns the engine's answer, or raises an `EngineProcessError` that names the log file and shows its first
+  errors and last lines.
+- A child that dies is noticed at once, also while workers of its engine hold the pipe.
 - `close` leaves no process behind: the child has a process group of its own, which is killed if it lingers.
 """
 
@@ -54,21 +55,25 @@ class EngineProcess:
         theirs.close()
 
     def start(self, settings: EngineSettings) -> EngineInfo:
+        """Start the engine; return when it can serve."""
         return EngineInfo(**self._ask("start", **asdict(settings)))
 
     def generate(self, requests: list[Request]) -> tuple[float, list[list[int]]]:
-        """Seconds, and the new tokens of each request."""
+        """Run the requests; return the seconds that took, and the new tokens of each request."""
         reply = self._ask("generate", requests=[asdict(r) for r in requests])
         return reply["seconds"], reply["tokens"]
 
     def report(self) -> list[dict[str, Any]]:
+        """Return the report of every rank, rank 0's first."""
         reply: list[dict[str, Any]] = self._ask("report")
         return reply
 
     def reset(self) -> None:
+        """Zero the counters of the report."""
         self._ask("reset")
 
     def close(self) -> None:
+        """Ask the child to end its engine and itself; end both if they linger."""
         if self._process.poll() is None:
             with contextlib.suppress(OSError):
                 self._pipe.send_bytes(json.dumps({"action": "close", "arguments": {}}).encode())
@@ -77,7 +82,7 @@ class EngineProcess:
         self.kill()
 
     def kill(self) -> None:
-        """End the child and all that it started."""
+        """End the child and all that it started, at once."""
         end_group(self._process)
         self._pipe.close()
 
@@ -104,7 +109,7 @@ class EngineProcess:
 
 
 def how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    """In words; waits a little for a process that is about to end."""
+    """Say in words how a process ended; wait a little for one that is about to end."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
     code = process.poll()
@@ -112,14 +117,14 @@ def how_it_ended(process: subprocess.Popen[bytes]) -> str:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End the process, which leads a group of its own, and all that it started."""
+    """End a process that leads a group of its own, and all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def excerpt(log: Path) -> str:
-    """Where the log is, its first errors (the root cause is often far above the end), and its last lines."""
+    """Return where the log is, its first errors and its last lines; the root cause is often far above the end."""
     lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines()] or ["(empty)"]
     errors = list(dict.fromkeys(line.strip() for line in lines[:-LOG_LINES] if ERROR.search(line)))[:LOG_ERRORS]
     parts = [f"Log: {log}"]

@@ -22,7 +22,7 @@ CPU_SERVERS = f"{CPU_NOTE}; its gains say nothing about a GPU. Tokens are not co
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What `result.record` returned, as rich tables."""
+    """Yield the object that `result.record` returned as tables: the figures, then the facts."""
     ratio = result["ratio"]
     figures = Table(title=f"{result['engine']} {result['engine_version']} on {result['device']}", title_justify="left")
     for name in ("", "baseline", "dynaflow"):

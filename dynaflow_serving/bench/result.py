@@ -1,8 +1,8 @@
-"""Figures and verdict of a comparison, and their JSON file.
+"""The figures and the verdict of a comparison, and their JSON file.
 
 Contract
-- Throughput is the median over the pairs; the ratio is taken within each pair, then median, least and greatest.
-- `failures` says why a comparison proves nothing: no step was split, tokens differ, ranks disagree.
+- The throughput is the median over the pairs. The ratio is taken within each pair; its spread is over the pairs.
+- `failures` says why a comparison shows nothing: no step was split, tokens differ, or ranks disagree.
 - The JSON file is complete or absent; its folder is made.
 """
 
@@ -16,14 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, Comparison
+from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, OfflineResult
+from dynaflow_serving.core.measurement import Spread
 from dynaflow_serving.files import write_text
 
 NOISY = 1.3  # greatest over least seconds of passes that do equal work
 SMALL_HINT = "Lower the strategy's min_tokens (-o min_tokens=1), or send more requests at a time (--requests)."
 
 
-def throughput(comparison: Comparison, name: str) -> dict[str, float]:
+def throughput(comparison: OfflineResult, name: str) -> dict[str, float]:
+    """Return the requests and tokens per second of the engine of that name."""
     lengths = comparison.traffic.lengths()
     prompt, output = (sum(column) for column in zip(*lengths))
     seconds = statistics.median(p.seconds[name] for p in comparison.pairs)
@@ -34,13 +36,13 @@ def throughput(comparison: Comparison, name: str) -> dict[str, float]:
     }
 
 
-def ratios(comparison: Comparison) -> dict[str, float]:
-    values = [p.ratio for p in comparison.pairs]
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def ratios(comparison: OfflineResult) -> dict[str, float]:
+    """Return the spread of DynaFlow's throughput over the baseline's."""
+    return Spread.of_ratios(p.ratio for p in comparison.pairs).as_dict()
 
 
-def failures(comparison: Comparison) -> list[str]:
-    """Empty if the figures compare what they claim to compare."""
+def failures(comparison: OfflineResult) -> list[str]:
+    """Return why the comparison shows nothing; the list is empty if the figures compare what they claim to."""
     engagement, found = comparison.engagement, []
     declined = engagement.strategy == "auto" and sum(engagement.unsplit.values()) > 0  # a decision, which was counted
     if not engagement.split and not declined:
@@ -61,13 +63,13 @@ def failures(comparison: Comparison) -> list[str]:
     return found
 
 
-def noise(comparison: Comparison) -> str:
-    """A warning if one engine's passes, which do equal work, differ much; else ""."""
+def noise(comparison: OfflineResult) -> str:
+    """Return a warning if one engine's passes, which do equal work, differ much; else ""."""
     for name in (BASELINE, DYNAFLOW):
-        seconds = [p.seconds[name] for p in comparison.pairs]
-        if max(seconds) > NOISY * min(seconds):
+        seconds = Spread.of_values(p.seconds[name] for p in comparison.pairs)
+        if seconds.exceeds(NOISY):
             return (
-                f"Noise: equal passes of {name} took {min(seconds):.2f} to {max(seconds):.2f} s. Something else uses "
+                f"Noise: equal passes of {name} took {seconds.min:.2f} to {seconds.max:.2f} s. Something else uses "
                 "this machine, or the passes are too short: do not trust this ratio (try more --requests and --pairs)."
             )
     return ""
@@ -78,8 +80,13 @@ def is_small(reason: str) -> bool:
     return "under" in reason or reason in ("one request", "one token")
 
 
-def record(comparison: Comparison, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON object: `run` (engine, model, strategy, config, command) and the figures."""
+def record(comparison: OfflineResult, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON object.
+
+    Args:
+        comparison: What was found.
+        run: The facts of the run: engine, model, strategy, config and command.
+    """
     import torch
 
     engagement = comparison.engagement
@@ -105,4 +112,5 @@ def record(comparison: Comparison, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the object to the file, whose folder is made."""
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -2,8 +2,9 @@
 
 Contract
 - The stock engine keeps SGLang's defaults, graphs included; DynaFlow is asked for through `json_model_override_args`
-  only. On a CPU both engines get the same KV capacity, one thread per rank, and schedulers that sleep when idle, for
-  one engine rests while the other is timed.
+  only.
+- On a CPU both engines get the same KV capacity, one thread per rank, and schedulers that sleep when idle: one engine
+  rests while the other is timed.
 - A plugin that SGLang failed to load (it logs such errors and goes on) is an `InactiveError` here.
 - `Engine.collective_rpc` brings back no results: reports come in a file per rank.
 """
@@ -24,6 +25,8 @@ CPU_TOKENS = 32768  # of the KV cache
 
 
 class SGLangDriver:
+    """An `EngineDriver` of SGLang."""
+
     def __init__(self) -> None:
         self.engine: Any = None
 
@@ -62,7 +65,7 @@ class SGLangDriver:
 
 
 def engine_arguments(settings: EngineSettings, *, gpu: bool) -> dict[str, Any]:
-    """Keyword arguments of `sglang.Engine`."""
+    """Return the keyword arguments of `sglang.Engine`."""
     arguments: dict[str, Any] = {
         "model_path": settings.model,
         "dtype": settings.dtype,

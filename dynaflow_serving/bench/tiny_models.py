@@ -2,9 +2,10 @@
 
 Contract
 - Nothing is downloaded: the tokenizer is trained on the text of the Python standard library.
-- The weights depend on kind, layers and seed only; a directory is made once per content key and is complete
-  or absent (it is renamed into place).
-- The logits are far apart (`initializer_range` 0.2), so that greedy tokens do not hang on rounding.
+- The weights depend on kind, layers and seed only. A directory is made once per content key and is complete or absent,
+  for it is renamed into place.
+- The logits are far apart (`initializer_range` 0.2), so that greedy tokens do not depend on rounding.
+- `find_model` also takes the models that a user brings: a directory, or a Hugging Face name.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of transformers' classes, and what this architecture's config adds to `COMMON`."""
+    """The names of transformers' classes, and the fields that this architecture's config adds to `COMMON`."""
 
     config: str
     model: str
@@ -100,10 +101,16 @@ def find_model(name: str | None) -> tuple[str, bool]:
 
 
 def make_tiny_model(kind: str, directory: str | Path | None = None, layers: int = 2) -> Path:
-    """The directory of a tiny model with config, weights and tokenizer; made if it is not there yet.
+    """Return the directory of a tiny model with config, weights and tokenizer; make it if it is not there yet.
 
-    directory: the parent folder, default `cache_directory()/models`.
-    Raises `ConfigError` for an unknown kind, `DynaflowError` where transformers is not installed.
+    Args:
+        kind: A name in `ARCHITECTURES`.
+        directory: The parent folder; None for `cache_directory()/models`.
+        layers: The number of layers.
+
+    Raises:
+        ConfigError: The kind is unknown, or there is no layer.
+        DynaflowError: transformers is not installed.
     """
     if kind not in ARCHITECTURES:
         raise ConfigError(unknown_name("tiny model", kind, ARCHITECTURES))
@@ -188,6 +195,6 @@ def _save_tokenizer(folder: Path) -> None:
 
 
 def standard_library() -> list[str]:
-    """Modules of the standard library: about 3 MB of text that every Python installation has."""
+    """Return modules of the standard library: about 3 MB of text that every Python installation has."""
     folder = Path(os.__file__).parent
     return [path.read_text(errors="ignore") for path in sorted(folder.glob("*.py"))[:80]]

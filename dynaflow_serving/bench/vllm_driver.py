@@ -2,7 +2,8 @@
 
 Contract
 - The stock engine keeps vLLM's defaults; DynaFlow is asked for through `additional_config` only.
-- `compiled=False` means, on both sides alike: Dynamo captures the graph, nothing compiles it, no CUDA graphs.
+- `compiled=False` means the same on both sides: Dynamo captures the graph, nothing compiles it, and there are no CUDA
+  graphs.
 - A plugin that vLLM failed to load (it logs such errors and goes on) is an `InactiveError` here.
 """
 
@@ -18,6 +19,8 @@ from dynaflow_serving.errors import InactiveError
 
 
 class VLLMDriver:
+    """An `EngineDriver` of vLLM."""
+
     def __init__(self) -> None:
         self.llm: Any = None
 
@@ -66,7 +69,7 @@ class VLLMDriver:
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM`."""
+    """Return the keyword arguments of `vllm.LLM`."""
     arguments: dict[str, Any] = {
         "model": settings.model,
         "dtype": settings.dtype,
@@ -88,7 +91,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 
 def server_limits(arguments: Mapping[str, Any]) -> dict[str, int]:
-    """What `vllm serve` would set with `arguments`: vLLM's own defaults are higher for `LLM`."""
+    """Return the limits that `vllm serve` would set with `arguments`; vLLM's own defaults are higher for `LLM`."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 

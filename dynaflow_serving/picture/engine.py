@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynaflow_serving.bench.one_step import StepRun, run_steps
+from dynaflow_serving.bench.one_step import MeasuredStep, run_steps
 from dynaflow_serving.config import Config, TraceOptions
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.parse import parse_program
@@ -68,7 +68,7 @@ def _traced(config: Config, folder: str, every: int) -> Config:
     return config.model_copy(update={"trace": TraceOptions(folder=folder, every=every, limit=1000)})
 
 
-def _seconds(steps: Sequence[StepRun], split: bool, engine: str) -> list[float]:
+def _seconds(steps: Sequence[MeasuredStep], split: bool, engine: str) -> list[float]:
     """Of steps that were not traced."""
     found = [s.seconds for s in steps if s.split is split and not s.timelines][1:]
     if not found:

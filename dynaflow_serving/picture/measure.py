@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dynaflow_serving.core.batch import Signature, Split
+from dynaflow_serving.core.measurement import in_turn
 from dynaflow_serving.core.program import Program, Scope
 from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.picture.comparison import PlanComparison, compare
@@ -36,21 +37,21 @@ def measured_and_predicted(
 
     Raises `ScheduleError` and `PlanError`, as `PlanCache.prepare` does."""
     reference = PlanCache(plan_cache.captured, Sequential(), plan_cache.executor, plan_cache.zero_copy)
-    in_turn = Signature(len(split.micro_batches), split.depends)
+    planned: list[Timeline] = []
+    sequential: list[Timeline] = []
+    unsplit: list[Timeline] = []
     ways = [
-        (plan_cache, split.signature, split.bounds),
-        (reference, in_turn, split.bounds),
-        (reference, Signature(1), (0, split.bounds[-1])),
+        (plan_cache, split.signature, split.bounds, planned),
+        (reference, Signature(len(split.micro_batches), split.depends), split.bounds, sequential),
+        (reference, Signature(1), (0, split.bounds[-1]), unsplit),
     ]
-    timelines: list[list[Timeline]] = [[] for _ in ways]
     with torch.no_grad(), _one_thread():
-        for _ in range(1 + runs):
-            for (of, signature, bounds), seen in zip(ways, timelines):
-                of.prepare(signature, traced=True).run(args, bounds, enter)
-                seen.append(of.timeline(signature))
-    planned, in_turns, unsplit = (seen[1:] for seen in timelines)
+        for number in range(1 + runs):
+            for cache, signature, bounds, found in in_turn(ways, number):
+                cache.prepare(signature, traced=True).run(args, bounds, enter)
+                found.append(cache.timeline(signature))
     tokens = tuple(m.tokens[1] - m.tokens[0] for m in split.micro_batches)
-    return compare(plan_cache.captured.program, tokens, planned, in_turns, unsplit)
+    return compare(plan_cache.captured.program, tokens, planned[1:], sequential[1:], unsplit[1:])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dynaflow_serving.bench import sglang_driver
-from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, Comparison, Engagement, Mismatch, Pair
+from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, Engagement, Mismatch, OfflineResult, PassPair
 from dynaflow_serving.bench.engines import ENGINES, find_engine
 from dynaflow_serving.bench.environment import (
     KEPT_MEMORY,
@@ -28,12 +28,12 @@ from dynaflow_serving.errors import ConfigError
 ENGAGED = Engagement("nanoflow", "test", 9, {"one request": 1}, "abc", True)
 
 
-def pair(baseline: float, dynaflow: float) -> Pair:
-    return Pair((BASELINE, DYNAFLOW), {BASELINE: baseline, DYNAFLOW: dynaflow})
+def pair(baseline: float, dynaflow: float) -> PassPair:
+    return PassPair((BASELINE, DYNAFLOW), {BASELINE: baseline, DYNAFLOW: dynaflow})
 
 
-def comparison(pairs: list[Pair], **changes: Any) -> Comparison:
-    return replace(Comparison("1.0", "test device", Traffic(4, 8, 4), pairs, [], ENGAGED), **changes)
+def comparison(pairs: list[PassPair], **changes: Any) -> OfflineResult:
+    return replace(OfflineResult("1.0", "test device", Traffic(4, 8, 4), pairs, [], ENGAGED), **changes)
 
 
 def report(split: int, plan_hash: str) -> dict[str, Any]:
@@ -131,11 +131,11 @@ def test_noise_is_named() -> None:
 
 
 def test_engagement_compares_ranks() -> None:
-    same = Engagement.of([report(3, "a"), report(3, "a")])
+    same = Engagement.from_reports([report(3, "a"), report(3, "a")])
     assert same.ranks_agree and same.split == 3
     assert list(same.unsplit) == ["often", "rare"]
-    assert not Engagement.of([report(3, "a"), report(3, "b")]).ranks_agree
-    assert not Engagement.of([report(3, "a"), report(2, "a")]).ranks_agree
+    assert not Engagement.from_reports([report(3, "a"), report(3, "b")]).ranks_agree
+    assert not Engagement.from_reports([report(3, "a"), report(2, "a")]).ranks_agree
 
 
 def test_json_is_complete_or_absent(tmp_path: Path) -> None:

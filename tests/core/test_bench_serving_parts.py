@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 
 from dynaflow_serving.bench.serving.loads import LONGEST, SHORTEST, Load, ShareGPT, lengths, make_loads, seed_of_pass
-from dynaflow_serving.bench.serving.proof import Steps, not_engaged, not_stock, samples, steps_between
 from dynaflow_serving.bench.serving.record import LOSS, METRICS, NOISE, WIN, figure_of, noise, verdict
 from dynaflow_serving.bench.serving.report import number, spread
-from dynaflow_serving.bench.serving.run import Pass
+from dynaflow_serving.bench.serving.run import ServedPass
+from dynaflow_serving.bench.serving.server_metrics import (
+    StepCounts,
+    read_metrics,
+    reason_not_engaged,
+    reason_not_stock,
+    steps_between,
+)
 from dynaflow_serving.bench.serving.sglang_tool import SGLangTool
-from dynaflow_serving.bench.serving.tool import Figures, Job, ServingTool, flags
+from dynaflow_serving.bench.serving.tool import ClientJob, PassFigures, ServingTool, flags
 from dynaflow_serving.bench.serving.vllm_tool import VLLMTool
 from dynaflow_serving.bench.settings import EngineSettings
 
@@ -70,33 +76,35 @@ def test_sharegpt_has_its_lengths(tmp_path: Path) -> None:
 
 
 def test_metrics() -> None:
-    found = samples(PROMETHEUS)
+    found = read_metrics(PROMETHEUS)
     assert {s.name for s in found} == {"dynaflow_steps_total", "dynaflow_overlap_ratio"}
     steps = steps_between([], found)
-    assert steps == Steps({"nanoflow": 7}, {"one request": 3, "a micro-batch would have under 9 tokens": 1})
-    later = samples(PROMETHEUS.replace('reason=""} 7', 'reason=""} 9'))
-    assert steps_between(found, later) == Steps({"nanoflow": 2}, {})
-    assert not_stock([]) == "" and "dynaflow_overlap_ratio" in not_stock(found)
-    assert samples("vllm:x_total{reason='dynaflow_steps_total'} 1".replace("'", '"')) == []
+    assert steps == StepCounts({"nanoflow": 7}, {"one request": 3, "a micro-batch would have under 9 tokens": 1})
+    later = read_metrics(PROMETHEUS.replace('reason=""} 7', 'reason=""} 9'))
+    assert steps_between(found, later) == StepCounts({"nanoflow": 2}, {})
+    assert reason_not_stock([]) == "" and "dynaflow_overlap_ratio" in reason_not_stock(found)
+    assert read_metrics("vllm:x_total{reason='dynaflow_steps_total'} 1".replace("'", '"')) == []
 
 
 def test_engagement() -> None:
-    idle = Steps({}, {"auto: not split is faster": 5})
-    assert not_engaged("nanoflow", Steps({"nanoflow": 1}, {})) == ""
-    assert "split no step" in not_engaged("nanoflow", idle) and "5 because: auto" in not_engaged("nanoflow", idle)
-    assert not_engaged("auto", idle) == ""
-    assert "counted no step" in not_engaged("auto", Steps({}, {}))
+    idle = StepCounts({}, {"auto: not split is faster": 5})
+    assert reason_not_engaged("nanoflow", StepCounts({"nanoflow": 1}, {})) == ""
+    assert "split no step" in reason_not_engaged("nanoflow", idle) and "5 because: auto" in reason_not_engaged(
+        "nanoflow", idle
+    )
+    assert reason_not_engaged("auto", idle) == ""
+    assert "counted no step" in reason_not_engaged("auto", StepCounts({}, {}))
 
 
 def test_the_middle_of_two_gains_favours_no_side() -> None:
     figures: dict[str, Any] = {"completed": 1, "failed": 0, "seconds": 1.0, "input_tokens": 1, "output_tokens": 1}
     figures |= {"requests_per_s": 1.0, "total_tokens_per_s": 1.0, "errors": {}}
     stock, half, double = (
-        Figures(**figures, output_tokens_per_s=speed, latencies={"ttft median": speed or None})
+        PassFigures(**figures, output_tokens_per_s=speed, latencies={"ttft median": speed or None})
         for speed in (4.0, 2.0, 8.0)
     )
-    passes = [Pass(0, pair, "baseline", stock, Steps({}, {}), []) for pair in (1, 2)]
-    passes += [Pass(0, pair, "dynaflow", ours, Steps({}, {}), []) for pair, ours in ((1, half), (2, double))]
+    passes = [ServedPass(0, pair, "baseline", stock, StepCounts({}, {}), []) for pair in (1, 2)]
+    passes += [ServedPass(0, pair, "dynaflow", ours, StepCounts({}, {}), []) for pair, ours in ((1, half), (2, double))]
     for metric in (m for m in METRICS if m.key in ("output_tokens_per_s", "ttft median")):
         assert figure_of(metric, passes)["gain"] == {"median": 1.0, "min": 0.5, "max": 2.0}
 
@@ -132,10 +140,10 @@ def test_servers_differ_in_dynaflow_alone(tool: ServingTool) -> None:
 
 @pytest.mark.parametrize("tool", [VLLMTool(), SGLangTool()], ids=["vllm", "sglang"])
 def test_load_generators(tool: ServingTool, tmp_path: Path) -> None:
-    job = Job("m", 80, Load("random", 8, 128, 64, 4.0), 7, None, tmp_path / "r.json")
+    job = ClientJob("m", 80, Load("random", 8, 128, 64, 4.0), 7, None, tmp_path / "r.json")
     command = " ".join(tool.client(job))
     assert "--num-prompts 8" in command and "--request-rate 4.0" in command and "--seed 7" in command
-    file = Job("m", 80, Load("sharegpt", 8, 128, 64, INF), 7, tmp_path / "d.json", tmp_path / "r.json")
+    file = ClientJob("m", 80, Load("sharegpt", 8, 128, 64, INF), 7, tmp_path / "d.json", tmp_path / "r.json")
     assert f"--dataset-name sharegpt --dataset-path {tmp_path / 'd.json'}" in " ".join(tool.client(file))
     assert "--request-rate inf" in " ".join(tool.client(file))
 

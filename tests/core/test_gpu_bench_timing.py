@@ -15,13 +15,14 @@ from rich.console import Console
 
 from benchmarks.gpu.limits import Limits, Work, measure
 from benchmarks.gpu.report import losses, rows_of, table
-from benchmarks.gpu.timing import ROUNDS, WARM_UP, Measured, Section, Spread, in_turn, run_sections
+from benchmarks.gpu.timing import ROUNDS, WARM_UP, Measured, Section, run_sections, time_in_turn
+from dynaflow_serving.core.measurement import Spread
 
 
 def test_variants_are_timed_in_turn_and_warm_up_is_not_a_sample() -> None:
     timer = FakeTimer()
     variants = {n: named(n) for n in "abc"}
-    measured = in_turn(variants, timer, 0, timer.clock)
+    measured = time_in_turn(variants, timer, 0, timer.clock)
     names = ["".join(n for n, c in variants.items() if c is call) for call, _ in timer.log]
     assert names[:6] == ["a", "a", "b", "b", "c", "c"]  # warm-up, then one call to size the samples
     assert names[6:12] == ["a", "b", "c", "c", "b", "a"]
@@ -32,7 +33,7 @@ def test_variants_are_timed_in_turn_and_warm_up_is_not_a_sample() -> None:
 def test_a_sample_is_as_many_calls_as_fill_its_time() -> None:
     slow, fast, instant = named("slow"), named("fast"), named("instant")
     timer = FakeTimer(lambda call: {slow: 500.0, fast: 2.0, instant: 1e-9}[call])
-    in_turn({"slow": slow, "fast": fast, "instant": instant}, timer, 0, timer.clock)
+    time_in_turn({"slow": slow, "fast": fast, "instant": instant}, timer, 0, timer.clock)
     assert {call: calls for call, calls in timer.log} == {slow: 1, fast: 10, instant: 100}
 
 
@@ -40,7 +41,7 @@ def test_a_sample_is_as_many_calls_as_fill_its_time() -> None:
 @given(cost=st.floats(0.01, 40), seconds=st.floats(0, 30))
 def test_more_time_is_more_rounds_within_limits(cost: float, seconds: float) -> None:
     timer = FakeTimer(lambda call: cost)
-    measured = in_turn({"a": named("a"), "b": named("b")}, timer, seconds, timer.clock)
+    measured = time_in_turn({"a": named("a"), "b": named("b")}, timer, seconds, timer.clock)
     rounds = len(measured.samples["a"])
     assert ROUNDS[0] <= rounds <= ROUNDS[1]
     round_s = 2 * max(cost, min(100, round(20 / cost)) * cost) / 1e3
@@ -54,7 +55,7 @@ def test_speedups_are_of_rounds_so_drift_cancels() -> None:
     assert measured.speedup("new", "base") == Spread(1.5, 1.5, 1.5)
     uneven = Measured({"base": [1.0, 10.0, 100.0], "new": [2.0, 5.0, 100.0]})  # the medians' ratio would be 2
     assert uneven.speedup("new", "base") == Spread(1.0, 0.5, 2.0)
-    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert Spread.of_values([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
 
 
 def test_a_variant_that_fails_has_its_error_and_the_others_their_figures() -> None:
@@ -62,10 +63,10 @@ def test_a_variant_that_fails_has_its_error_and_the_others_their_figures() -> No
         raise RuntimeError("out of memory\nlong trace")
 
     timer = FakeTimer()
-    measured = in_turn({"good": named("good"), "bad": broken}, timer, 0, timer.clock)
+    measured = time_in_turn({"good": named("good"), "bad": broken}, timer, 0, timer.clock)
     assert measured.failed == {"bad": "RuntimeError: out of memory"}
     assert list(measured.samples) == ["good"]
-    assert in_turn({"bad": broken}, timer, 5, timer.clock).samples == {}
+    assert time_in_turn({"bad": broken}, timer, 5, timer.clock).samples == {}
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

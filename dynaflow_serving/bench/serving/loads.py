@@ -1,7 +1,7 @@
-"""What is sent to the servers.
+"""The loads: the requests that are sent to the servers.
 
 Contract
-- A load is sent by the engine's own tool, which also draws arrival times and, for "random", lengths and tokens.
+- The engine's own tool sends a load. It also draws arrival times and, for "random", lengths and tokens.
 - "sharegpt" is a file in ShareGPT's own format, made here: log-normal lengths, text of the standard library. Nothing
   is downloaded.
 - Every pass has a seed of its own, so that no prompt is found in a prefix cache; both servers get the same passes.
@@ -33,7 +33,15 @@ Spans = Callable[[str], Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Load:
-    """`requests` requests; mean lengths in tokens; `rate` requests per second (Poisson), inf: all at once."""
+    """The requests of a pass.
+
+    Attributes:
+        dataset: A key of `DATASETS`.
+        requests: The number of requests.
+        input_len: The mean length of a prompt, in tokens.
+        output_len: The mean length of an output, in tokens.
+        rate: Requests per second, as a Poisson process; inf sends all at once.
+    """
 
     dataset: str
     requests: int
@@ -43,17 +51,22 @@ class Load:
 
     @property
     def name(self) -> str:
+        """The load in words."""
         return f"{self.dataset}, {'all at once' if math.isinf(self.rate) else f'{self.rate:g}/s'}"
 
     def facts(self) -> dict[str, Any]:
-        """For JSON, which has no infinity."""
+        """Return plain data for JSON, which has no infinity."""
         return {**asdict(self), "rate": "inf" if math.isinf(self.rate) else self.rate, "name": self.name}
 
 
 def make_loads(
     datasets: Sequence[str], rates: Sequence[float], requests: int, input_len: int, output_len: int
 ) -> list[Load]:
-    """Each dataset at each rate, in the given order, each once. Raises `ConfigError`."""
+    """Return each dataset at each rate, in the given order, each once.
+
+    Raises:
+        ConfigError: A dataset is unknown, or a rate or a length is not valid.
+    """
     for dataset in datasets:
         if dataset not in DATASETS:
             raise ConfigError(unknown_name("load", dataset, DATASETS))
@@ -67,7 +80,10 @@ def make_loads(
             "length."
         )
     pairs = itertools.product(dict.fromkeys(datasets), dict.fromkeys(rates))
-    return [Load(dataset, requests, input_len, output_len, rate) for dataset, rate in pairs]
+    return [
+        Load(dataset=dataset, requests=requests, input_len=input_len, output_len=output_len, rate=rate)
+        for dataset, rate in pairs
+    ]
 
 
 def _fits(mean: int) -> bool:
@@ -75,12 +91,12 @@ def _fits(mean: int) -> bool:
 
 
 def seed_of_pass(base: int, load: int, number: int) -> int:
-    """The seed of pass `number` of the load with that index: never used twice in a run."""
+    """Return the seed of pass `number` of the load with that index; no other pass of the benchmark has it."""
     return SEEDS_OF_A_LOAD * (base + load) + number
 
 
 def lengths(load: Load, seed: int) -> list[tuple[int, int]]:
-    """(prompt, output) tokens of each ShareGPT-like conversation."""
+    """Return the prompt tokens and the output tokens of each ShareGPT-like conversation."""
     draw = random.Random(seed)
     return [(_length(draw, load.input_len), _length(draw, load.output_len)) for _ in range(load.requests)]
 
@@ -91,12 +107,18 @@ def _length(draw: random.Random, mean: int) -> int:
 
 
 class ShareGPT:
-    """Writes ShareGPT-like files. `spans(text)` gives where each token of `text` begins and ends."""
+    """Writes ShareGPT-like files.
+
+    Args:
+        text: The text that conversations are cut from.
+        spans: Returns where each token of a text begins and ends.
+    """
 
     def __init__(self, text: str, spans: Spans) -> None:
         self._text, self._spans = text, spans(text)
 
     def write(self, path: Path, load: Load, seed: int) -> None:
+        """Write the conversations of one pass of a load."""
         draw = random.Random(seed)
         conversations = [
             {
@@ -111,13 +133,13 @@ class ShareGPT:
         path.write_text(json.dumps(conversations))
 
     def _piece(self, draw: random.Random, tokens: int) -> str:
-        """Text of about so many tokens: at its ends, words may be cut, and tokenised otherwise."""
+        """Return text of about so many tokens: words at its ends may be cut, and tokenised otherwise."""
         first = draw.randrange(len(self._spans) - tokens)
         return self._text[self._spans[first][0] : self._spans[first + tokens - 1][1]]
 
 
 def sharegpt_for(model: str) -> ShareGPT:
-    """With the model's own tokenizer; transformers comes with the engine."""
+    """Return a writer with the model's own tokenizer; transformers comes with the engine."""
     from transformers import AutoTokenizer
 
     from dynaflow_serving.bench.tiny_models import standard_library

@@ -2,7 +2,7 @@
 
 Contract
 - Points are medians over the pairs, bars reach from the least to the greatest.
-- Nothing is left out but figures that were not measured; without any, the plot is "".
+- A plot leaves out only figures that were not measured; without any figure, the plot is "".
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ VERY_WIDE = 1000.0  # and has a label per decade only
 
 
 def pareto(loads: Sequence[Mapping[str, Any]]) -> str:
-    """Output throughput over median TPOT and median TTFT of one data set's loads: a line per side, a point per rate."""
+    """Draw the output throughput of one data set's loads over their median TPOT and TTFT.
+
+    Each side has a line, and each rate a point on it.
+    """
     if not any(_has(load, THROUGHPUT) for load in loads):
         return ""
     figure, axes = _figure(10, 3.9, columns=2)
     for panel, (key, label) in zip(axes, (("tpot median", "TPOT, median (ms)"), ("ttft median", "TTFT, median (ms)"))):
         drawn = [load for load in loads if _has(load, THROUGHPUT) and _has(load, key)]
         for side in (BASELINE, DYNAFLOW):
-            x, y = ([_of(load, name)[side] for load in drawn] for name in (key, THROUGHPUT))
+            x, y = ([_figure_of(load, name)[side] for load in drawn] for name in (key, THROUGHPUT))
             panel.errorbar(
                 [v["median"] for v in x], [v["median"] for v in y], xerr=_reach(x), yerr=_reach(y), label=side,
                 color=COLOURS[side], marker=MARKERS[side], markersize=6, linewidth=1.6, elinewidth=1, capsize=3,
@@ -50,7 +53,7 @@ def pareto(loads: Sequence[Mapping[str, Any]]) -> str:
 
 
 def gains(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A point with its spread per row of `record.headline`; right of the line DynaFlow is better."""
+    """Draw the gain of each row of `record.headline` with its spread; right of the line DynaFlow is better."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = [row for row in rows if row["gain"]]
@@ -91,8 +94,8 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 
 
 def _name_point(panel: Axes, load: Mapping[str, Any], key: str) -> None:
-    """The rate, above the higher side's point."""
-    x, y = _of(load, key), _of(load, THROUGHPUT)
+    """Write the rate above the higher side's point."""
+    x, y = _figure_of(load, key), _figure_of(load, THROUGHPUT)
     side = max((BASELINE, DYNAFLOW), key=lambda s: y[s]["median"])
     name = "all at once" if load["rate"] == "inf" else f"{load['rate']:g}/s"
     panel.annotate(
@@ -101,15 +104,15 @@ def _name_point(panel: Axes, load: Mapping[str, Any], key: str) -> None:
     )  # fmt: skip
 
 
-def _of(load: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _figure_of(load: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found: Mapping[str, Any] = next(f for f in load["figures"] if f["key"] == key)
     return found
 
 
 def _has(load: Mapping[str, Any], key: str) -> bool:
-    return bool(_of(load, key)[BASELINE] and _of(load, key)[DYNAFLOW])
+    return bool(_figure_of(load, key)[BASELINE] and _figure_of(load, key)[DYNAFLOW])
 
 
 def _reach(spreads: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """Lower and upper bars of points, as matplotlib takes them."""
+    """Return the lower and upper bars of points, as matplotlib takes them."""
     return [[s["median"] - s["min"] for s in spreads], [s["max"] - s["median"] for s in spreads]]

@@ -1,80 +1,90 @@
-"""The JSON object of a run of servers: figures with their spread, verdict, proof. `report` draws nothing else.
+"""The JSON object of a comparison of servers: figures with their spread, and the verdict. `report` draws nothing else.
 
 Contract
-- A figure is the median over the counted pairs, with least and greatest. The gain is taken within each pair; above 1
-  DynaFlow is better: DynaFlow over baseline for throughput, baseline over DynaFlow for latency.
+- A figure is the median over the counted pairs, with the least and the greatest. The gain is taken within each pair;
+  above 1 DynaFlow is better: DynaFlow over baseline for throughput, baseline over DynaFlow for latency.
 - A figure is won or lost only if all pairs agree; else it is within the noise.
-- `failures` says why the run proves nothing: no step was split, the baseline is not stock, requests failed, or the two
-  passes of a pair had other numbers of tokens.
-- Warm-up passes are in it, marked by pair 0.
+- `failures` says why the comparison shows nothing: no step was split, the baseline is not stock, requests failed, or
+  the two passes of a pair had other numbers of tokens.
+- The object holds the warm-up passes too; their pair is 0.
 """
 
 from __future__ import annotations
 
-import math
 import shlex
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW
+from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, SIDES
 from dynaflow_serving.bench.result import NOISY
-from dynaflow_serving.bench.serving.proof import STEPS, add, not_engaged, not_stock
-from dynaflow_serving.bench.serving.run import SIDES, Pass, ServingBenchmark, ServingPasses
-from dynaflow_serving.bench.serving.tool import LATENCIES, STATISTICS, Figures
+from dynaflow_serving.bench.serving.run import ServedPass, ServingBenchmark, ServingPasses
+from dynaflow_serving.bench.serving.server_metrics import STEPS, add_counts, reason_not_engaged, reason_not_stock
+from dynaflow_serving.bench.serving.tool import LATENCIES, STATISTICS, PassFigures
+from dynaflow_serving.core.measurement import Spread
 
 WIN, LOSS, NOISE = "win", "loss", "within noise"
 
 
 @dataclass(frozen=True)
-class Metric:
-    """`key` is a field of `Figures`, or of its `latencies`."""
+class ReportedFigure:
+    """A figure that is reported of every load; `key` is a field of `PassFigures`, or of its `latencies`."""
 
     key: str
     label: str
     unit: str
     more_is_better: bool
 
-    def of(self, figures: Figures) -> float | None:
+    def value_in(self, figures: PassFigures) -> float | None:
+        """Return the figure's value in one pass; None where nothing was measured."""
         value = getattr(figures, self.key) if self.more_is_better else figures.latencies[self.key]
         return value or None  # 0: nothing was measured
 
 
 METRICS = [
-    Metric("output_tokens_per_s", "Output throughput", "tokens/s", True),
-    Metric("total_tokens_per_s", "Total throughput", "tokens/s", True),
-    Metric("requests_per_s", "Request throughput", "requests/s", True),
-    *(Metric(f"{name} {how}", f"{name.upper()}, {how}", "ms", False) for name in LATENCIES for how in STATISTICS),
+    ReportedFigure("output_tokens_per_s", "Output throughput", unit="tokens/s", more_is_better=True),
+    ReportedFigure("total_tokens_per_s", "Total throughput", unit="tokens/s", more_is_better=True),
+    ReportedFigure("requests_per_s", "Request throughput", unit="requests/s", more_is_better=True),
+    *(
+        ReportedFigure(f"{name} {statistic}", f"{name.upper()}, {statistic}", unit="ms", more_is_better=False)
+        for name in LATENCIES
+        for statistic in STATISTICS
+    ),
 ]
 HEADLINE = ("output_tokens_per_s", *(f"{latency} median" for latency in LATENCIES))
 
 
-def record(benchmark: ServingBenchmark, runs: ServingPasses, run: Mapping[str, Any]) -> dict[str, Any]:
-    """`run` is engine, model, strategy, config, machine, command; the rest comes from the passes."""
-    counted = [p for p in runs.passes if p.pair]
-    steps = add([p.steps for p in counted if p.side == DYNAFLOW])
-    loads = [_load(benchmark, runs, index) for index in range(len(benchmark.loads))]
+def record(benchmark: ServingBenchmark, served: ServingPasses, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON object.
+
+    Args:
+        benchmark: What was run.
+        served: The passes and the commands.
+        run: The facts of the run: engine, model, strategy, config, machine and command.
+    """
+    counted = [p for p in served.passes if p.pair]
+    steps = add_counts([p.steps for p in counted if p.side == DYNAFLOW])
+    loads = [_load(benchmark, served, index) for index in range(len(benchmark.loads))]
     return {
         **run,
         "engine_version": benchmark.tool.version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "pairs": benchmark.pairs,
-        "servers": {side: shlex.join(command) for side, command in runs.server_commands.items()},
+        "servers": {side: shlex.join(command) for side, command in served.server_commands.items()},
         "environment": {**benchmark.environment, **benchmark.tool.variables},
         "loads": loads,
         "verdicts": _verdicts(loads),
         "steps": asdict(steps),
-        "policy": _policy(runs.passes),
-        "failures": failures(benchmark, runs.passes),
+        "policy": _policy(served.passes),
+        "failures": failures(benchmark, served.passes),
         "notes": _notes(loads, str(run["strategy"])),
-        "passes": [_pass(p) for p in runs.passes],
+        "passes": [_pass(p) for p in served.passes],
     }
 
 
-def failures(benchmark: ServingBenchmark, passes: Sequence[Pass]) -> list[str]:
-    """Empty if the figures compare what they claim to compare."""
+def failures(benchmark: ServingBenchmark, passes: Sequence[ServedPass]) -> list[str]:
+    """Return why the comparison shows nothing; the list is empty if the figures compare what they claim to."""
     found = []
     for side in SIDES:
         for index, load in enumerate(benchmark.loads):
@@ -85,14 +95,14 @@ def failures(benchmark: ServingBenchmark, passes: Sequence[Pass]) -> list[str]:
                 total = len(mine) * load.requests
                 found.append(f"{failed} of {total} requests failed against {side} ({load.name}).{why}")
     found.append(_unequal_work(benchmark, passes))
-    steps = add([p.steps for p in passes if p.side == DYNAFLOW and p.pair])
-    found.append(not_engaged(benchmark.dynaflow["strategy"], steps))
-    found.append(not_stock([sample for p in passes if p.side == BASELINE for sample in p.metrics]))
+    steps = add_counts([p.steps for p in passes if p.side == DYNAFLOW and p.pair])
+    found.append(reason_not_engaged(benchmark.dynaflow["strategy"], steps))
+    found.append(reason_not_stock([sample for p in passes if p.side == BASELINE for sample in p.metrics]))
     return [problem for problem in found if problem]
 
 
-def _unequal_work(benchmark: ServingBenchmark, passes: Sequence[Pass]) -> str:
-    """Whether the two passes of a pair had other numbers of tokens, though no request failed."""
+def _unequal_work(benchmark: ServingBenchmark, passes: Sequence[ServedPass]) -> str:
+    """Say which pair's two passes had other numbers of tokens, though no request failed; "" if none had."""
     tokens: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for p in passes:
         if not p.figures.failed:
@@ -105,7 +115,7 @@ def _unequal_work(benchmark: ServingBenchmark, passes: Sequence[Pass]) -> str:
 
 
 def headline(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per load and figure of `HEADLINE`, the greatest gain first; figures without a gain last."""
+    """Return one row per load and figure of `HEADLINE`, the greatest gain first, figures without a gain last."""
     rows = [
         {"load": load["name"], **figure}
         for load in result["loads"]
@@ -115,11 +125,11 @@ def headline(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["gain"]["median"] if row["gain"] else float("inf"))
 
 
-def _load(benchmark: ServingBenchmark, runs: ServingPasses, index: int) -> dict[str, Any]:
-    counted = [p for p in runs.passes if p.load == index and p.pair]
+def _load(benchmark: ServingBenchmark, served: ServingPasses, index: int) -> dict[str, Any]:
+    counted = [p for p in served.passes if p.load == index and p.pair]
     return {
         **benchmark.loads[index].facts(),
-        "client": shlex.join(runs.client_commands[index]),
+        "client": shlex.join(served.client_commands[index]),
         "figures": [figure_of(metric, counted) for metric in METRICS],
         "tokens": {
             side: {
@@ -128,29 +138,29 @@ def _load(benchmark: ServingBenchmark, runs: ServingPasses, index: int) -> dict[
             }
             for side in SIDES
         },
-        "steps": asdict(add([p.steps for p in counted if p.side == DYNAFLOW])),
+        "steps": asdict(add_counts([p.steps for p in counted if p.side == DYNAFLOW])),
     }
 
 
-def figure_of(metric: Metric, counted: Sequence[Pass]) -> dict[str, Any]:
-    """Both sides' spreads over the counted passes of a load, and the gain's."""
-    values = {side: {p.pair: metric.of(p.figures) for p in counted if p.side == side} for side in SIDES}
+def figure_of(metric: ReportedFigure, counted: Sequence[ServedPass]) -> dict[str, Any]:
+    """Return both sides' spreads over the counted passes of a load, and the gain's."""
+    values = {side: {p.pair: metric.value_in(p.figures) for p in counted if p.side == side} for side in SIDES}
     gains = list(_gains(metric, values[BASELINE], values[DYNAFLOW]))
-    gain = _ratio_spread(gains) if len(gains) == len(values[BASELINE]) else None
+    gain = Spread.of_ratios(gains).as_dict() if len(gains) == len(values[BASELINE]) else None
     return {
         "key": metric.key,
         "label": metric.label,
         "unit": metric.unit,
         "more_is_better": metric.more_is_better,
-        BASELINE: _spread([v for v in values[BASELINE].values() if v is not None]),
-        DYNAFLOW: _spread([v for v in values[DYNAFLOW].values() if v is not None]),
+        BASELINE: _spread(values[BASELINE].values()),
+        DYNAFLOW: _spread(values[DYNAFLOW].values()),
         "gain": gain,
         "verdict": verdict(gain),
     }
 
 
 def _gains(
-    metric: Metric, baseline: Mapping[int, float | None], dynaflow: Mapping[int, float | None]
+    metric: ReportedFigure, baseline: Mapping[int, float | None], dynaflow: Mapping[int, float | None]
 ) -> Iterator[float]:
     for pair, stock in baseline.items():
         ours = dynaflow[pair]
@@ -158,19 +168,13 @@ def _gains(
             yield ours / stock if metric.more_is_better else stock / ours
 
 
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _ratio_spread(gains: Sequence[float]) -> dict[str, float]:
-    """The median of logarithms: between two gains it lies where neither side is favoured (of 0.5 and 2 at 1)."""
-    return {"median": math.exp(statistics.median(map(math.log, gains))), "min": min(gains), "max": max(gains)}
+def _spread(values: Iterable[float | None]) -> dict[str, float] | None:
+    measured = [value for value in values if value is not None]
+    return Spread.of_values(measured).as_dict() if measured else None
 
 
 def verdict(gain: Mapping[str, float] | None) -> str:
-    """Of a gain with its spread; "" where nothing was measured."""
+    """Return whether a gain with its spread is won, lost or within the noise; "" where nothing was measured."""
     if gain is None:
         return ""
     if gain["min"] > 1:
@@ -179,18 +183,17 @@ def verdict(gain: Mapping[str, float] | None) -> str:
 
 
 def _verdicts(loads: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Of the headline's figures."""
+    """Return how many of the headline's figures have each verdict."""
     found = [f["verdict"] for load in loads for f in load["figures"] if f["key"] in HEADLINE]
     return {name: found.count(name) for name in (WIN, LOSS, NOISE)}
 
 
 def noise(load: Mapping[str, Any]) -> str:
-    """A warning that names the figures of `HEADLINE` that differ much between passes of one side; else ""."""
+    """Return a warning that names the figures of `HEADLINE` that differ much between passes of one side; else ""."""
     noisy = [
         figure["label"]
         for figure in load["figures"]
-        if figure["key"] in HEADLINE
-        and any(found["max"] > NOISY * found["min"] for found in (figure[side] for side in SIDES) if found)
+        if figure["key"] in HEADLINE and any(Spread(**figure[side]).exceeds(NOISY) for side in SIDES if figure[side])
     ]
     if not noisy:
         return ""
@@ -202,7 +205,7 @@ def noise(load: Mapping[str, Any]) -> str:
 
 
 def _notes(loads: Sequence[Mapping[str, Any]], strategy: str) -> list[str]:
-    """What a reader must know of single loads; it makes no run fail."""
+    """Return remarks on single loads, which make no run fail."""
     notes = []
     for load in loads:
         split, unsplit = load["steps"]["split"], load["steps"]["unsplit"]
@@ -216,12 +219,12 @@ def _notes(loads: Sequence[Mapping[str, Any]], strategy: str) -> list[str]:
     return [note for note in notes if note]
 
 
-def _policy(passes: Sequence[Pass]) -> list[dict[str, Any]]:
-    """All that DynaFlow's side measures of itself beside its steps, at the end."""
+def _policy(passes: Sequence[ServedPass]) -> list[dict[str, Any]]:
+    """Return all that DynaFlow's side measures of itself beside its steps, at the end."""
     last = [p for p in passes if p.side == DYNAFLOW][-1]
     return [asdict(sample) for sample in last.metrics if sample.name != STEPS]
 
 
-def _pass(p: Pass) -> dict[str, Any]:
-    """Of the metrics, their number: on the baseline it must be 0."""
+def _pass(p: ServedPass) -> dict[str, Any]:
+    """Return a pass as plain data, with only the number of its metrics, which must be 0 on the baseline."""
     return {**asdict(p), "metrics": len(p.metrics)}

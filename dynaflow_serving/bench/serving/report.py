@@ -2,7 +2,7 @@
 
 Contract
 - `render` is a pure function of the record: the page shows all of it, and refers to nothing outside of itself.
-- Losses are as visible as wins, and what makes the run worthless (`failures`) comes first.
+- Losses are as visible as wins, and the reasons why a run shows nothing (`failures`) come first.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ PACKAGES = ("jinja2", "matplotlib")
 
 
 def assert_can_report() -> None:
-    """Raises `DynaflowError` before anything runs, if the page could not be made."""
+    """Check before anything runs that the page can be made.
+
+    Raises:
+        DynaflowError: A package is missing.
+    """
     assert_installed("--html", *PACKAGES)
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The page."""
+    """Return the page."""
     from markupsafe import Markup
 
     from dynaflow_serving.bench.serving.plots import gains, pareto
@@ -46,14 +50,14 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, and all of those before the point: 4,778; 36.1; 0.832."""
+    """Write a value with three significant digits, and all of those before the point: 4,778; 36.1; 0.832."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
 def spread(value: Mapping[str, float] | None, ratio: bool = False) -> str:
-    """`median (least - greatest)`; a ratio below 10 with three decimals."""
+    """Write a spread as `median (least - greatest)`, a ratio below 10 with three decimals."""
     if value is None:
         return "not measured"
     median, least, greatest = (

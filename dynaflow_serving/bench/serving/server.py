@@ -1,8 +1,8 @@
 """One HTTP server in a process group of its own, and commands that run beside it.
 
 Contract
-- `Server` is healthy once `wait` returns; a server that ends, or is not healthy in time, is an `EngineProcessError`
-  that shows its log.
+- A `Server` is healthy once `wait` returns. If it ends or is not healthy in time, `wait` raises an
+  `EngineProcessError` that shows its log.
 - `stop` leaves no process behind, whatever state the server is in; `terminated_as_exit` brings a SIGTERM to it.
 """
 
@@ -29,7 +29,7 @@ ANSWER_SECONDS = 30.0
 
 @contextlib.contextmanager
 def terminated_as_exit() -> Iterator[None]:
-    """Within it, SIGTERM unwinds as an exception does: servers have process groups of their own, and would live on."""
+    """Let SIGTERM unwind as an exception does; servers have process groups of their own and would live on."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -42,6 +42,7 @@ def terminated_as_exit() -> Iterator[None]:
 
 
 def free_port() -> int:
+    """Return a port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -49,14 +50,26 @@ def free_port() -> int:
 
 
 class Server:
-    """`name` is what messages call it; `environment` is added to this process's."""
+    """An HTTP server, started at once.
+
+    Args:
+        name: The server's name in messages.
+        command: Its command line.
+        port: The port that the command makes it listen on.
+        environment: The variables to add to this process's environment.
+        log: The file for its output.
+    """
 
     def __init__(self, name: str, command: Sequence[str], port: int, environment: Mapping[str, str], log: Path) -> None:
         self.name, self.command, self.port, self.log = name, list(command), port, log
         self._process = _start(command, environment, log)
 
     def wait(self, seconds: float = START_SECONDS) -> None:
-        """Until it says that it is healthy."""
+        """Wait until the server says that it is healthy.
+
+        Raises:
+            EngineProcessError: The server ended, or was not healthy within `seconds`.
+        """
         end = time.monotonic() + seconds
         while True:
             if self._process.poll() is not None:
@@ -72,7 +85,11 @@ class Server:
             time.sleep(0.5)
 
     def metrics(self) -> str:
-        """The Prometheus text of /metrics."""
+        """Return the Prometheus text of /metrics.
+
+        Raises:
+            EngineProcessError: The server does not answer.
+        """
         try:
             return self._get("/metrics")
         except OSError as e:
@@ -82,7 +99,7 @@ class Server:
             ) from None
 
     def stop(self) -> None:
-        """By its own way first, then by force."""
+        """Ask the server to end, then end it by force."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -95,7 +112,11 @@ class Server:
 
 
 def run_beside(name: str, command: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> None:
-    """Run a command to its end. Raises `EngineProcessError` if it fails or takes longer than `seconds`."""
+    """Run a command to its end.
+
+    Raises:
+        EngineProcessError: The command failed or took longer than `seconds`.
+    """
     process = _start(command, environment, log)
     try:
         process.wait(seconds)

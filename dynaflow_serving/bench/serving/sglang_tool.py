@@ -3,7 +3,7 @@
 Contract
 - Requests ask for a given number of greedy tokens, which are this tool's defaults.
 - The tool's own warm-up request is left out: `run` has a warm-up pass, and a repeated prompt would meet its prefix.
-- Both servers run with `--enable-metrics`, which SGLang leaves off: `proof` reads them.
+- Both servers run with `--enable-metrics`, which SGLang leaves off: `server_metrics` reads them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import json
 import sys
 
 from dynaflow_serving.bench.serving.loads import Load
-from dynaflow_serving.bench.serving.tool import HOST, Figures, Job, flags, installed, read_figures
+from dynaflow_serving.bench.serving.tool import HOST, ClientJob, PassFigures, flags, installed, read_figures
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.bench.sglang_driver import engine_arguments
 
 
 class SGLangTool:
+    """The `ServingTool` of SGLang."""
+
     variables: dict[str, str] = {}
 
     def version(self) -> str:
@@ -27,7 +29,7 @@ class SGLangTool:
         arguments = {"host": HOST, "port": port, "enable_metrics": True, **engine_arguments(settings, gpu=gpu)}
         return [sys.executable, "-m", "sglang.launch_server", *flags(arguments)]
 
-    def client(self, job: Job) -> list[str]:
+    def client(self, job: ClientJob) -> list[str]:
         load = job.load
         arguments = {
             "backend": "sglang",
@@ -55,5 +57,5 @@ class SGLangTool:
             }
         return [sys.executable, "-m", "sglang.bench_serving", *flags(arguments)]
 
-    def figures(self, content: str, load: Load) -> Figures:
+    def figures(self, content: str, load: Load) -> PassFigures:
         return read_figures(json.loads(content), load, total="total_throughput", e2e="e2e_latency")

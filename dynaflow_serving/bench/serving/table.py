@@ -1,4 +1,4 @@
-"""The run of servers as tables for a terminal."""
+"""The comparison of servers as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STYLES = {WIN: "green", LOSS: "red"}
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """The headline figures, and what DynaFlow's side did."""
+    """Yield the headline figures, then what DynaFlow's side did."""
     title = f"{result['engine']} {result['engine_version']} servers on {result['machine']['device']}"
     figures = Table(title=title, title_justify="left", caption="gain above 1: dynaflow is better")
     for name in ("load", "figure"):

@@ -1,10 +1,10 @@
-"""What is asked of an engine's server and of its load generator; one file per engine (`vllm_tool`, `sglang_tool`).
+"""The interface to an engine's server and its load generator; each engine has a file (`vllm_tool`, `sglang_tool`).
 
 Contract
 - A tool only writes command lines and reads a result: `server` and `run` start the processes.
 - The two servers of a comparison differ in `EngineSettings.dynaflow` alone, and get the same arguments as the offline
-  engines of `drivers.Driver`.
-- `Figures` has the same units for all engines: seconds, tokens, requests; latencies in milliseconds.
+  engines of `drivers.EngineDriver`.
+- `PassFigures` has the same units for all engines: seconds, tokens, requests; latencies in milliseconds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,20 @@ STATISTICS = ("mean", "median", "p99")
 
 
 @dataclass(frozen=True)
-class Figures:
+class PassFigures:
     """One pass, as the engine's tool measured it.
 
-    latencies: "ttft median" and so on -> milliseconds, over the completed requests; None where there is none.
-    errors: messages of failed requests, each with how often it came.
+    Attributes:
+        completed: The number of completed requests.
+        failed: The number of the others.
+        seconds: The duration of the pass.
+        input_tokens: The tokens of all prompts.
+        output_tokens: The tokens of all outputs.
+        requests_per_s: Completed requests per second.
+        output_tokens_per_s: Output tokens per second.
+        total_tokens_per_s: Tokens per second, prompts included.
+        latencies: Milliseconds over the completed requests by name, such as "ttft median"; None where there is none.
+        errors: The messages of failed requests, each with how often it came.
     """
 
     completed: int
@@ -50,8 +59,17 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One pass for the load generator. `dataset` is the ShareGPT-like file, if the load is of that kind."""
+class ClientJob:
+    """One pass for the load generator.
+
+    Attributes:
+        model: The model's name or folder.
+        port: The port of the server.
+        load: The requests.
+        seed: The seed of the requests and of their arrival times.
+        dataset: The ShareGPT-like file, if the load is of that kind.
+        result: The file for the tool's result.
+    """
 
     model: str
     port: int
@@ -66,27 +84,35 @@ class ServingTool(Protocol):
     """Environment variables that the server needs beside those of `Engine.environment`."""
 
     def version(self) -> str:
-        """Of the engine. Raises `DynaflowError` if it is not installed."""
+        """Return the engine's version.
+
+        Raises:
+            DynaflowError: The engine is not installed.
+        """
 
     def server(self, settings: EngineSettings, port: int, *, gpu: bool) -> list[str]:
-        """Command line of the HTTP server."""
+        """Return the command line of the HTTP server."""
 
-    def client(self, job: Job) -> list[str]:
-        """Command line of the load generator; it writes `job.result`."""
+    def client(self, job: ClientJob) -> list[str]:
+        """Return the command line of the load generator, which writes `job.result`."""
 
-    def figures(self, content: str, load: Load) -> Figures:
-        """What `job.result` holds."""
+    def figures(self, content: str, load: Load) -> PassFigures:
+        """Read the content of `job.result`."""
 
 
 def load_tool(path: str) -> ServingTool:
-    """An instance of the class at `module:class`."""
+    """Return an instance of the class at `module:class`."""
     module, _, name = path.partition(":")
     tool: ServingTool = getattr(importlib.import_module(module), name)()
     return tool
 
 
 def installed(package: str) -> str:
-    """The version of a package. Raises `DynaflowError`."""
+    """Return the version of a package.
+
+    Raises:
+        DynaflowError: The package is not installed.
+    """
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -98,7 +124,7 @@ def installed(package: str) -> str:
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
-    """`{"tp_size": 2, "sleep_on_idle": True, "config": {...}}` as `--tp-size 2 --sleep-on-idle --config '{...}'`."""
+    """Write `{"tp_size": 2, "sleep_on_idle": True}` as the words of `--tp-size 2 --sleep-on-idle`; dicts are JSON."""
     words: list[str] = []
     for name, value in arguments.items():
         words.append(f"--{name.replace('_', '-')}")
@@ -107,10 +133,17 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def read_figures(result: Mapping[str, Any], load: Load, *, total: str, e2e: str) -> Figures:
-    """From the fields that both engines' tools share; `total` and `e2e` name the two that differ."""
+def read_figures(result: Mapping[str, Any], load: Load, *, total: str, e2e: str) -> PassFigures:
+    """Read the fields that both engines' tools share.
+
+    Args:
+        result: The tool's result.
+        load: The requests that were sent.
+        total: The name of the field of tokens per second, prompts included.
+        e2e: The name of the end-to-end latency in its fields.
+    """
     names = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": e2e}
-    return Figures(
+    return PassFigures(
         completed=result["completed"],
         failed=load.requests - result["completed"],
         seconds=result["duration"],
@@ -129,11 +162,11 @@ def read_figures(result: Mapping[str, Any], load: Load, *, total: str, e2e: str)
 
 
 def _positive(value: float | None) -> float | None:
-    """0 and NaN mean that there was nothing to measure (such as ITL of one token)."""
+    """Return None for 0 and NaN, which mean that there was nothing to measure (such as the ITL of one token)."""
     return None if value is None or math.isnan(value) or value <= 0 else float(value)
 
 
 def _first_line(message: str) -> str:
-    """Of a traceback, the last line is the one that says what happened."""
+    """Return the line of a message that says what happened: of a traceback the last one."""
     lines = [line.strip() for line in message.strip().splitlines()] or [""]
     return (lines[-1] if lines[0].startswith("Traceback") else lines[0])[:300]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dynaflow_serving.bench.serving.loads import Load
-from dynaflow_serving.bench.serving.tool import HOST, Figures, Job, flags, installed, read_figures
+from dynaflow_serving.bench.serving.tool import HOST, ClientJob, PassFigures, flags, installed, read_figures
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.bench.vllm_driver import engine_arguments
 
@@ -19,6 +19,8 @@ COMMAND = [str(Path(sys.executable).with_name("vllm"))]
 
 
 class VLLMTool:
+    """The `ServingTool` of vLLM."""
+
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # the server wants its engine in another process
 
     def version(self) -> str:
@@ -29,7 +31,7 @@ class VLLMTool:
         model = arguments.pop("model")
         return [*COMMAND, "serve", model, *flags({"host": HOST, "port": port, **arguments})]
 
-    def client(self, job: Job) -> list[str]:
+    def client(self, job: ClientJob) -> list[str]:
         load = job.load
         arguments = {
             "backend": "vllm",
@@ -60,5 +62,5 @@ class VLLMTool:
             }
         return [*COMMAND, "bench", "serve", *flags(arguments)]
 
-    def figures(self, content: str, load: Load) -> Figures:
+    def figures(self, content: str, load: Load) -> PassFigures:
         return read_figures(json.loads(content), load, total="total_token_throughput", e2e="e2el")

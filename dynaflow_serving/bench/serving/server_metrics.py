@@ -1,9 +1,9 @@
-"""What the two servers say of themselves at /metrics.
+"""What the two servers say of themselves at /metrics, and whether the comparison shows anything.
 
 Contract
-- DynaFlow's side counts its steps in `dynaflow_steps_total{strategy, reason}`: strategy "none" is an un-split step, and
-  `reason` says why. What a pass did is the difference between before and after.
-- The baseline has no metric of DynaFlow at all, before and after each pass: so it is the stock engine.
+- DynaFlow's side counts its steps in `dynaflow_steps_total{strategy, reason}`. The strategy "none" is an un-split step,
+  and `reason` says why. The difference between before and after is what a pass did.
+- The baseline has no metric of DynaFlow, before and after each pass: so it is the stock engine.
 - A fixed strategy that split no step in any counted pass compared nothing. The strategy "auto" may decline every
   step, which its counted steps then show.
 """
@@ -21,7 +21,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Sample:
+class MetricSample:
     """One line of Prometheus text."""
 
     name: str
@@ -29,12 +29,12 @@ class Sample:
     value: float
 
 
-def samples(text: str) -> list[Sample]:
-    """Those of DynaFlow. When counters began (`_created`) and buckets of histograms are left out."""
+def read_metrics(text: str) -> list[MetricSample]:
+    """Return DynaFlow's samples of a Prometheus text, but for `_created` times and the buckets of histograms."""
     from prometheus_client.parser import text_string_to_metric_families
 
     return [
-        Sample(sample.name, dict(sample.labels), sample.value)
+        MetricSample(sample.name, dict(sample.labels), sample.value)
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if sample.name.startswith(PREFIX) and not sample.name.endswith(("_created", "_bucket"))
@@ -42,8 +42,8 @@ def samples(text: str) -> list[Sample]:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Steps of a span of time. split: strategy -> count; unsplit: reason -> count."""
+class StepCounts:
+    """The steps of a span of time: the split ones by strategy, the un-split ones by reason."""
 
     split: dict[str, int]
     unsplit: dict[str, int]
@@ -57,7 +57,8 @@ class Steps:
         return self.total_split + sum(self.unsplit.values())
 
 
-def steps_between(before: Sequence[Sample], after: Sequence[Sample]) -> Steps:
+def steps_between(before: Sequence[MetricSample], after: Sequence[MetricSample]) -> StepCounts:
+    """Return the steps that were counted between two readings."""
     counts = _counts(after)
     counts.subtract(_counts(before))
     split: Counter[str] = Counter()
@@ -68,20 +69,21 @@ def steps_between(before: Sequence[Sample], after: Sequence[Sample]) -> Steps:
                 unsplit[reason] += count
             else:
                 split[strategy] += count
-    return Steps(dict(split), dict(unsplit))
+    return StepCounts(dict(split), dict(unsplit))
 
 
-def add(parts: Sequence[Steps]) -> Steps:
+def add_counts(parts: Sequence[StepCounts]) -> StepCounts:
+    """Return the sum of several spans' steps."""
     split: Counter[str] = Counter()
     unsplit: Counter[str] = Counter()
     for part in parts:
         split.update(part.split)
         unsplit.update(part.unsplit)
-    return Steps(dict(split.most_common()), dict(unsplit.most_common()))
+    return StepCounts(dict(split.most_common()), dict(unsplit.most_common()))
 
 
-def not_engaged(strategy: str, steps: Steps) -> str:
-    """Why DynaFlow's figures prove nothing, from the steps of all counted passes; "" if they do."""
+def reason_not_engaged(strategy: str, steps: StepCounts) -> str:
+    """Return why DynaFlow's figures show nothing, from the steps of all counted passes; "" if they do."""
     if not steps.total:
         return (
             f"DynaFlow's server counted no step: it has no {STEPS} at /metrics that grew. Either DynaFlow is not "
@@ -93,8 +95,8 @@ def not_engaged(strategy: str, steps: Steps) -> str:
     return f"DynaFlow split no step, so the two servers did the same work. Un-split steps: {reasons}."
 
 
-def not_stock(found: Sequence[Sample]) -> str:
-    """Why the baseline is not the stock engine, from its metrics; "" if it is."""
+def reason_not_stock(found: Sequence[MetricSample]) -> str:
+    """Return why the baseline is not the stock engine, from its metrics; "" if it is."""
     if not found:
         return ""
     names = ", ".join(sorted({sample.name for sample in found}))
@@ -104,7 +106,7 @@ def not_stock(found: Sequence[Sample]) -> str:
     )
 
 
-def _counts(found: Sequence[Sample]) -> Counter[tuple[str, str]]:
+def _counts(found: Sequence[MetricSample]) -> Counter[tuple[str, str]]:
     counts: Counter[tuple[str, str]] = Counter()
     for sample in found:
         if sample.name == STEPS:
