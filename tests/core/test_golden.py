@@ -9,8 +9,9 @@ from support import example
 from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.core.plan import COMPUTE_STREAM, ActionKind, Plan
 from dynaflow_serving.errors import PlanError
+from dynaflow_serving.planning.happens_before import contains, happens_before
 from dynaflow_serving.planning.lowering import lower
-from dynaflow_serving.planning.verify import happens_before, verify
+from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.strategies import get_strategy
 
 
@@ -38,7 +39,7 @@ class Order:
         self.stream = {key: plan.actions[i].stream for key, i in self.at.items()}
 
     def ordered(self, a: tuple[str, int], b: tuple[str, int]) -> bool:
-        return bool(self.before[self.at[b]] >> self.at[a] & 1)
+        return contains(self.before[self.at[b]], self.at[a])
 
     def overlap(self, a: tuple[str, int], b: tuple[str, int]) -> bool:
         """Neither waits for the other, and they are on different streams."""

@@ -10,8 +10,8 @@ from support import lowered, program_of, without
 from dynaflow_serving.core.plan import Action, ActionKind, Plan
 from dynaflow_serving.core.program import Program, Resource
 from dynaflow_serving.errors import ConfigError, PlanError
+from dynaflow_serving.planning.happens_before import contains, happens_before
 from dynaflow_serving.planning.lowering import lower
-from dynaflow_serving.planning.verify import happens_before
 from dynaflow_serving.simulate import (
     Demand,
     Measured,
@@ -64,7 +64,7 @@ def test_the_makespan_has_its_bounds_and_streams_and_events_are_in_order(
     for a in timeline.spans:
         assert a.end - a.start >= demands[a.index].alone * (1 - 1e-9)  # type: ignore[union-attr]
         for b in timeline.spans:
-            if before[b.index] >> a.index & 1:
+            if contains(before[b.index], a.index):
                 assert a.end <= b.start * slack
     assert {s.index for s in timeline.spans} == {i for i, d in enumerate(demands) if d is not None and d.alone > 0}
 
