@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.capture.examples import example_capture
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
@@ -35,10 +36,10 @@ from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.bucket import bucket_of
+from dynaflow_serving.policy.selector import AutoSelector
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.session.plan_cache import no_context
-from dynaflow_serving.session.ranks import Ranks
-from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategy.schedule import Schedule
 
@@ -172,15 +173,15 @@ def policy(repeat: int) -> list[dict[str, float]]:
         batch = Batch((1,) * (requests // 2) + (64,) * (requests - requests // 2), (9,) * requests)
         bucket = bucket_of(batch)
         table = Table(key={}, decisions=[Decision(**bucket._asdict(), trials=[Trial(candidate="nanoflow x2")])])
-        config = Config(strategy="auto")
-        steps = Steps(config.build(), config)
-        assert steps.auto is not None
-        steps.auto.adopt(table, Ranks())
-        split = steps.auto.split
+        selector = AutoSelector()
+        session = Session(selector, Config(strategy="auto"))
+        session.add(example_capture("llama"))
+        selector.serve_by(table, session)
+        split = selector.split
 
-        def step(steps: Steps = steps, batch: Batch = batch) -> None:
-            steps.begin(batch)
-            steps.end()
+        def step(session: Session = session, batch: Batch = batch) -> None:
+            with session.step(batch):
+                pass
 
         looked_up, spread = microseconds(lambda split=split, batch=batch: split(batch), repeat)  # type: ignore[misc]
         begun, _ = microseconds(step, repeat)

@@ -51,7 +51,7 @@ def row(rate: float, times: dict[str, list[float]], body: Body, decision: Any, e
         "adopted": decision.candidate,
         "reason": decision.reason,
         "decision": decision.model_dump(),
-        "steps": {"split": body.backend.steps.counts.split, "unsplit": dict(body.backend.steps.counts.unsplit)},
+        "steps": {"split": body.session.counts.split, "unsplit": dict(body.session.counts.unsplit)},
         "equal": "bit for bit" if equal else "NO",
         "samples_ms": times,
     }

@@ -27,6 +27,7 @@ from dynaflow_serving.core.measurement import Spread, in_turn
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.integrations.transformers.body import Body
+from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategy.splitting import cut_at_requests, whole
 from dynaflow_serving.torch_backend import make_backend
@@ -70,7 +71,7 @@ def captured(body: Body, call: Variant) -> list[tuple[CapturedProgram, Any]]:
 
         return record
 
-    plan_caches = body.backend.plan_caches
+    plan_caches = body.session.plan_caches
     for i, plan_cache in enumerate(plan_caches):
         plan_cache.run = recording(i, plan_cache.run)  # type: ignore[method-assign]
     call()
@@ -93,7 +94,7 @@ def runner(
 ) -> tuple[Variant, PlanCache]:
     """A variant that runs `capture` under `strategy`, and its plan_cache."""
     options = {"micro_batches": micro_batches, "min_tokens": 1}
-    plan_cache = PlanCache(capture, Config(strategy=strategy, options=options).build(), get_executor("cpu"))
+    plan_cache = PlanCache(capture, build_selector(Config(strategy=strategy, options=options)), get_executor("cpu"))
     rows = Batch((1,) * batch)
     split = cut_at_requests(rows, micro_batches) if micro_batches > 1 else whole(rows, "as asked")
 

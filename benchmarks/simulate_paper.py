@@ -22,6 +22,7 @@ from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.simulate import Device, Link, Shape, Topology, decoder, find, parse_requests
 from dynaflow_serving.simulate.executor import SimulatedExecutor
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import whole
 
 TOLERANCE = 0.05
@@ -65,7 +66,7 @@ def seconds(
     executor = SimulatedExecutor(described, where, graphs)
     cls = get_strategy(strategy)
     plan_cache = PlanCache(
-        CapturedProgram(described.program, {}), cls(cls.Options(**dict(options))), executor, zero_copy
+        CapturedProgram(described.program, {}), FixedStrategy(cls(cls.Options(**dict(options)))), executor, zero_copy
     )
     batch: Batch = parse_requests(requests)
     split = plan_cache.decide(batch) if strategy != "sequential" else whole(batch, "baseline")

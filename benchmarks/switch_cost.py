@@ -31,6 +31,7 @@ from dynaflow_serving.core.measurement import Spread, in_turn
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.session.plan_cache import no_context
 from dynaflow_serving.strategy.rules import SplitModule
+from dynaflow_serving.strategy.selector import FixedStrategy
 
 BORDERS = 200
 
@@ -126,7 +127,11 @@ def planned() -> Callable[[], None]:
     for tokens in (4, 6):
         made.record(tokens, (torch.zeros(tokens, 2),), {})
     assert made.captured is not None
-    plan = PlanCache(made.captured, get_strategy("sequential")(), get_executor("cpu")).prepare(Signature(2)).run
+    plan = (
+        PlanCache(made.captured, FixedStrategy(get_strategy("sequential")()), get_executor("cpu"))
+        .prepare(Signature(2))
+        .run
+    )
     x = torch.zeros(8, 2)
 
     def run() -> None:

@@ -3,23 +3,22 @@
 Contract
 - `load` takes a path, a strategy name, a mapping or a Config; every mistake is one `ConfigError` that says
   where it is and what is valid there.
-- Options are typed per strategy (`OpScheduler.Options`); unknown keys are errors.
-- `json_schema` describes a whole file, for editors.
+- A `Config` is data: what its strategy and options mean is checked when they are built (`policy.build_selector`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.strategies import get_strategy, strategy_names
-from dynaflow_serving.strategy.base import OpScheduler
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class StreamOptions(BaseModel):
@@ -122,25 +121,14 @@ class Config(ExecutorOptions):
         description="run the stock engine with a warning, instead of an error, where DynaFlow cannot be active",
     )
 
-    def build(self) -> OpScheduler:
-        """The strategy with its options. Raises `ConfigError`."""
-        cls = get_strategy(self.strategy)
-        try:
-            return cls(cls.Options(**self.options))
-        except ValidationError as e:
-            raise ConfigError(_explain(e, cls.Options, f"options of strategy {cls.name!r}")) from None
-
 
 def load(source: str | Path | Mapping[str, Any] | Config) -> Config:
-    """Read and check a config, its strategy and its options included. Raises `ConfigError`."""
+    """Read a config. Raises `ConfigError`."""
     if isinstance(source, Config):
-        config = source
-    elif isinstance(source, Mapping):
-        config = _parse(dict(source), "the config")
-    else:
-        config = _from_text(str(source))
-    config.build()
-    return config
+        return source
+    if isinstance(source, Mapping):
+        return _parse(dict(source), "the config")
+    return _from_text(str(source))
 
 
 def read_mapping(source: str, what: str, holds: str) -> dict[str, Any]:
@@ -157,27 +145,20 @@ def read_mapping(source: str, what: str, holds: str) -> dict[str, Any]:
     return content
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a config file, with the options of every registered strategy."""
-    schema = Config.model_json_schema()
-    schema["title"] = "dynaflow_serving strategy config"
-    schema["allOf"] = [
-        {
-            "if": {"properties": {"strategy": {"const": name}}},
-            "then": {"properties": {"options": get_strategy(name).Options.model_json_schema()}},
-        }
-        for name in strategy_names()
-    ]
-    return schema
+def checked_options(model: type[M], options: Mapping[str, Any], strategy: str) -> M:
+    """`options` of `strategy` as its `model`. Raises `ConfigError`."""
+    try:
+        return model(**options)
+    except ValidationError as e:
+        raise ConfigError(_explain(e, model, f"options of strategy {strategy!r}")) from None
 
 
 def _from_text(source: str) -> Config:
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or (path.exists() and path.is_file() and path.suffix != ".py"):
         return _parse(read_mapping(source, "config", "with at least 'strategy: NAME'"), source)
-    if path.suffix != ".py" and ("/" in source or source not in strategy_names()):
-        what = "config file or strategy" if "/" in source else "strategy"
-        raise ConfigError(unknown_name(what, source, strategy_names()) + " Or give the path of a YAML file.")
+    if path.suffix != ".py" and "/" in source:
+        raise ConfigError(f"config file {source!r} does not exist (looked in {Path.cwd()})")
     return Config(strategy=source)
 
 

@@ -35,23 +35,25 @@ from dynaflow_serving.capture.fx.rows import Rows
 from dynaflow_serving.capture.fx.symbols import batch_symbols, expression, fake_value
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config, load
-from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import ConfigError, DynaflowError, InactiveError, PartitionError, unknown_name
-from dynaflow_serving.executor import EXECUTORS, Executor, get_executor
+from dynaflow_serving.executor import EXECUTORS
 from dynaflow_serving.policy.calls import tune_calls
+from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.agreement import agree, groups_of
-from dynaflow_serving.session.clock import clock_of
+from dynaflow_serving.session.forward import SplitForward
 from dynaflow_serving.session.plan_cache import PlanCache
-from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.session.session import LiveStep, Session
 from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.selector import FixedStrategy
 
 Level = Literal["dynamo", "aot", "inductor"]
 LEVELS = get_args(Level)
 
 
 class Compiled(torch.nn.Module):
-    """A model under a strategy; call it like the model. `plan_caches` holds one PlanCache per graph."""
+    """A model under a strategy; call it like the model."""
 
     def __init__(self, model: Callable[..., Any], backend: Backend, batch_dim: int) -> None:
         super().__init__()
@@ -59,8 +61,9 @@ class Compiled(torch.nn.Module):
         self._compiled = torch.compile(self._same_batch, backend=backend)
 
     @property
-    def plan_caches(self) -> list[PlanCache]:
-        return self._backend.plan_caches
+    def session(self) -> Session:
+        """The steps so far, and one plan cache per graph."""
+        return self._backend.session
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         dim = self._batch_dim
@@ -92,7 +95,7 @@ class Compiled(torch.nn.Module):
             if sizes and (size := Counter(sizes).most_common(1)[0][0]) > 1:
                 calls.append((Batch((1,) * size), functools.partial(self, *given)))
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
-        return tune_calls(self._backend.steps, calls, parameters, {"engine": "torch", "level": self._backend.level})
+        return tune_calls(self.session, calls, parameters, {"engine": "torch", "level": self._backend.level})
 
     def _same_batch(self, batched: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model, with the batch sizes equal by decree: a tensor that is only indexed would keep its own symbol."""
@@ -115,17 +118,12 @@ def unwrapped_errors() -> Iterator[None]:
 class Backend:
     """The `torch.compile` backend: captures each graph and runs it under the strategy."""
 
-    def __init__(self, strategy: OpScheduler, config: Config, batch_dim: int, level: Level) -> None:
-        """config: of the executor and of proof; the strategy is `strategy`."""
-        self.strategy, self.config = strategy, config
-        self.batch_dim, self.level = batch_dim, level
+    def __init__(self, session: Session, batch_dim: int, level: Level) -> None:
+        self.session, self.batch_dim, self.level = session, batch_dim, level
         self.width = 1  # positions per row of the batch, in the call in flight (`Batch.width`)
-        self.steps = Steps(strategy, config)
-        self.plan_caches = self.steps.plan_caches
-        self._executors: dict[str, Executor] = {}  # by device: the graphs of a model share streams, events and memory
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        apply_rules(gm, self.strategy.annotations)
+        apply_rules(gm, self.session.selector.annotations)
         if self.level == "dynamo":
             return self._runner(gm)
         from torch._dynamo.backends.common import aot_autograd
@@ -143,13 +141,14 @@ class Backend:
     def check_active(self) -> None:
         """Raise `InactiveError` if no graph has a batch, `PartitionError` if none that has can be split (one of
         several may well run whole, with the reason counted)."""
-        if not self.plan_caches:
+        selector, plan_caches = self.session.selector, self.session.plan_caches
+        if not plan_caches:
             raise InactiveError(
                 f"no graph of this model has a dynamic dimension {self.batch_dim}: DynaFlow was requested but would "
                 "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
             )
-        if all(r.captured.program.unsplittable for r in self.plan_caches) and self.strategy.max_micro_batches > 1:
-            raise PartitionError(f"this model cannot be split: {self.plan_caches[0].captured.program.unsplittable}")
+        if all(c.captured.program.unsplittable for c in plan_caches) and selector.max_micro_batches > 1:
+            raise PartitionError(f"this model cannot be split: {plan_caches[0].captured.program.unsplittable}")
 
     def _forward_runner(self, gm: fx.GraphModule, rows: dict[str, int]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()
@@ -168,7 +167,7 @@ class Backend:
 
     def _backward_runner(self, gm: fx.GraphModule, rows: Mapping[str, int]) -> Callable[..., Any]:
         tokens = batch_symbols(gm, self.batch_dim)
-        if not tokens or not self.strategy.schedules_unsplit:
+        if not tokens or not self.session.selector.schedules_unsplit:
             return gm
         gm.graph.eliminate_dead_code()
         return self._add(gm, partition(gm, tokens=tokens, rows=rows))
@@ -183,37 +182,48 @@ class Backend:
             rows |= {capture.nodes.get(v.name, v.name): v.rows for v in capture.program.values.values() if v.rows > 1}
         return self._add(gm, capture)
 
-    def _add(self, gm: fx.GraphModule, capture: CapturedProgram) -> Callable[..., Any]:
-        device = _device(gm)
-        if device not in self._executors:
-            self._executors[device] = get_executor(self.config.executor, device, self.config)
-            self.steps.clock = clock_of(device)
+    def _add(self, gm: fx.GraphModule, captured: CapturedProgram) -> Callable[..., Any]:
         if self.level == "inductor":
-            compile_pieces(capture, {})
-        plan_cache = PlanCache(capture, self.strategy, self._executors[device])
-        self.plan_caches.append(plan_cache)
-        outputs = [capture.program.values[v] for v in capture.program.outputs]
+            compile_pieces(captured, {})
+        plan_cache = self.session.add(captured, _device(gm))
+        outputs = [captured.program.values[v] for v in captured.program.outputs]
         axes = [(i, v.axis) for i, v in enumerate(outputs) if v.axis is not None]
-        capture.rebuild = _marked_dynamic(capture.rebuild, axes)
-        count, groups = capture.token_counter(), groups_of(gm)
+        captured.rebuild = _marked_dynamic(captured.rebuild, axes)
+        forward = CompiledGraph(self, plan_cache, groups_of(gm))
+        return lambda *args: forward(*args)  # AOT autograd sets attributes on what it gets
 
-        def run(*args: Any) -> Any:
-            while groups:
-                agree([plan_cache.texts()], groups[0])
-                del groups[0]
-            batch = Batch((1,) * count(args), width=self.width)
-            zero_copy = not torch.is_grad_enabled()
-            if self.steps.split is not None:  # of the whole forward: what began it ends and checks it, too
-                split = plan_cache.admit(batch, self.steps.split)
-                return plan_cache.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)
-            split = self.steps.begin(batch, [plan_cache])
-            try:
-                result = plan_cache.run(args, split, zero_copy=zero_copy, traced=self.steps.traced)
-                return self.steps.checked(result, lambda: plan_cache.run_whole(args, len(batch.tokens)), args)
-            finally:
-                self.steps.end()
 
-        return run
+class CompiledGraph(SplitForward):
+    """One captured graph. Each call is a step, unless it is part of a whole forward that is one."""
+
+    def __init__(self, backend: Backend, plan_cache: PlanCache, groups: list[Any]) -> None:
+        """groups: process groups whose ranks have to compare plans before the first call."""
+        super().__init__(backend.session)
+        self.backend, self.plan_cache, self._groups = backend, plan_cache, groups
+        self._count = plan_cache.captured.token_counter()
+
+    def __call__(self, *args: Any) -> Any:
+        while self._groups:
+            agree([self.plan_cache.texts()], self._groups[0])
+            del self._groups[0]
+        run = super().__call__
+        if self.session.in_flight is not None:  # what began the step ends and checks it, too
+            return run(*args)
+        batch = Batch((1,) * self._count(args), width=self.backend.width)
+        with self.session.step(batch, [self.plan_cache]) as step:
+            return step.checked(run(*args), lambda: run(*args), args)
+
+    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step = self.session.in_flight
+        assert step is not None
+        return self._run(step, step.split, args)
+
+    def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._run(step, self.plan_cache.allowed_split(step.batch, step.split), args)
+
+    def _run(self, step: LiveStep, split: Split, args: tuple[Any, ...]) -> Any:
+        zero_copy = not torch.is_grad_enabled()  # autograd has no `out=`
+        return self.plan_cache.run(args, split, zero_copy=zero_copy, traced=step.to_trace)
 
 
 def compile(
@@ -247,8 +257,8 @@ def make_backend(
     if executor not in (*EXECUTORS, "auto"):
         raise ConfigError(unknown_name("executor", executor, [*EXECUTORS, "auto"]))
     if isinstance(strategy, OpScheduler):
-        given = Config(strategy=strategy.name or type(strategy).__name__)
-        return Backend(strategy, _on(given, executor), batch_dim, level)
+        given = _on(Config(strategy=strategy.name or type(strategy).__name__), executor)
+        return Backend(Session(FixedStrategy(strategy), given, mode=level.upper()), batch_dim, level)
     if config is not None:
         strategy = {"strategy": strategy, "options": dict(config)}
     loaded = load(strategy)
@@ -257,7 +267,8 @@ def make_backend(
             "capture: eager is for engines that run models without a graph (vLLM, SGLang); here torch.compile makes "
             "one: set capture: auto"
         )
-    return Backend(loaded.build(), _on(loaded, executor), batch_dim, level)
+    loaded = _on(loaded, executor)
+    return Backend(Session(build_selector(loaded), loaded, mode=level.upper()), batch_dim, level)
 
 
 def _on(config: Config, executor: str) -> Config:

@@ -12,16 +12,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
+from dynaflow_serving.config import checked_options
 from dynaflow_serving.errors import ConfigError, unknown_name
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.registry import STRATEGIES
 
 SHIPPED = (
-    "auto", "branches", "comm_overlap", "dual_batch", "nanoflow", "prefill_decode", "sequential", "token_weave",
+    "branches", "comm_overlap", "dual_batch", "nanoflow", "prefill_decode", "sequential", "token_weave",
 )  # fmt: skip
 
 
@@ -47,6 +50,12 @@ def get_strategy(name: str) -> type[OpScheduler]:
     if name not in STRATEGIES:
         raise ConfigError(unknown_name("strategy", name, STRATEGIES) + " A path to a .py file works too.")
     return STRATEGIES[name]
+
+
+def build_strategy(name: str, options: Mapping[str, Any]) -> OpScheduler:
+    """The strategy called `name` with its options. Raises `ConfigError`."""
+    cls = get_strategy(name)
+    return cls(checked_options(cls.Options, options, cls.name))
 
 
 def _from_file(path: Path) -> type[OpScheduler]:

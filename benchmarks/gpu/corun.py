@@ -30,6 +30,7 @@ from dynaflow_serving.executor import Executor
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import whole
 
 MakeExecutor = Callable[[ExecutorOptions], Executor]
@@ -125,7 +126,7 @@ def _variants(
     facts: dict[str, Row] = {}
     for variant, (side, options) in wanted.items():
         try:
-            plan_cache = PlanCache(capture, CoRun(side), make_executor(options))
+            plan_cache = PlanCache(capture, FixedStrategy(CoRun(side)), make_executor(options))
             prepared = plan_cache.prepare(Signature(1))
         except Exception as e:  # no green contexts here
             facts[variant] = {"error": f"{type(e).__name__}: {e}"}

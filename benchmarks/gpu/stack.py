@@ -47,6 +47,7 @@ from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import whole
 
 MODEL, UNSPLIT = "model", "un-split plan"
@@ -262,7 +263,7 @@ def _planned(
     case: Case, capture: CapturedProgram, strategy: OpScheduler, executor: Executor
 ) -> tuple[Callable[[], Any], Row]:
     """One step of `case` under `strategy`, and what there is to say about its plan."""
-    plan_cache = PlanCache(capture, strategy, executor)
+    plan_cache = PlanCache(capture, FixedStrategy(strategy), executor)
     split = plan_cache.decide(case.batch)
     runs, values = _runs(case, split), capture.program.values
     taken = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]

@@ -25,6 +25,7 @@ from dynaflow_serving.bench.settings import EngineSettings, Traffic
 from dynaflow_serving.bench.tiny_models import find_model
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import ConfigError
+from dynaflow_serving.policy.selector import build_selector
 
 GPU_SHARE = 0.9  # of a GPU's memory, for both engines together; vLLM's own default for one
 LENGTH_UNIT = 64  # tokens; the engines' greatest length is a multiple of it
@@ -58,7 +59,7 @@ class Benchmark:
     @property
     def strategy_options(self) -> dict[str, Any]:
         """All options of the strategy with their values, the defaults included."""
-        options: dict[str, Any] = self.config.build().options.model_dump()
+        options: dict[str, Any] = build_selector(self.config).options.model_dump()
         return options
 
     @property

@@ -82,10 +82,11 @@ def check_strategy(path: Path) -> list[str]:
 
     from dynaflow_serving.config import load
     from dynaflow_serving.picture.example_plans import plans_of_examples, waits
+    from dynaflow_serving.policy.selector import build_selector
 
     config = load(path)
     columns = ("example", "strategy", "micro-batches", "actions", "streams", "waits", "plan hash", "")
-    table = _table(f"{path}: strategy {config.build().name!r}", columns, no_wrap=True)
+    table = _table(f"{path}: strategy {build_selector(config).name!r}", columns, no_wrap=True)
     problems = []
     for found in plans_of_examples(config):
         cells = [found.example, found.strategy, str(found.micro_batches)]

@@ -80,10 +80,10 @@ def _executors() -> Iterator[tuple[str, ...]]:
 
 
 def _strategies() -> Iterator[tuple[str, ...]]:
-    from dynaflow_serving.strategies import get_strategy, strategy_names
+    from dynaflow_serving.policy.selector import options_of, strategy_names
 
     for name in strategy_names():
-        defaults = get_strategy(name)().options.model_dump()
+        defaults = options_of(name).model_validate({}).model_dump()
         yield name, ", ".join(f"{option}={value}" for option, value in defaults.items()) or "(none)"
 
 

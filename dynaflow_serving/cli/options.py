@@ -62,7 +62,7 @@ def configure(source: str | Path, micro_batches: int | None, options: list[str] 
     import yaml
 
     from dynaflow_serving.config import load
-    from dynaflow_serving.strategies import get_strategy
+    from dynaflow_serving.policy.selector import build_selector, options_of
 
     config = load(source)
     changed = dict(config.options)
@@ -75,14 +75,16 @@ def configure(source: str | Path, micro_batches: int | None, options: list[str] 
         except yaml.YAMLError:
             raise ConfigError(f"--option {option!r} is not valid YAML after the '='") from None
     if micro_batches is not None:
-        valid = get_strategy(config.strategy).Options.model_fields
+        valid = options_of(config.strategy).model_fields
         if "micro_batches" not in valid:
             raise ConfigError(
                 f"--micro-batches: strategy {config.strategy!r} has no such option, it decides the number itself. "
                 f"Its options: {', '.join(valid) or '(none)'}."
             )
         changed["micro_batches"] = micro_batches
-    return load(config.model_copy(update={"options": changed}))
+    config = config.model_copy(update={"options": changed})
+    build_selector(config)  # what is wrong with it is an error now, before an engine starts
+    return config
 
 
 def command_line() -> str:

@@ -18,8 +18,7 @@ def schema(
     ] = None,
 ) -> None:
     """Print the JSON Schema of a config file, or of one strategy's options."""
-    from dynaflow_serving.config import json_schema
-    from dynaflow_serving.strategies import get_strategy
+    from dynaflow_serving.policy.selector import json_schema, options_of
 
-    content = json_schema() if strategy is None else get_strategy(strategy).Options.model_json_schema()
+    content = json_schema() if strategy is None else options_of(strategy).model_json_schema()
     print(json.dumps(content, indent=2))

@@ -78,11 +78,12 @@ def simulate(
     from rich.console import Console
 
     from dynaflow_serving.core.timeline import chrome_trace
+    from dynaflow_serving.policy.selector import build_selector
     from dynaflow_serving.simulate.catalogue import find
     from dynaflow_serving.simulate.device import make_topology
     from dynaflow_serving.simulate.model import Shape
     from dynaflow_serving.simulate.picture import strip
-    from dynaflow_serving.simulate.scenario import Scenario, parse_requests
+    from dynaflow_serving.simulate.scenario import Scenario, parse_requests, variants
 
     config = configure(strategy or "nanoflow", micro_batches, option)
     scenario = Scenario(
@@ -91,7 +92,7 @@ def simulate(
         batch=parse_requests(batch),
         graphs=graphs,
     )
-    schedules = scenario.simulate(config)
+    schedules = scenario.simulate(variants(build_selector(config), config))
     last = schedules[-1]
     if json_path is not None:
         json_path.write_text(json.dumps(scenario.as_dict(batch, config, schedules), indent=1) + "\n")

@@ -19,7 +19,7 @@ from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.parse import parse_program
 from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.picture.comparison import EngineStep, PlanComparison, compare
-from dynaflow_serving.strategies.auto import Auto
+from dynaflow_serving.policy.selector import AutoSelector, build_selector
 
 RUNS = 5
 IN_TURN = Path(__file__).with_name("in_turn.py")
@@ -32,11 +32,11 @@ def compare_in_engine(
 
     Raises `ConfigError` for a strategy that chooses among others, `EngineProcessError`, and `DynaflowError` where the
     engine never ran the batch as one step."""
-    strategy = config.build()
-    if isinstance(strategy, Auto):
+    selector = build_selector(config)
+    if isinstance(selector, AutoSelector):
         raise ConfigError(
             "a picture is of one strategy's plan, and 'auto' chooses among several: name one with --strategy "
-            f"(candidates: {', '.join(strategy.candidates)})"
+            f"(candidates: {', '.join(selector.candidates)})"
         )
     measuring = config.model_copy(update={"shadow": None})
     in_turn = measuring.model_copy(
@@ -53,7 +53,7 @@ def compare_in_engine(
         turns, _ = run_steps(*run, _traced(in_turn, folder, every=1), *where)
     step = EngineStep(_seconds(planned, split=True, engine=engine), _seconds(turns, split=False, engine=engine))
     programs = [parse_program(p["program"]) for p in report["programs"]]
-    sizes = tuple(m.tokens[1] - m.tokens[0] for m in strategy.split(Batch(tokens)).micro_batches)
+    sizes = tuple(m.tokens[1] - m.tokens[0] for m in selector.split(Batch(tokens)).micro_batches)
     traced = [[s.timelines for s in steps if s.timelines][1:] for steps in (planned, turns)]
     if not all(traced):
         raise DynaflowError(f"{engine} traced no split step after the first: give it fewer or larger requests")

@@ -19,6 +19,8 @@ from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import ConfigError, DynaflowError, ScheduleError
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.policy.selector import build_selector
+from dynaflow_serving.strategies import build_strategy
 from dynaflow_serving.strategy.base import OpScheduler
 
 MICRO_BATCHES = (2, 3, 4)
@@ -64,16 +66,16 @@ def _variants(config: Config) -> list[tuple[OpScheduler, int]]:
     These are the candidates of a strategy that chooses among several. Else they are the strategy with each number of
     `MICRO_BATCHES`, or, where it has no such option, with the number that it splits a large batch into.
     """
-    given = config.build()
-    if given.candidates != ("",):
-        each = [given.of(label) for label in given.candidates]
+    selector = build_selector(config)
+    each = [selector.strategy(candidate) for candidate in selector.candidates]
+    if len(each) > 1:
         return [(strategy, strategy.max_micro_batches) for strategy in each]
     found: dict[int, OpScheduler] = {}
-    numbers = MICRO_BATCHES if "micro_batches" in type(given.options).model_fields else (0,)
+    numbers = MICRO_BATCHES if "micro_batches" in type(selector.options).model_fields else (0,)
     for n in numbers:
-        variant = config.model_copy(update={"options": config.options | ({"micro_batches": n} if n else {})})
+        options = config.options | ({"micro_batches": n} if n else {})
         try:
-            strategy = variant.build()
+            strategy = build_strategy(config.strategy, options)
             split = strategy.split(Batch(LARGE))
         except ConfigError:  # a number that its options do not allow
             continue

@@ -25,6 +25,7 @@ from dynaflow_serving.picture import engine as in_engine
 from dynaflow_serving.picture import measure
 from dynaflow_serving.picture.comparison import PlanComparison
 from dynaflow_serving.picture.page import Caption
+from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategy.splitting import whole
 
@@ -85,9 +86,9 @@ def explain_example(name: str, tokens: tuple[int, ...], config: Config, *, measu
     """
     capture = example_capture(name)
     executor = get_executor(config.executor, options=config) if measured else get_executor("sequential")
-    plan_cache = PlanCache(capture, config.build(), executor)
+    plan_cache = PlanCache(capture, build_selector(config), executor)
     split = plan_cache.decide(Batch(tokens))
-    planned = len(split.micro_batches) > 1 or plan_cache.strategy.schedules_unsplit
+    planned = len(split.micro_batches) > 1 or plan_cache.selector.schedules_unsplit
     plans = [plan_cache.prepare(split.signature).plan] if planned else []
     comparisons = []
     if planned and measured:
@@ -142,7 +143,7 @@ def explain_model(
     plans: list[Plan] = []
     # The engine may order its requests anew, so the strategy is asked for the cut only where the engine split.
     if report["steps"]["split"]:
-        split = config.build().split(Batch(tokens))
+        split = build_selector(config).split(Batch(tokens))
         plans = [parse_plan(text) for program in report["programs"] for text in program["plans"]]
     else:
         split = whole(Batch(tokens), "; ".join(report["steps"]["unsplit"]) or "the engine counted no step")

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import Field
 
-from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.strategies import build_strategy
 from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.strategy.base import OpScheduler, Options
 from dynaflow_serving.strategy.registry import register_strategy
@@ -35,7 +35,7 @@ class InTurn(OpScheduler):
 
     def __init__(self, options: InTurnOptions) -> None:
         super().__init__(options)
-        self._other = Config(strategy=options.strategy, options=options.options).build()
+        self._other = build_strategy(options.strategy, options.options)
         self._steps = 0
 
     @property

@@ -22,6 +22,7 @@ from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.picture.comparison import PlanComparison, compare
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.strategy.selector import FixedStrategy
 
 RUNS = 11
 
@@ -36,7 +37,7 @@ def measured_and_predicted(
     """Run `args` (the program's inputs without constants) under the plan of `split`, `runs` times.
 
     Raises `ScheduleError` and `PlanError`, as `PlanCache.prepare` does."""
-    reference = PlanCache(plan_cache.captured, Sequential(), plan_cache.executor, plan_cache.zero_copy)
+    reference = PlanCache(plan_cache.captured, FixedStrategy(Sequential()), plan_cache.executor, plan_cache.zero_copy)
     planned: list[Timeline] = []
     sequential: list[Timeline] = []
     unsplit: list[Timeline] = []

@@ -8,7 +8,6 @@ Contract
 from __future__ import annotations
 
 import json
-import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -20,13 +19,13 @@ from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy.bucket import bucket_of
 from dynaflow_serving.policy.effects import Facts
+from dynaflow_serving.policy.selector import AutoSelector
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.ranks import Ranks
-from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategies.sequential import Sequential
-
-logger = logging.getLogger("dynaflow_serving")
+from dynaflow_serving.strategy.selector import Selector
 
 Call = Callable[[], Any]
 
@@ -44,36 +43,39 @@ class CallTrials:
 
 
 def tune_calls(
-    steps: Steps, calls: Iterable[tuple[Batch, Call]], parameters: Iterable[torch.Tensor], key: Mapping[str, str]
+    session: Session, calls: Iterable[tuple[Batch, Call]], parameters: Iterable[torch.Tensor], key: Mapping[str, str]
 ) -> Table:
     """Decide by calling, or read what was decided for `key`, the model, and this machine.
 
     Raises `ConfigError` if the strategy is not 'auto' or there are no calls, `InactiveError` for ranks that differ.
     """
-    if steps.auto is None:
-        raise ConfigError(f"strategy {steps.strategy.name!r} decides nothing: only strategy 'auto' is tuned")
+    selector = session.selector
+    if not isinstance(selector, AutoSelector):
+        raise ConfigError(f"strategy {selector.name!r} decides nothing: only strategy 'auto' is tuned")
     trials = CallTrials(calls)
     if not trials.batches():
         raise ConfigError("nothing to tune with: give inputs like those that will come, each of two requests at least")
-    steps.auto.forced = f"{Sequential.name} x2"
-    for batch in trials.batches():  # captures the graphs
-        trials.run(batch)
+    with session.trial(f"{Sequential.name} x2"):
+        for batch in trials.batches():  # captures the graphs
+            trials.run(batch)
     weights = list(parameters)
     device = weights[0].device if weights else torch.device("cpu")
     group = _group()
     ranks = Ranks(group)
-    facts = Facts(
+    known = Facts(
         {
             **key,
-            "programs": " ".join(r.captured.program.digest for r in steps.plan_caches),
+            "programs": " ".join(c.captured.program.digest for c in session.plan_caches),
             "dtype": str(weights[0].dtype) if weights else "",
             "ranks": str(ranks.size),
             **machine_key(device.type),
-            **strategy_key(steps),
+            **selector_key(selector),
         },
         weight_bytes=sum(t.numel() * t.element_size() for t in map(_local, weights)),
     )
-    return start_policy(steps, steps.plan_caches, trials, facts, ranks, logger)
+    start_policy(session, trials, lambda: known, ranks)
+    assert selector.table is not None
+    return selector.table
 
 
 def machine_key(device_type: str) -> dict[str, str]:
@@ -87,12 +89,11 @@ def machine_key(device_type: str) -> dict[str, str]:
     }
 
 
-def strategy_key(steps: Steps) -> dict[str, str]:
+def selector_key(selector: Selector) -> dict[str, str]:
     """What the candidates are, and by which rule they are adopted; where a table is kept, or how long it may take to
     make, changes no decision."""
-    strategy = steps.strategy
-    made = {c: strategy.of(c).options.model_dump(mode="json") for c in strategy.candidates}
-    rule = strategy.options.model_dump(include={"min_gain", "straddle", "min_collective_kib"})
+    made = {c: selector.strategy(c).options.model_dump(mode="json") for c in selector.candidates}
+    rule = selector.options.model_dump(include={"min_gain", "straddle", "min_collective_kib"})
     return {"candidates": json.dumps(made, sort_keys=True), "rule": json.dumps(rule, sort_keys=True)}
 
 

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
-from dynaflow_serving.policy.bucket import Bucket
+from dynaflow_serving.policy.bucket import Bucket, bucket_of
+from dynaflow_serving.session.observers import Observer
 from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.step import Step
 
 COMPARED = 8
 RECHECKED = 16
@@ -37,15 +39,11 @@ class Watch:
     split: list[float] = field(default_factory=list)
 
 
-class Guard:
+class Guard(Observer):
     def __init__(self, window: int, ranks: Ranks, switch_off: Callable[[Bucket, float], None]) -> None:
         """switch_off: told the bucket and the measured speed-up, below 1."""
         self.window, self.ranks, self._switch_off = window, ranks, switch_off
         self._watches: dict[Bucket, Watch] = {}
-
-    @property
-    def watching(self) -> bool:
-        return bool(self._watches)
 
     def add(self, bucket: Bucket, noise: float) -> None:
         self._watches[bucket] = Watch(noise)
@@ -64,6 +62,12 @@ class Guard:
             watch.split.clear()
         watch.left -= 1
         return watch.comparing and watch.left % 2 == 1
+
+    def timed(self, step: Step, seconds: float) -> None:
+        if not self._watches or step.to_trace or step.to_compare:  # sampling takes time, too
+            return
+        batch = step.batch
+        step.saved = self.observe(bucket_of(batch), bool(step.micro_batches), sum(batch.tokens), seconds)
 
     def observe(self, bucket: Bucket, split: bool, tokens: int, seconds: float) -> float:
         """A step took so long. Returns the seconds that it saved, estimated from the last comparison."""

@@ -17,7 +17,7 @@ Steps
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -27,13 +27,14 @@ from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import PlanError, ScheduleError
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
 from dynaflow_serving.policy.effects import Facts, SideEffects
+from dynaflow_serving.policy.selector import PLAIN, AutoSelector
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.ranks import Ranks
-from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.session.session import Session
+from dynaflow_serving.session.step import Trial as StepTrial
 from dynaflow_serving.simulate.cost import Measured
 from dynaflow_serving.simulate.engine import simulate
-from dynaflow_serving.strategies.auto import PLAIN
 from dynaflow_serving.strategies.sequential import Sequential
 
 LOSES_CLEARLY = 0.9  # speed-up under which smaller buckets are not tried
@@ -52,7 +53,7 @@ class Trials(Protocol):
         """One per bucket that can occur, in the order of their importance (`bucket.representatives`)."""
 
     def run(self, batch: Batch) -> None:
-        """One real step of `batch`, decided by `Steps` like any other."""
+        """One real step of `batch`, decided by the session like any other."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,9 @@ class _Profile:
 
 
 class Tuner:
-    def __init__(
-        self, steps: Steps, plan_caches: Sequence[PlanCache], trials: Trials, facts: Facts, ranks: Ranks
-    ) -> None:
-        assert steps.auto is not None
-        self.auto = steps.auto
-        self.steps, self.plan_caches, self.trials, self.facts, self.ranks = steps, plan_caches, trials, facts, ranks
-        self.options = self.auto.options
+    def __init__(self, session: Session, selector: AutoSelector, trials: Trials, facts: Facts, ranks: Ranks) -> None:
+        self.session, self.selector, self.trials, self.facts, self.ranks = session, selector, trials, facts, ranks
+        self.options = selector.options
 
     def tune(self, progress: Progress = lambda done, of, what: None) -> Table:
         refused = self._refused()
@@ -95,7 +92,6 @@ class Tuner:
                 self._decide(decision, batch, refused)
             decisions.append(decision)
         progress(len(work), len(work), "")
-        self.auto.forced = PLAIN
         (seconds,) = self.ranks.greatest([time.perf_counter() - started])
         return Table(key=self.facts.key, decisions=decisions, seconds=seconds)
 
@@ -105,14 +101,14 @@ class Tuner:
         profiles: dict[int, _Profile] = {}
         timed: list[Trial] = []
         promising: list[Trial] = []
-        for label in self.auto.measured:
+        for label in self.selector.measured:
             trial = Trial(candidate=label, verdict=refused.get(label, ""))
             decision.trials.append(trial)
             if trial.verdict:
                 continue
-            split = self.auto.cut(batch, label)
-            for plan_cache in self.plan_caches:
-                split = plan_cache.admit(batch, split)
+            split = self.selector.cut(batch, label)
+            for plan_cache in self.session.plan_caches:
+                split = plan_cache.allowed_split(batch, split)
             n = len(split.micro_batches)
             if n == 1:
                 trial.verdict = split.reason
@@ -162,34 +158,34 @@ class Tuner:
 
     def _graph_mib(self) -> float:
         """Of the plans that executors have captured."""
-        graphs = [e.graphs for e in {id(r.executor): r.executor for r in self.plan_caches}.values()]
+        graphs = [e.graphs for e in {id(r.executor): r.executor for r in self.session.plan_caches}.values()]
         return sum(g.mib for g in graphs if g is not None)
 
     def _seconds(self, label: str, batch: Batch) -> float:
         """One step under `label`, from begin to end, on the slowest rank."""
-        self.auto.forced = label
-        self.steps.trial_seconds = 0.0
-        self.trials.run(batch)
-        self.steps.clock.synchronize()
-        self.steps.clock.poll()
-        (seconds,) = self.ranks.greatest([self.steps.trial_seconds])
-        return seconds
+        return self._timed(label, batch).seconds
+
+    def _timed(self, label: str, batch: Batch, profiled: bool = False) -> StepTrial:
+        """One step under `label`; its seconds are the slowest rank's."""
+        with self.session.trial(label, profiled) as trial:
+            self.trials.run(batch)
+            self.session.clock.synchronize()
+            self.session.clock.poll()
+        (trial.seconds,) = self.ranks.greatest([trial.seconds])
+        return trial
 
     # -- prediction ----------------------------------------------------------------------------------
     def _profile(self, micro_batches: int, batch: Batch) -> _Profile:
         """The faster of two traced steps, after one that is not counted."""
-        runs = []
-        for _ in range(3):
-            with self.steps.profiling():
-                step = self._seconds(f"{Sequential.name} x{micro_batches}", batch)
-            runs.append((step, self.steps.timelines))
-        step, timelines = min(runs[1:], key=lambda run: run[0])
+        label = f"{Sequential.name} x{micro_batches}"
+        runs = [self._timed(label, batch, profiled=True) for _ in range(3)]
+        fastest = min(runs[1:], key=lambda run: run.seconds)
         ran = []
-        for plan_cache, timeline in timelines:
+        for plan_cache, timeline in fastest.timelines:
             spans = [s for s in timeline.spans if s.action.operators]
             values = self.ranks.greatest([s.end - s.start for s in spans])
             ran.append((plan_cache, {(s.action.operators[0], s.action.start): v for s, v in zip(spans, values)}))
-        return _Profile(step, ran)
+        return _Profile(fastest.seconds, ran)
 
     def _predict(self, profile: _Profile, signature: Signature) -> float:
         """Seconds of a step under the plan of `signature`; simulated."""
@@ -200,16 +196,17 @@ class Tuner:
         return seconds
 
     def _replaces(self, signature: Signature) -> bool:
-        return any(s.kind is ActionKind.REPLACE for r in self.plan_caches for s in r.prepare(signature).plan.actions)
+        plans = [c.prepare(signature).plan for c in self.session.plan_caches]
+        return any(action.kind is ActionKind.REPLACE for plan in plans for action in plan.actions)
 
     def _refused(self) -> dict[str, str]:
         """Candidates that cannot schedule this model, or have the plan of an earlier one -> why."""
         found: dict[str, str] = {}
         plans: dict[Any, str] = {}
-        for label in self.auto.candidates:
-            signature = Signature(self.auto.of(label).max_micro_batches, (), label)
+        for label in self.selector.candidates:
+            signature = Signature(self.selector.strategy(label).max_micro_batches, (), label)
             try:
-                plan = tuple(r.prepare(signature).plan.actions for r in self.plan_caches)
+                plan = tuple(r.prepare(signature).plan.actions for r in self.session.plan_caches)
             except (ScheduleError, PlanError) as error:
                 found[label] = f"cannot schedule this model: {error}"
                 continue

@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from dynaflow_serving.core.batch import Split
 from dynaflow_serving.core.timeline import Timeline
+from dynaflow_serving.session.observers import Observer
 from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.step import Step
 
 NONE = "none"
 
@@ -70,16 +71,22 @@ class _Uncounted:
         pass
 
 
-class Metrics:
-    """`strategy`: the name of the configured one. `counted`: whether this rank is the one that counts."""
+class Metrics(Observer):
+    """The counters of one worker."""
 
     def __init__(self, strategy: str, counted: bool = True) -> None:
+        """
+        Args:
+            strategy: name of the configured one.
+            counted: whether this rank is the one that counts.
+        """
         self.strategy = strategy
         self._made: Mapping[str, Any] = _instruments() if counted else defaultdict(_Uncounted)
         self._steps: dict[tuple[str, str], Any] = {}
         self._seen: dict[str, float] = {}  # totals that are counted elsewhere
 
-    def step(self, split: Split, saved: float) -> None:
+    def timed(self, step: Step, seconds: float) -> None:
+        split = step.split
         if len(split.micro_batches) > 1:
             labels = split.candidate or self.strategy, ""
         else:
@@ -87,30 +94,33 @@ class Metrics:
         if labels not in self._steps:
             self._steps[labels] = self._made["steps"].labels(*labels)
         self._steps[labels].inc()
-        if saved > 0:
-            self._made["time_saved_seconds"].inc(saved)
+        if step.saved > 0:
+            self._made["time_saved_seconds"].inc(step.saved)
+        if len(split.micro_batches) > 1:
+            self._count_plans(step.plan_caches)
 
-    def overlapped(self, timelines: Sequence[Timeline]) -> None:
-        """Of a step in several graphs, the mean by time."""
+    def traced(self, step: Step, timelines: Sequence[Timeline]) -> None:
+        """Of a step in several graphs, the gauges show the mean by time."""
         seconds = sum(t.makespan for t in timelines)
         if seconds:
             self._made["overlap_ratio"].set(sum(t.overlapped for t in timelines) / seconds)
             self._made["hidden_network_ratio"].set(sum(t.hidden_network * t.makespan for t in timelines) / seconds)
 
-    def compared(self, equal: bool) -> None:
+    def compared(self, step: Step, equal: bool) -> None:
         self._made["shadow_steps"].labels("equal" if equal else "different").inc()
 
-    def switched_off(self, buckets: int) -> None:
-        self._up_to("guard_switch_offs", buckets)
+    def switched_off(self) -> None:
+        """The guard has switched off a bucket's strategy."""
+        self._made["guard_switch_offs"].inc()
 
-    def plans(self, plan_caches: Sequence[PlanCache]) -> None:
-        self._up_to("plans", sum(r.made for r in plan_caches))
-        self._up_to("plan_cache_hits", sum(r.hits for r in plan_caches))
+    def _count_plans(self, plan_caches: Sequence[PlanCache]) -> None:
+        self._count_up_to("plans", sum(c.made for c in plan_caches))
+        self._count_up_to("plan_cache_hits", sum(c.hits for c in plan_caches))
         if plan_caches and (graphs := plan_caches[0].executor.graphs):
-            self._up_to("graph_captures", graphs.graphs)
+            self._count_up_to("graph_captures", graphs.graphs)
             self._made["graph_mebibytes"].set(graphs.mib)
 
-    def _up_to(self, name: str, total: float) -> None:
+    def _count_up_to(self, name: str, total: float) -> None:
         seen = self._seen.get(name, 0.0)
         if total > seen:
             self._made[name].inc(total - seen)

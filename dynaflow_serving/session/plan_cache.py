@@ -1,10 +1,9 @@
-"""Runs one captured program under one strategy: record, lower, verify and bind on first use, then replay.
+"""The plans of one captured program: record, lower, verify and bind on first use, then replay.
 
 Contract
 - A Plan is made once per Split signature, verified, bound and cached; a step is a dictionary look-up.
 - A step that is not split runs in the program's own order on the compute stream, unless the strategy
   schedules these steps too (`OpScheduler.schedules_unsplit`).
-- Every step is counted: split, or un-split with the reason.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.tracing import measured
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
-from dynaflow_serving.session.counts import StepCounts
 from dynaflow_serving.strategies.sequential import Sequential
-from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.selector import Selector
 from dynaflow_serving.strategy.splitting import whole
 
 
@@ -35,20 +33,19 @@ class PlanCache:
     """`zero_copy=False` keeps operators from writing into given buffers, as autograd requires."""
 
     def __init__(
-        self, capture: CapturedProgram, strategy: OpScheduler, executor: Executor, zero_copy: bool = True
+        self, captured: CapturedProgram, selector: Selector, executor: Executor, zero_copy: bool = True
     ) -> None:
-        self.captured, self.strategy, self.executor = capture, strategy, executor
+        self.captured, self.selector, self.executor = captured, selector, executor
         self.zero_copy = zero_copy
-        self.counts = StepCounts()
         self.made = self.hits = 0  # plans made, and found made
         self._prepared: dict[tuple[Signature, bool, bool], BoundPlan] = {}
         self._vetoed: dict[Signature, str] = {}
 
     def decide(self, batch: Batch) -> Split:
-        """The strategy's split, or the whole batch with the reason why it cannot be run split."""
-        return self.admit(batch, self.strategy.split(batch))
+        """The selector's split, or the whole batch with the reason why it cannot be run split."""
+        return self.allowed_split(batch, self.selector.split(batch))
 
-    def admit(self, batch: Batch, split: Split) -> Split:
+    def allowed_split(self, batch: Batch, split: Split) -> Split:
         """`split`, unless the program cannot be split or cross-micro-batch dependences leave no valid order."""
         if self.captured.program.unsplittable and len(split.micro_batches) > 1:
             return whole(batch, f"program: {self.captured.program.unsplittable}")
@@ -68,7 +65,7 @@ class PlanCache:
         zero_copy = self.zero_copy if zero_copy is None else zero_copy
         key = (signature, zero_copy, traced)
         if key not in self._prepared:
-            strategy = self.strategy.of(signature.candidate)
+            strategy = self.selector.strategy(signature.candidate)
             if signature.micro_batches == 1 and not strategy.schedules_unsplit:
                 strategy = Sequential()
             recorded = strategy.record(self.captured.program, signature.micro_batches, signature.depends)
@@ -97,8 +94,8 @@ class PlanCache:
         """What ranks compare before the first step: the plans of every number of micro-batches."""
         program = self.captured.program
         signatures = []
-        for candidate in self.strategy.candidates:
-            strategy = self.strategy.of(candidate)
+        for candidate in self.selector.candidates:
+            strategy = self.selector.strategy(candidate)
             most = 1 if program.unsplittable else strategy.max_micro_batches
             signatures += [Signature(n, (), candidate) for n in range(1 if strategy.schedules_unsplit else 2, most + 1)]
         return "\n".join(map(self._text, signatures)) or program.to_text()
@@ -120,10 +117,9 @@ class PlanCache:
         traced: bool = False,
     ) -> Any:
         """One step. `args` are the program's inputs without constants; returns the model's own structure."""
-        self.counts.add(split)
         prepared = self.prepare(split.signature, zero_copy, traced)
         return self.captured.rebuild(prepared.run(args, split.bounds, enter))
 
     def run_whole(self, args: Sequence[Any], tokens: int, enter: Callable[[int], Any] = no_context) -> Any:
-        """The un-split step of a batch of `tokens`, not counted."""
+        """The un-split step of a batch of `tokens`."""
         return self.captured.rebuild(self.prepare(Signature(1)).run(args, (0, tokens), enter))

@@ -1,23 +1,36 @@
+"""What one worker did, as it crosses processes.
+
+Contract
+- Plain data: `model_dump(mode="json")` on one side, `WorkerReport.model_validate` on the other.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from dynaflow_serving.session.counts import StepCounts
-from dynaflow_serving.session.plan_cache import PlanCache
-from dynaflow_serving.strategy.base import OpScheduler
+from pydantic import BaseModel, ConfigDict, Field
 
 
-def report(strategy: OpScheduler, mode: str, counts: StepCounts, plan_caches: Sequence[PlanCache]) -> dict[str, Any]:
-    """What `dynaflow bench` and `dynaflow explain` show of one process; plain data, for a remote call."""
-    plans = [p for r in plan_caches for p in r.plans if p.micro_batches > 1]
-    return {
-        "strategy": strategy.name,
-        "mode": mode,
-        "steps": {"split": counts.split, "unsplit": dict(counts.unsplit)},
-        "plan_hash": plans[-1].digest if plans else "",
-        "executors": [e.report() for e in dict.fromkeys(r.executor for r in plan_caches)],
-        "programs": [
-            {"program": r.captured.program.to_text(), "plans": [p.to_text() for p in r.plans]} for r in plan_caches
-        ],
-    }
+class _Report(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StepReport(_Report):
+    split: int = Field(description="steps that ran as micro-batches")
+    unsplit: dict[str, int] = Field(description="reason -> steps that ran whole")
+
+
+class ProgramReport(_Report):
+    program: str = Field(description="text of the Program")
+    plans: list[str] = Field(description="texts of its Plans, un-split first")
+
+
+class WorkerReport(_Report):
+    strategy: str
+    mode: str = Field(description="how the engine compiles")
+    steps: StepReport
+    plan_hash: str = Field(description="digest of the newest plan with micro-batches; empty if there is none")
+    executors: list[dict[str, Any]]
+    programs: list[ProgramReport]
+    policy: dict[str, Any] | None = Field(default=None, description="the policy's table, where it decides")
+    timelines: list[dict[str, Any]] = Field(default=[], description="of the latest traced step, one per graph")

@@ -12,7 +12,7 @@ Contract
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ import torch
 import torch.utils._pytree as pytree
 
 from dynaflow_serving.config import ShadowOptions
+from dynaflow_serving.session.observers import Observer
 from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.step import Step
 
 FORMAT = "dynaflow_serving reproducer 1"
 # Kernels tile, and so sum, in another order for another number of rows.
@@ -40,32 +42,42 @@ class Difference:
         return f"output {self.output} differs by {self.relative:.3g} of its greatest value (allowed: {self.allowed:g})"
 
 
-class Shadow:
-    """`ranks`: set once the ranks have met."""
+class Shadow(Observer):
+    """`ranks`: set once the ranks can talk to one another."""
 
     def __init__(self, options: ShadowOptions, rank: int) -> None:
         self.options, self.rank = options, rank
         self.ranks = Ranks()
-        self.compared = 0
+        self.comparisons = 0
         self.stopped = ""  # the reason, once outputs have differed
 
-    def wants(self, split_step: int) -> bool:
-        """Whether the `split_step`-th split step (from 1) is compared."""
-        return (split_step - 1) % self.options.every == 0
+    def veto(self) -> str:
+        return self.stopped
 
-    def compare(self, split: Any, whole: Any, what: Mapping[str, Any]) -> None:
-        """`split` and `whole`: outputs, as pytrees of tensors. `what`: of the step, for the reproducer."""
-        self.compared += 1
+    def decided(self, step: Step) -> None:
+        if step.number and (step.number - 1) % self.options.every == 0:
+            step.to_compare = True
+
+    def compare(self, split: Any, whole: Any, describe: Callable[[], Mapping[str, Any]]) -> bool:
+        """Whether the outputs are equal on all ranks; if not, the strategy is stopped.
+
+        Args:
+            split, whole: outputs, as pytrees of tensors.
+            describe: what the reproducer says of the step.
+        """
+        self.comparisons += 1
         found = difference(tensors(split), tensors(whole), self.options.tolerance)
         (differs,) = self.ranks.greatest([float(found is not None)])
         if not differs:
-            return
+            return True
+        what = describe()
         path = self._dump(split, whole, found, what)
         self.stopped = "shadow mode: outputs differed from un-split ones"
         logger.error(
             "DynaFlow: strategy %s is STOPPED: a split step's outputs differ from the un-split ones: %s. Reproducer: "
             "%s (dynaflow check shows it)", what.get("strategy"), found or "on another rank", path,
         )  # fmt: skip
+        return False
 
     def _dump(self, split: Any, whole: Any, found: Difference | None, what: Mapping[str, Any]) -> Path:
         folder = Path(self.options.folder)

@@ -9,16 +9,18 @@ Contract
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dynaflow_serving.config import TraceOptions
 from dynaflow_serving.core.timeline import Timeline, chrome_trace
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.files import write_text
+from dynaflow_serving.session.observers import Observer
+from dynaflow_serving.session.step import Step
 
 
-class TraceWriter:
+class TraceWriter(Observer):
     def __init__(self, options: TraceOptions, rank: int) -> None:
         """Raises `ConfigError` if the folder cannot be made."""
         self.options, self.rank, self.written = options, rank, 0
@@ -27,13 +29,15 @@ class TraceWriter:
         except OSError as error:
             raise ConfigError(f"trace: folder {options.folder!r} cannot be made: {error}") from None
 
-    def wants(self, split_step: int) -> bool:
-        """Whether the `split_step`-th split step (from 1) is traced."""
-        return self.written < self.options.limit and (split_step - 1) % self.options.every == 0
+    def decided(self, step: Step) -> None:
+        due = step.number and (step.number - 1) % self.options.every == 0
+        if due and self.written < self.options.limit:
+            step.to_trace = True
 
-    def write(self, split_step: int, timelines: list[Timeline], facts: dict[str, Any]) -> None:
+    def traced(self, step: Step, timelines: Sequence[Timeline]) -> None:
+        tokens = [b - a for a, b in (p.tokens for p in step.split.micro_batches)]
+        facts = {"tokens": tokens, "requests": len(step.batch.tokens), "rank": self.rank}
         for i, timeline in enumerate(timelines):
-            name = f"step{split_step:06d}-rank{self.rank}" + (f"-graph{i}" if len(timelines) > 1 else "")
-            path = Path(self.options.folder, f"{name}.json")
-            write_text(path, json.dumps(chrome_trace(timeline, {**facts, "rank": self.rank})) + "\n")
+            name = f"step{step.number:06d}-rank{self.rank}" + (f"-graph{i}" if len(timelines) > 1 else "")
+            write_text(Path(self.options.folder, f"{name}.json"), json.dumps(chrome_trace(timeline, facts)) + "\n")
         self.written += 1

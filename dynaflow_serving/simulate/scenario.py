@@ -23,8 +23,10 @@ from dynaflow_serving.simulate.device import Topology
 from dynaflow_serving.simulate.engine import Simulation
 from dynaflow_serving.simulate.executor import SimulatedExecutor
 from dynaflow_serving.simulate.model import Shape, decoder
+from dynaflow_serving.strategies import build_strategy
 from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.selector import FixedStrategy, Selector
 from dynaflow_serving.strategy.splitting import whole
 
 _REQUESTS = re.compile(r"(?:(\d+)x)?(\d+)(?:@(\d+))?$")
@@ -91,13 +93,13 @@ class Scenario:
         """The scenario in words."""
         return f"{self.shape.name} on {self.topology.title}, {len(self.batch.tokens)} requests a rank"
 
-    def simulate(self, config: Config) -> list[SimulatedSchedule]:
-        """Compare the variants of the config's strategy; schedules with one plan and one cut are listed once.
+    def simulate(self, strategies: Sequence[OpScheduler]) -> list[SimulatedSchedule]:
+        """Compare the strategies; schedules with one plan and one cut are listed once.
 
         Raises:
             ConfigError, ScheduleError, PlanError: As `compare` raises them.
         """
-        compared = compare(self.shape, self.topology, self.batch, variants(config), self.graphs)
+        compared = compare(self.shape, self.topology, self.batch, strategies, self.graphs)
         return list({(s.schedule, s.tokens, s.timeline.plan.digest): s for s in compared}.values())
 
     def as_dict(self, batch: str, config: Config, schedules: Sequence[SimulatedSchedule]) -> dict[str, Any]:
@@ -119,18 +121,17 @@ class Scenario:
         }
 
 
-def variants(config: Config) -> list[OpScheduler]:
-    """Return the strategies that a config stands for.
+def variants(selector: Selector, config: Config) -> list[OpScheduler]:
+    """Return the strategies that a config and its selector stand for.
 
     These are the candidates of a strategy that chooses among several. Else they are the strategy with each number of
     `MICRO_BATCHES`, unless it has no such option or the config names a number.
     """
-    strategy = config.build()
-    if strategy.candidates != ("",):
-        return [strategy.of(candidate) for candidate in strategy.candidates]
-    if "micro_batches" not in type(strategy.options).model_fields or "micro_batches" in config.options:
-        return [strategy]
-    return [config.model_copy(update={"options": config.options | {"micro_batches": n}}).build() for n in MICRO_BATCHES]
+    strategies = [selector.strategy(candidate) for candidate in selector.candidates]
+    numbered = "micro_batches" in type(selector.options).model_fields
+    if len(strategies) > 1 or not numbered or "micro_batches" in config.options:
+        return strategies
+    return [build_strategy(config.strategy, config.options | {"micro_batches": n}) for n in MICRO_BATCHES]
 
 
 def busy(timeline: Simulation, resource: Resource) -> float:
@@ -172,7 +173,7 @@ def compare(
     executor = SimulatedExecutor(model, topology, graphs)
 
     def timeline(strategy: OpScheduler, split: Split) -> Simulation:
-        plan_cache = PlanCache(CapturedProgram(model.program, {}), strategy, executor)
+        plan_cache = PlanCache(CapturedProgram(model.program, {}), FixedStrategy(strategy), executor)
         result: Simulation = plan_cache.run([batch], split)[0]
         return result
 
@@ -180,7 +181,7 @@ def compare(
     found = [SimulatedSchedule("un-split", (sum(batch.tokens),), plain, 1.0)]
     in_turn: set[tuple[int, ...]] = set()
     for strategy in strategies:
-        split = PlanCache(CapturedProgram(model.program, {}), strategy, executor).decide(batch)
+        split = PlanCache(CapturedProgram(model.program, {}), FixedStrategy(strategy), executor).decide(batch)
         tokens = tuple(b - a for a, b in (m.tokens for m in split.micro_batches))
         reason = split.reason if len(tokens) == 1 else ""
         if len(tokens) > 1 and split.bounds not in in_turn:

@@ -59,7 +59,7 @@ def tune_on_cluster(job: TuningJob, address: str, tell: Tell = lambda share, wha
         for number, part in enumerate(jobs, 1):
             name = f"share {number} of {len(jobs)}"
             running[task.remote(part, name, os.environ.get(THREADS))] = (name, part)
-            tell(name, f"{', '.join(part.auto.measured)}: sent to the cluster")
+            tell(name, f"{', '.join(part.selector.measured)}: sent to the cluster")
         try:
             return _collect(ray, running, tell)
         finally:
@@ -76,7 +76,7 @@ def _collect(ray: Any, running: dict[Any, tuple[str, TuningJob]], tell: Tell) ->
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
         name, job = running.pop(done)
-        what = f"{name} ({', '.join(job.auto.measured)}) has failed"
+        what = f"{name} ({', '.join(job.selector.measured)}) has failed"
         try:
             answer = ray.get(done)
         except ray.exceptions.RayError as error:

@@ -20,12 +20,11 @@ from dynaflow_serving.capture.examples import HIDDEN, example_capture
 from dynaflow_serving.config import load
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.executor import get_executor
 from dynaflow_serving.policy.bucket import Limits, representatives
 from dynaflow_serving.policy.calls import tune_calls
+from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.session.plan_cache import PlanCache
-from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.session.session import Session
 
 LIMITS = Limits(tokens=2048, requests=16, length=2048, cached=1 << 20)
 
@@ -36,17 +35,12 @@ class Example:
     def __init__(self, name: str, config: dict[str, Any]) -> None:
         loaded = load(config)
         self.name = name
-        self.steps = Steps(loaded.build(), loaded)
-        self.executor = get_executor(loaded.executor, "cpu", loaded)
-        self.plan_cache = PlanCache(example_capture(name), self.steps.strategy, self.executor)
-        self.steps.plan_caches.append(self.plan_cache)
+        self.session = Session(build_selector(loaded), loaded)
+        self.plan_cache = self.session.add(example_capture(name))
 
     def step(self, batch: Batch, rows: torch.Tensor) -> Any:
-        split = self.steps.begin(batch)
-        try:
-            return self.plan_cache.run((len(rows), rows), split, traced=self.steps.traced)
-        finally:
-            self.steps.end()
+        with self.session.step(batch) as step:
+            return self.plan_cache.run((len(rows), rows), step.split, traced=step.to_trace)
 
     @torch.no_grad()
     def tune(self, limits: Limits = LIMITS) -> Table:
@@ -55,7 +49,7 @@ class Example:
             for batch in representatives(limits)
         ]
         return tune_calls(
-            self.steps, calls, self.plan_cache.captured.constants, {"engine": "example", "model": self.name}
+            self.session, calls, self.plan_cache.captured.constants, {"engine": "example", "model": self.name}
         )
 
 
@@ -78,8 +72,8 @@ class ExampleDriver:
 
     def reset(self) -> None:
         if self.example is not None:
-            self.example.steps.reset()
+            self.example.session.reset()
 
     def close(self) -> None:
         if self.example is not None:
-            self.example.executor.close()
+            self.example.session.close()

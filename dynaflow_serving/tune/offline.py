@@ -22,12 +22,12 @@ from dynaflow_serving.bench.process import EngineProcess
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.bench.tiny_models import find_model
 from dynaflow_serving.capture.examples import EXAMPLES
-from dynaflow_serving.config import Config, load
+from dynaflow_serving.config import Config
 from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.policy.bucket import Bucket
+from dynaflow_serving.policy.selector import AutoSelector, build_selector
 from dynaflow_serving.policy.table import Decision, Table, Trial, differences
 from dynaflow_serving.policy.tuner import conclude
-from dynaflow_serving.strategies.auto import Auto
 
 EXAMPLE_DRIVER = "dynaflow_serving.tune.example:ExampleDriver"
 
@@ -51,21 +51,21 @@ class TuningJob:
     local: bool = True  # whether the model is on this machine
 
     @property
-    def auto(self) -> Auto:
+    def selector(self) -> AutoSelector:
         """Its strategy. Raises `ConfigError` if that decides nothing."""
-        strategy = Config(**self.config).build()
-        if not isinstance(strategy, Auto):
+        selector = build_selector(Config(**self.config))
+        if not isinstance(selector, AutoSelector):
             raise ConfigError(
-                f"strategy {strategy.name!r} decides nothing, so there is nothing to tune: give the config of a "
+                f"strategy {selector.name!r} decides nothing, so there is nothing to tune: give the config of a "
                 "strategy 'auto', with others as its candidates (--candidate)"
             )
-        return strategy
+        return selector
 
     @property
     def summary(self) -> str:
         """The candidates that are measured, and how long that may take, in words."""
-        auto = self.auto
-        return f"candidates {', '.join(auto.measured)}; at most {auto.options.budget_seconds:g} s of measuring"
+        selector = self.selector
+        return f"candidates {', '.join(selector.measured)}; at most {selector.options.budget_seconds:g} s of measuring"
 
     def with_choices(
         self, candidates: list[str] | None, micro_batches: list[int] | None, budget_seconds: float | None
@@ -75,7 +75,7 @@ class TuningJob:
         Raises:
             ConfigError: The strategy decides nothing, or a choice is not valid.
         """
-        self.auto  # noqa: B018  raises for another strategy
+        self.selector  # noqa: B018  raises for another strategy
         choices: dict[str, Any] = {
             "candidates": candidates and [_absolute(name) for name in candidates],
             "micro_batches": micro_batches,
@@ -87,7 +87,8 @@ class TuningJob:
         """The same with other options of the strategy. Raises `ConfigError`."""
         config = Config(**self.config)
         changed = config.model_copy(update={"options": {**config.options, **options}})
-        return replace(self, config=load(changed).model_dump())
+        build_selector(changed)  # raises for options that are not valid
+        return replace(self, config=changed.model_dump())
 
 
 def _absolute(candidate: str) -> str:
@@ -176,7 +177,7 @@ def _engine(job: TuningJob, name: str, log: Path) -> tuple[EngineProcess, Engine
 
 def shares(job: TuningJob, most: int) -> list[TuningJob]:
     """`job` as at most `most` jobs, each with some of its candidates."""
-    labels = job.auto.measured
+    labels = job.selector.measured
     count = min(most, len(labels))
     return [job.with_options(only=list(labels[i::count])) for i in range(count)]
 
@@ -190,16 +191,16 @@ def merge(measured: Sequence[tuple[TuningJob, Table]]) -> Table:
                 f"the shares were not measured alike, so one table cannot hold for them: {found}. Use workers with the "
                 "same device and the same releases"
             )
-    auto = first.with_options(only=[]).auto
+    selector = first.with_options(only=[]).selector
     by_bucket: dict[Bucket, list[tuple[TuningJob, Decision]]] = {}
     for job, part in measured:
         for decision in part.decisions:
             by_bucket.setdefault(decision.bucket, []).append((job, decision))
-    decisions = [_merged(bucket, parts, auto) for bucket, parts in by_bucket.items()]
+    decisions = [_merged(bucket, parts, selector) for bucket, parts in by_bucket.items()]
     return Table(key=table.key, decisions=decisions, seconds=max(t.seconds for _, t in measured))
 
 
-def _merged(bucket: Bucket, parts: Sequence[tuple[TuningJob, Decision]], auto: Auto) -> Decision:
+def _merged(bucket: Bucket, parts: Sequence[tuple[TuningJob, Decision]], selector: AutoSelector) -> Decision:
     merged = Decision(kind=bucket.kind, tokens=bucket.tokens, requests=bucket.requests)
     tried = [d for _, d in parts if d.noise is not None]
     if not tried:
@@ -207,11 +208,11 @@ def _merged(bucket: Bucket, parts: Sequence[tuple[TuningJob, Decision]], auto: A
         return merged
     trials: dict[str, Trial] = {}
     for job, decision in parts:
-        own = decision.trials or [Trial(candidate=c, verdict=decision.reason) for c in job.auto.measured]
+        own = decision.trials or [Trial(candidate=c, verdict=decision.reason) for c in job.selector.measured]
         trials |= {t.candidate: t.model_copy(deep=True) for t in own}
-    merged.trials = [trials[label] for label in auto.candidates if label in trials]
+    merged.trials = [trials[label] for label in selector.candidates if label in trials]
     timed = [d for d in tried if any(t.ratios for t in d.trials)] or tried
     merged.plain_ms = median(d.plain_ms for d in timed if d.plain_ms is not None)
     merged.noise = max(d.noise for d in timed if d.noise is not None)
-    conclude(merged, auto.options.min_gain)
+    conclude(merged, selector.options.min_gain)
     return merged

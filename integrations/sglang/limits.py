@@ -12,6 +12,7 @@ from typing import Any
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
+from dynaflow_serving.strategy.selector import Selector
 
 # ForwardBatch fields that only some requests set and that a micro-batch would need its own part of.
 PER_REQUEST = {
@@ -25,12 +26,12 @@ PER_REQUEST = {
 }
 
 
-def check(server_args: Any, config: Config) -> None:
-    """`server_args`: resolved."""
+def check(server_args: Any, config: Config, selector: Selector) -> None:
+    """Raise `InactiveError` with all that keeps DynaFlow from being active; `server_args`: resolved."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
 
     view, model = resolving_view(server_args), model_config_of(server_args)
-    causes = [*_device(view, config), *_graphs(view), *_features(view), *_model(model)]
+    causes = [*_device(view, config, selector), *_graphs(view), *_features(view), *_model(model)]
     refuse("SGLang", config, causes)
 
 
@@ -43,13 +44,12 @@ def reason_to_run_whole(forward_batch: Any) -> str:
     return f"a request with {found[0]}" if found else ""
 
 
-def _device(view: Any, config: Config) -> list[str]:
+def _device(view: Any, config: Config, selector: Selector) -> list[str]:
     if causes := executor_causes("SGLang", config, str(view.device).partition(":")[0]):
         return causes
     if config.capture == "graph":
         return ["capture: graph: SGLang makes no graph of its models (set capture: auto, or eager)"]
-    strategy = config.build()
-    if strategy.max_micro_batches < 2:
+    if selector.max_micro_batches < 2:
         return [f"strategy {config.strategy!r} never splits, and un-split steps run as SGLang runs them"]
     return []
 

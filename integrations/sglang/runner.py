@@ -14,6 +14,8 @@ Contract
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,13 +23,14 @@ import torch
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.integrations.segmented import SegmentedForward
-from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.integrations.sglang.limits import reason_to_run_whole
 from dynaflow_serving.integrations.sglang.micro_batches import MicroBatches, check_layout, describe
 from dynaflow_serving.integrations.sglang.trials import RunnerTrials, facts
+from dynaflow_serving.policy.selector import AutoSelector, build_selector
+from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import default_path
-from dynaflow_serving.session.plan_cache import no_context
+from dynaflow_serving.session.forward import Contexts, EagerForward
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
@@ -67,12 +70,13 @@ class DynaflowRunner:
         self.runner, self.body = runner, body_of(runner.model)
         check_layout(self.body)
         device = str(runner.device).partition(":")[0]
-        self.session = Session(config, device, "eager", logger, get_parallel().tp_rank)
+        self.session = Session(
+            build_selector(config), config, device, mode="eager", logger=logger, rank=get_parallel().tp_rank
+        )
         self.backends: list[Any] = []
         self._forward_raw, self._init_attention_backends = runner._forward_raw, runner.init_attention_backends
-        self.segmented = SegmentedForward(
-            self.session, self.body.forward, self.body, rules(get_parallel().tp_size), {"attention": "kv"}
-        )
+        cuts, states = rules(get_parallel().tp_size), {"attention": "kv"}
+        self.eager_forward = EagerForward(self.session, self.body.forward, self.body, cuts, states, self.entering)
 
     def install(self) -> None:
         self.runner.dynaflow = self
@@ -88,7 +92,7 @@ class DynaflowRunner:
         ):
             for name in names:
                 vars(thing).pop(name, None)
-        self.segmented.segments.detach()
+        self.eager_forward.eager.detach()
         self.session.close()
 
     def init_attention_backends(self) -> None:
@@ -97,7 +101,7 @@ class DynaflowRunner:
         self.make_backends()
 
     def make_backends(self) -> None:
-        self.backends = [self.runner._get_attention_backend() for _ in range(self.session.max_micro_batches)]
+        self.backends = [self.runner._get_attention_backend() for _ in range(self.session.selector.max_micro_batches)]
 
     def check(self, group: Any) -> None:
         """Record the model. Raise `InactiveError` unless it can be split and all ranks of `group` (a process group for
@@ -107,27 +111,28 @@ class DynaflowRunner:
             backend.get_cuda_graph_seq_len_fill_value()
         except NotImplementedError:  # a backend without CUDA graphs; those that have them all say 1
             backend.get_cuda_graph_seq_len_fill_value = lambda: 1
-        with self.segmented.recording(), eager.model_context():
+        with self.eager_forward.recording(), eager.model_context():
             for size in DUMMY_SIZES:
                 eager._dummy_run(size, buffers=eager._alloc_dummy_decode_buffers(size))
-        self.session.check(group)
+        self.session.confirm(group)
 
     def start(self, tree_cache: Any) -> None:
         """After `check`, with an empty `tree_cache`: decide by measuring, where the strategy is one that decides.
         Raises `InactiveError` for ranks that have different decisions."""
         with RunnerTrials(self.runner, tree_cache) as trials:
-            self.session.start(trials, lambda: facts(self.runner, self.session, self.body, trials.limits))
+            start_policy(self.session, trials, lambda: facts(self.runner, self.session, self.body, trials.limits))
 
     def decided(self) -> dict[str, Any] | None:
         """The policy in short, for `/server_info`; None where the strategy decides nothing."""
-        auto, table = self.session.auto, self.session.policy
-        if auto is None or table is None:
+        selector = self.session.selector
+        if not isinstance(selector, AutoSelector) or selector.table is None:
             return None
+        table = selector.table
         return {
             "adopted": {str(bucket): candidate for bucket, candidate in table.adopted.items()},
             "buckets": len(table.decisions),
-            "switched_off": auto.switched_off,
-            "table": auto.options.table or str(default_path(table.key)),
+            "switched_off": selector.switched_off,
+            "table": selector.options.table or str(default_path(table.key)),
         }
 
     def step(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,14 +141,11 @@ class DynaflowRunner:
             return self._forward_raw(forward_batch, *args, **kwargs)
         batch = describe(forward_batch)
         if reason := reason_to_run_whole(forward_batch):
-            self.session.whole(batch, reason)
+            self.session.count_unsplit(batch, reason)
             return self._forward_raw(forward_batch, *args, **kwargs)
-        self.session.begin(batch)
-        try:
-            run = self._without_graphs if self.session.micro_batches else self._forward_raw
+        with self.session.step(batch) as step:
+            run = self._without_graphs if step.micro_batches else self._forward_raw
             return run(forward_batch, *args, **kwargs)
-        finally:
-            self.session.end()
 
     def _without_graphs(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self.runner
@@ -157,25 +159,21 @@ class DynaflowRunner:
             # planned; our backends plan after that. Without the event it waits for the whole step.
             runner.shared_read_done_event = None
 
-    def forward(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of the body's forward."""
-        own = (input_ids, positions, forward_batch)
-        if not self.session.micro_batches:
-            return self.segmented(len(positions), (*own, *args), kwargs, no_context)
+    @contextmanager
+    def entering(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kw: Any) -> Iterator[Contexts]:
+        """The micro-batches of a split step, given the body's arguments."""
         micro_batches = MicroBatches(forward_batch, self.session.micro_batches, self.backends)
         try:
-            result = self.segmented(
-                len(positions),
-                (*own, *args),
-                kwargs,
-                micro_batches.enter,
-                lambda index: ((*micro_batches.arguments(index), *args), kwargs),
-            )
+            yield Contexts(micro_batches.enter, lambda i: ((*micro_batches.arguments(i), *args), kw))
         finally:
             micro_batches.leave()
-        return self.session.checked(
-            result, lambda: self.segmented(len(positions), (*own, *args), kwargs, no_context), (input_ids, positions)
-        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the body's forward; its first arguments are `BODY_ARGUMENTS`."""
+        result, step = self.eager_forward(*args, **kwargs), self.session.in_flight
+        if step is None or not step.micro_batches:
+            return result
+        return step.checked(result, lambda: self.eager_forward(*args, **kwargs), args[:2])
 
 
 def body_of(model: torch.nn.Module) -> torch.nn.Module:

@@ -14,7 +14,6 @@ Contract
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +80,7 @@ def _ready(info: dict[str, Any], scheduler: Any) -> None:
     config = active_config(scheduler.server_args)
     if config is None:
         return
-    ours = _of(scheduler)
+    ours = _runner_of(scheduler)
     try:
         if ours is not None:
             ours.check(scheduler.tp_cpu_group)
@@ -100,15 +99,14 @@ def _give_up(config: Config, error: InactiveError) -> None:
     logger.warning("DynaFlow is NOT active, SGLang runs as it is (fallback: true): %s", error)
 
 
-def _of(scheduler: Any) -> Any:
+def _runner_of(scheduler: Any) -> Any:
     """The DynaflowRunner, or None."""
     return getattr(scheduler.tp_worker.model_runner, "dynaflow", None)
 
 
 def _state(output: Any, scheduler: Any) -> None:
-    if (ours := _of(scheduler)) is not None:
-        report = ours.session.report()
-        state = {name: report[name] for name in ("strategy", "mode", "steps", "plan_hash")}
+    if (ours := _runner_of(scheduler)) is not None:
+        state = ours.session.report().model_dump(include={"strategy", "mode", "steps", "plan_hash"})
         output.internal_state[KEY] = state | {"policy": ours.decided()}
 
 
@@ -116,11 +114,11 @@ def _report(scheduler: Any, folder: str) -> None:
     from sglang.srt.runtime_context import get_parallel
 
     path = Path(folder) / f"rank{get_parallel().tp_rank}.json"
-    path.write_text(json.dumps(_of(scheduler).session.report()))
+    path.write_text(_runner_of(scheduler).session.report().model_dump_json())
 
 
 def _reset(scheduler: Any) -> None:
-    _of(scheduler).session.reset()
+    _runner_of(scheduler).session.reset()
 
 
 _parent: Any = None  # arguments of the engine that this process starts, or started last

@@ -86,13 +86,15 @@ def _requested(server_args: Any) -> Config | None:
 def _activate(server_args: Any, config: Config, resolve: Callable[[Any], None]) -> None:
     from dynaflow_serving.integrations.sglang import SGLangIntegration
     from dynaflow_serving.integrations.sglang.limits import check
+    from dynaflow_serving.policy.selector import build_selector
 
     resolved = False
+    selector = build_selector(config)
     try:
         SGLangIntegration().check_release()
         resolve(server_args)
         resolved = True
-        check(server_args, config)
+        check(server_args, config, selector)
     except InactiveError as error:
         if not config.fallback:
             raise

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dynaflow_serving.core.batch import Batch
-from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.policy.bucket import Limits, representatives
-from dynaflow_serving.policy.calls import machine_key, strategy_key
+from dynaflow_serving.policy.calls import machine_key, selector_key
 from dynaflow_serving.policy.effects import Facts
+from dynaflow_serving.session.session import Session
 
 STEP_STATE = ("forward_pass_id", "shared_read_done_event")  # of a ModelRunner, that every step changes
 # Resolved arguments that the time of a step depends on, besides those that `facts` names one by one.
@@ -200,10 +200,10 @@ def facts(runner: Any, session: Session, body: Any, limits: Limits) -> Facts:
         f"{runner.token_to_kv_pool_allocator.page_size}, mixed: {arguments['enable_mixed_chunk']}",
         "graphs": "none" if arguments["disable_cuda_graph"] else json.dumps(graphs),
         "executor": session.config.model_dump_json(exclude={"strategy", "options", "trace", "shadow", "fallback"}),
-        "programs": " ".join(r.captured.program.digest for r in session.plan_caches),
-        "plans": _digest("\n".join(r.texts() for r in session.plan_caches)),
+        "programs": " ".join(c.captured.program.digest for c in session.plan_caches),
+        "plans": _digest("\n".join(c.texts() for c in session.plan_caches)),
         **machine_key(str(runner.device).partition(":")[0]),
-        **strategy_key(session),
+        **selector_key(session.selector),
     }
     replayed = (runner.decode_cuda_graph_runner, runner.prefill_cuda_graph_runner)
     return Facts(

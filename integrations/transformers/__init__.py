@@ -18,6 +18,7 @@ from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.base import Integration
 from dynaflow_serving.policy.table import Table
+from dynaflow_serving.session.report import WorkerReport
 
 Model = TypeVar("Model")
 
@@ -69,11 +70,11 @@ def tune(model: Any, inputs: Sequence[Mapping[str, Any]]) -> Table:
     return Body.of(model).tune(inputs, key)
 
 
-def report(model: Any) -> dict[str, Any]:
+def report(model: Any) -> WorkerReport:
     """What DynaFlow did in the forwards of `model` so far: strategy, steps split and not, programs and plans.
 
     Raises `InactiveError` for a model that is not enabled.
     """
     from dynaflow_serving.integrations.transformers.body import Body
 
-    return Body.of(model).report()
+    return Body.of(model).session.report()

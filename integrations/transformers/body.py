@@ -26,21 +26,21 @@ from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError, InactiveError, PartitionError
 from dynaflow_serving.policy.calls import tune_calls
+from dynaflow_serving.policy.selector import AutoSelector
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.session.counts import StepCounts
-from dynaflow_serving.session.report import report
-from dynaflow_serving.strategy.splitting import whole
+from dynaflow_serving.session.forward import SplitForward
+from dynaflow_serving.session.session import LiveStep
 from dynaflow_serving.torch_backend import Backend, Compiled, make_backend
 
 ATTRIBUTE = "_dynaflow"
 
 
-class Body:
+class Body(SplitForward):
     def __init__(self, module: torch.nn.Module, backend: Backend, fallback: bool = False) -> None:
+        super().__init__(backend.session)
         self.module, self.original, self.backend, self.fallback = module, module.forward, backend, fallback
         self.signature = inspect.signature(self.original)
         self.compiled = Compiled(self.original, backend, batch_dim=0)
-        self.counts = StepCounts()  # of calls that never reach a graph
         self.refused = ""  # why this model runs without DynaFlow, by `fallback: true`
 
     @classmethod
@@ -64,29 +64,36 @@ class Body:
         return body  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = self.signature.bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
-        first = batched_input(given)
+        first = batched_input(self._arguments(args, kwargs))
         assert first is not None
         size = first.shape[0]
         if size < 2 or self.refused:  # Dynamo specialises on 0 and 1, and there is nothing to split
-            self.counts.add(whole(Batch((1,) * size), self.refused or "one request"))
+            self.session.count_unsplit(Batch((1,) * size), self.refused or "one request")
             return self.original(*args, **kwargs)
         self.backend.width = first.shape[1] if first.dim() > 1 else 1
-        steps = self.backend.steps
-        if steps.auto is None:
-            return self._under_plans(first, given, args, kwargs)
-        steps.begin(Batch((1,) * size, width=self.backend.width))
-        try:
-            if not steps.micro_batches:
-                return self.original(*args, **kwargs)
-            result = self._under_plans(first, given, args, kwargs)
-            return steps.checked(result, lambda: self.original(*args, **kwargs), [first])
-        finally:
-            steps.end()
+        if not isinstance(self.session.selector, AutoSelector):
+            return self._run_graphs(args, kwargs)  # each graph is a step
+        run = super().__call__
+        with self.session.step(Batch((1,) * size, width=self.backend.width)) as step:
+            return step.checked(run(*args, **kwargs), lambda: run(*args, **kwargs), [first])
 
-    def _under_plans(self, first: torch.Tensor, given: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
-        """The captured forward. first: that says the size of the batch; given: all arguments, by name."""
+    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.original(*args, **kwargs)
+
+    def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._run_graphs(args, kwargs)
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call, by name."""
+        given = self.signature.bind(*args, **kwargs).arguments
+        extra: dict[str, Any] = given.pop("kwargs", {})
+        return {**given, **extra}
+
+    def _run_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The captured forward."""
+        given = self._arguments(args, kwargs)
+        first = batched_input(given)
+        assert first is not None
         size, batched = first.shape[0], [first]
         for value in given.values():
             if isinstance(value, torch.Tensor) and value is not first and value.dim() > 1 and value.shape[0] == size:
@@ -108,11 +115,6 @@ class Body:
             self.refused = f"fallback: {error}"
         return result
 
-    def report(self) -> dict[str, Any]:
-        steps = self.backend.steps
-        counts = StepCounts(steps.counts.split, self.counts.unsplit + steps.counts.unsplit)
-        return report(self.backend.strategy, "AOT", counts, self.backend.plan_caches)
-
     def tune(self, inputs: Sequence[Mapping[str, Any]], key: Mapping[str, str]) -> Table:
         """Decide by calling the body with each of `inputs`. Raises `ConfigError`, `InactiveError`."""
         calls = []
@@ -125,7 +127,7 @@ class Body:
                 )
             batch = Batch((1,) * first.shape[0], width=first.shape[1])
             calls.append((batch, functools.partial(self._call_without_gradients, {"use_cache": False, **given})))
-        return tune_calls(self.backend.steps, calls, self.module.parameters(), key)
+        return tune_calls(self.session, calls, self.module.parameters(), key)
 
     @torch.no_grad()
     def _call_without_gradients(self, given: Mapping[str, Any]) -> None:

@@ -17,9 +17,8 @@ import torch
 
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.integrations.segmented import SegmentedForward
-from dynaflow_serving.integrations.vllm.session import VLLMSession
-from dynaflow_serving.session.plan_cache import no_context
+from dynaflow_serving.integrations.vllm.state import WorkerState
+from dynaflow_serving.session.forward import EagerForward
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 
 ATTENTION = ("Attention", "MLAAttention", "ChunkedLocalAttention")
@@ -49,34 +48,25 @@ def has_graph(vllm_config: Any, model: torch.nn.Module) -> bool:
     return any(not getattr(m, "do_not_compile", False) for m in compiled)
 
 
-def attach(session: VLLMSession, runner: Any) -> SegmentedForward | None:
-    """Put the model's forward under `session`, if there is no graph. Raises `AnnotationError`, `InactiveError`."""
-    model = runner.get_model()
-    if has_graph(session.vllm_config, model):
+def attach(worker: WorkerState, runner: Any) -> EagerForward | None:
+    """Put the model's forward under DynaFlow, if there is no graph. Raises `AnnotationError`, `InactiveError`."""
+    model, session = runner.get_model(), worker.session
+    if has_graph(worker.vllm_config, model):
         return None
     if session.config.capture == "graph":
         raise InactiveError(
             f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
         )
-    stock = model.forward
     session.mode = "eager (no graph)," + session.mode.partition(",")[2]
-    segmented = SegmentedForward(session, stock, model, rules(), {"attention": "kv"})
-
-    @functools.wraps(stock)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        tokens = next(t.shape[0] for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-        if not session.micro_batches:
-            return segmented(tokens, args, kwargs, no_context)
-        with session.entering() as enter:
-            return segmented(tokens, args, kwargs, enter)
-
-    model.forward = forward
-    return segmented
+    stock = model.forward
+    forward = EagerForward(session, stock, model, rules(), {"attention": "kv"}, worker.contexts.entering)
+    model.forward = functools.wraps(stock)(lambda *args, **kwargs: forward(*args, **kwargs))
+    return forward
 
 
-def record(segmented: SegmentedForward, runner: Any) -> None:
+def record(forward: EagerForward, runner: Any) -> None:
     """Have the model recorded. Raises `InactiveError` if that gives no Program."""
     most = runner.vllm_config.scheduler_config.max_num_batched_tokens
-    with segmented.recording():
+    with forward.recording():
         for tokens in (min(RECORDED_TOKENS, most - 1), min(2 * RECORDED_TOKENS, most)):
             runner._dummy_run(tokens)

@@ -21,7 +21,9 @@ from typing import Any
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import DynaflowError, InactiveError
 from dynaflow_serving.integrations.vllm import metrics
+from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.strategy.rules import Rule
+from dynaflow_serving.strategy.selector import Selector
 
 KEY = "dynaflow"
 PIECE_COMPILER = "dynaflow_piece_compiler"  # mode 2: what vLLM would have compiled the graph with
@@ -78,9 +80,10 @@ def _create_engine_config(args: Any, create: Callable[[], Any]) -> Any:
     if not requested:
         return create()
     config = load(requested)
+    selector = build_selector(config)
     original = dict(args.additional_config)
     try:
-        return _activate(args, config, create)
+        return _activate(args, config, selector, create)
     except InactiveError as error:
         if not config.fallback:
             raise
@@ -89,7 +92,7 @@ def _create_engine_config(args: Any, create: Callable[[], Any]) -> Any:
         return create()
 
 
-def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
+def _activate(args: Any, config: Config, selector: Selector, create: Callable[[], Any]) -> Any:
     from dynaflow_serving.integrations.vllm import VLLMIntegration
     from dynaflow_serving.integrations.vllm.limits import check, check_annotations
 
@@ -99,9 +102,8 @@ def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
     os.environ |= ENVIRONMENT
     try:
         vllm_config = create()
-        rules = config.build().annotations
-        check(vllm_config, config, rules)
-        check_annotations(vllm_config, rules)
+        check(vllm_config, config, selector)
+        check_annotations(vllm_config, selector.annotations)
     except BaseException:
         for name, value in before.items():  # what runs next in this process may be the stock engine
             if value is None:
@@ -109,7 +111,7 @@ def _activate(args: Any, config: Config, create: Callable[[], Any]) -> Any:
             else:
                 os.environ[name] = value
         raise
-    _redirect(vllm_config, rules)
+    _redirect(vllm_config, selector.annotations)
     metrics.attach()
     logger.info("DynaFlow is on: strategy %s, options %s", config.strategy, config.options or "default")
     return vllm_config

@@ -22,13 +22,15 @@ from dynaflow_serving.config import Config
 from dynaflow_serving.errors import AnnotationError
 from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
+from dynaflow_serving.strategy.selector import Selector
 
 
-def check(vllm_config: Any, config: Config, rules: Iterable[Rule] = ()) -> None:
-    """`rules`: the strategy's annotations."""
+def check(vllm_config: Any, config: Config, selector: Selector) -> None:
+    """Raise `InactiveError` with all that keeps DynaFlow from being active under `config`."""
     from vllm.platforms import current_platform
 
-    causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, rules), *_unsplit(vllm_config, config)]
+    causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, selector.annotations)]
+    causes += _unsplit(vllm_config, selector)
     causes += [*_features(vllm_config), *executor_causes("vLLM", config, current_platform.device_type)]
     refuse("vLLM", config, causes)
 
@@ -104,15 +106,14 @@ def _cuts(vllm_config: Any, rules: Iterable[Rule]) -> list[str]:
     ]
 
 
-def _unsplit(vllm_config: Any, config: Config) -> list[str]:
+def _unsplit(vllm_config: Any, selector: Selector) -> list[str]:
     from vllm.config import CompilationMode
 
-    strategy = config.build()
     if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
         return []
-    if strategy.max_micro_batches > 1 or not strategy.schedules_unsplit:
+    if selector.max_micro_batches > 1 or not selector.schedules_unsplit:
         return []
-    return [f"strategy {config.strategy!r} never splits, and mode 3 runs un-split steps as vLLM does (set mode 2)"]
+    return [f"strategy {selector.name!r} never splits, and mode 3 runs un-split steps as vLLM does (set mode 2)"]
 
 
 def _features(vllm_config: Any) -> list[str]:

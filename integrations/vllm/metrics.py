@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dynaflow_serving.session.observers import Observer
+
 VARIABLE = "DYNAFLOW_METRICS_FILE"
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 PERIOD = 1.0  # seconds between two writes
@@ -59,16 +61,16 @@ def attach() -> None:
     os.environ[VARIABLE] = str(_serving.file)
 
 
-class Writer:
-    """Of one worker."""
+class Writer(Observer):
+    """Writes the metrics of one worker."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._waiting = False
         self._lock = threading.Lock()
 
-    def later(self) -> None:
-        """Something was counted: it is in the file within `PERIOD`."""
+    def left(self) -> None:
+        """What the step has counted is in the file within `PERIOD`."""
         if not self._waiting:
             self._waiting = True
             timer = threading.Timer(PERIOD, self.write)

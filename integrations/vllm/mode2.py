@@ -19,19 +19,17 @@ from torch import fx
 from dynaflow_serving.capture.fx import partition
 from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.capture.fx.symbols import input_symbols
-from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph
 from dynaflow_serving.integrations.vllm.operators import effects, rules
-from dynaflow_serving.integrations.vllm.session import current
+from dynaflow_serving.integrations.vllm.state import current
 
 
 def backend(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
-    session = current()
-    capture = partition(
-        gm, rules=(*session.strategy.annotations, *rules()), tokens=input_symbols(gm), effects=effects()
-    )
+    worker = current()
+    selector = worker.session.selector
+    capture = partition(gm, rules=(*selector.annotations, *rules()), tokens=input_symbols(gm), effects=effects())
     whole = None
-    if session.piece_compiler == "inductor":
-        compile_pieces(capture, session.vllm_config.compilation_config.inductor_compile_config)
-    elif not session.strategy.schedules_unsplit:
+    if worker.piece_compiler == "inductor":
+        compile_pieces(capture, worker.vllm_config.compilation_config.inductor_compile_config)
+    elif not selector.schedules_unsplit:
         whole = gm.forward  # what vLLM would have run
-    return MicroBatchedGraph(session, session.add(capture), whole)
+    return worker.forward(worker.session.add(capture), whole)

@@ -20,9 +20,9 @@ from dynaflow_serving.capture.fx import capture_pieces
 from dynaflow_serving.capture.fx.matching import apply_rules
 from dynaflow_serving.capture.fx.symbols import input_symbols
 from dynaflow_serving.integrations.vllm.engine_args import KEY
-from dynaflow_serving.integrations.vllm.graph import MicroBatchedGraph
 from dynaflow_serving.integrations.vllm.operators import effects, rules
-from dynaflow_serving.integrations.vllm.session import current
+from dynaflow_serving.integrations.vllm.state import current
+from dynaflow_serving.session.forward import GraphForward
 
 
 def attach() -> None:
@@ -36,7 +36,7 @@ def attach() -> None:
     class DynaflowBackend(VllmBackend):
         def __call__(self, graph: fx.GraphModule, example_inputs: Any) -> Any:
             # Before the graph is cut: annotations go with the nodes into the pieces.
-            apply_rules(graph, (*current().strategy.annotations, *rules()))
+            apply_rules(graph, (*current().session.selector.annotations, *rules()))
             result = super().__call__(graph, example_inputs)
             result.optimized_call = _stitch(self, result.optimized_call)
             return result
@@ -51,8 +51,8 @@ def attach() -> None:
     CompilationConfig.init_backend = init_backend
 
 
-def _stitch(backend: Any, whole: Any) -> MicroBatchedGraph:
-    session = current()
+def _stitch(backend: Any, whole: Any) -> GraphForward:
+    worker = current()
     graphs = {item.submod_name: item.graph for item in backend.piecewise_graphs}
     capture = capture_pieces(backend.split_gm, graphs, tokens=input_symbols(backend.split_gm), effects=effects())
-    return MicroBatchedGraph(session, session.add(capture), whole)
+    return worker.forward(worker.session.add(capture), whole)

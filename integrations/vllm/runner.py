@@ -2,24 +2,26 @@
 
 Contract
 - A runner describes each live step with `begin`, and gives the session one forward context per micro-batch
-  (`VLLMSession.set_contexts`) before it runs the model; whoever runs the model enters them.
+  (`ForwardContexts.set`) before it runs the model; whoever runs the model enters them.
 - A split step runs without CUDA graph and without padding. Profiling, warm-up and capture runs are untouched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.integrations.vllm.hazards import dependences
-from dynaflow_serving.integrations.vllm.session import VLLMSession
+from dynaflow_serving.integrations.vllm.state import WorkerState
 
 
 class RunnerMixin:
-    dynaflow: VLLMSession
+    dynaflow: WorkerState
+    _live_step = ExitStack()  # holds the live step, once its split is decided
 
     def begin(
         self,
@@ -28,17 +30,18 @@ class RunnerMixin:
         joined: Sequence[int],
         tables: Iterable[tuple[int, Sequence[Sequence[int]]]],
     ) -> None:
-        """Decide the split of the live step; arguments as in `hazards.dependences`."""
+        """Begin the live step, which ends with `_live_step`; arguments as in `hazards.dependences`."""
         depends: tuple[tuple[int, int], ...] = ()
         if self.cache_config.enable_prefix_caching:  # type: ignore[attr-defined]
             depends = dependences(tokens, computed, joined, tables)
-        self.dynaflow.begin(Batch(tuple(tokens.tolist()), tuple(computed.tolist()), depends))
+        batch = Batch(tuple(tokens.tolist()), tuple(computed.tolist()), depends)
+        self._live_step.enter_context(self.dynaflow.session.step(batch))
 
     def ubatch_slices(self) -> list[Any]:
         """The live step's micro-batches as vLLM's slices; [] if it runs whole."""
         from vllm.v1.worker.ubatch_utils import UBatchSlice
 
-        return [UBatchSlice(slice(*p.requests), slice(*p.tokens)) for p in self.dynaflow.micro_batches]
+        return [UBatchSlice(slice(*p.requests), slice(*p.tokens)) for p in self.dynaflow.session.micro_batches]
 
     def create_metadata_builders(self, kernel_block_sizes: Sequence[int]) -> None:
         """One builder of attention metadata per micro-batch: some keep what they prepared on themselves.
@@ -53,7 +56,7 @@ class RunnerMixin:
                     self.vllm_config,  # type: ignore[attr-defined]
                     self.device,  # type: ignore[attr-defined]
                     size,
-                    num_metadata_builders=self.dynaflow.max_micro_batches,
+                    num_metadata_builders=self.dynaflow.session.selector.max_micro_batches,
                 )
                 for builder in group.metadata_builders:
                     # V1 reuses metadata by (spec, builder type), whatever the micro-batch: the second one

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from dynaflow_serving.integrations.vllm.runner import RunnerMixin
@@ -31,19 +32,19 @@ class V1RunnerMixin(RunnerMixin):
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         self._live = scheduler_output
         try:
-            return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
+            with ExitStack() as self._live_step:
+                return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
         finally:
             self._live = None
             self._slots = self._attention = ((), {})
-            self.dynaflow.end()
 
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
-        if self._live is not None and self.dynaflow.split is None:
+        if self._live is not None and self.dynaflow.session.in_flight is None:
             tokens = kwargs["num_scheduled_tokens_np"]
             batch = self.input_batch  # type: ignore[attr-defined]
             tables = ((t.block_size, t.get_numpy_array()) for t in batch.block_table.block_tables)
             self.begin(tokens, batch.num_computed_tokens_cpu[: len(tokens)], self._joined(), tables)
-        if self.dynaflow.micro_batches:
+        if self.dynaflow.session.micro_batches:
             kwargs["force_eager"] = True
         return super()._determine_batch_execution_and_padding(*args, **kwargs)  # type: ignore[misc]
 
@@ -63,21 +64,23 @@ class V1RunnerMixin(RunnerMixin):
         from vllm.forward_context import get_forward_context
 
         forward = functools.partial(super()._model_forward, *args, **kwargs)  # type: ignore[misc]
-        if not self.dynaflow.micro_batches:
+        step = self.dynaflow.session.in_flight
+        if step is None or not step.micro_batches:
             return forward()
-        step = get_forward_context()
-        self.dynaflow.set_contexts(step.attn_metadata, step.slot_mapping, step.is_padding)
+        context = get_forward_context()
+        self.dynaflow.contexts.set(context.attn_metadata, context.slot_mapping, context.is_padding)
         result = forward()
-        return self.dynaflow.checked(result, lambda: self._whole(forward), (*args, *kwargs.values()))
+        return step.checked(result, lambda: self._whole(forward), (*args, *kwargs.values()))
 
     def _whole(self, forward: Callable[[], Any]) -> Any:
         """The live split step's forward, un-split, for shadow mode, under which there are no micro-batches."""
-        self.dynaflow.clock.synchronize()  # builders of metadata keep buffers that the split forward may still read
+        # Builders of metadata keep buffers that the split forward may still read.
+        self.dynaflow.session.clock.synchronize()
         args, kwargs = self._slots
         _, slots = self._get_slot_mappings(*args, **{**kwargs, "ubatch_slices": None})
         args, kwargs = self._attention
         metadata, _ = self._build_attention_metadata(*args, **{**kwargs, "ubatch_slices": None})
-        with self.dynaflow.unsplit(metadata, slots):
+        with self.dynaflow.contexts.unsplit(metadata, slots):
             return forward()
 
     def _joined(self) -> list[int]:

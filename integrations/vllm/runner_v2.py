@@ -12,6 +12,7 @@ Contract
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -37,17 +38,15 @@ class V2RunnerMixin(RunnerMixin):
         from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
         def dispatch(num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
-            if parts := self.dynaflow.micro_batches:
+            if parts := self.dynaflow.session.micro_batches:
                 return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs, num_ubatches=len(parts))
             return stock(num_reqs, num_tokens, *args, **kwargs)
 
         return dispatch
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with ExitStack() as self._live_step:
             return super().execute_model(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.dynaflow.end()
 
     def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
         state, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)  # type: ignore[misc]
@@ -87,7 +86,7 @@ class MicroBatchRunner:
     def __init__(self, runner: Any) -> None:
         self.runner = runner
         # Offsets and lengths are relative to the micro-batch, so they are no views of the whole batch's.
-        shape = (runner.dynaflow.max_micro_batches, runner.max_num_reqs + 1)
+        shape = (runner.dynaflow.session.selector.max_micro_batches, runner.max_num_reqs + 1)
         self._query_start_loc = torch.zeros(shape, dtype=torch.int32, device=runner.device)
         self._seq_lens = torch.zeros(shape, dtype=torch.int32, device=runner.device)
         self._step: tuple[Any, ...] = ()  # the live step, as `prepare_attn` takes it
@@ -116,16 +115,15 @@ class MicroBatchRunner:
                 )
             )
             slots.append(build_slot_mappings_by_layer(mapping, runner.kv_cache_config))
-        runner.dynaflow.set_contexts(metadata, slots, input_batch.is_padding)
+        runner.dynaflow.contexts.set(metadata, slots, input_batch.is_padding)
         self._step = (input_batch, kwargs["cg_mode"], block_tables, slot_mappings)
-        return UBatchState(slices, forward_contexts=[])  # the session has them
+        return UBatchState(slices, forward_contexts=[])  # `ForwardContexts` has them
 
     def run(self, model: Callable[..., Any], model_inputs: dict[str, Any], state: Any) -> Any:
         step, self._step = self._step, ()
+        live = self.runner.dynaflow.session.in_flight
         result = model(**model_inputs)
-        return self.runner.dynaflow.checked(
-            result, lambda: self._run_whole(model, model_inputs, *step), model_inputs.values()
-        )
+        return live.checked(result, lambda: self._run_whole(model, model_inputs, *step), model_inputs.values())
 
     def _run_whole(
         self, model: Callable[..., Any], model_inputs: dict[str, Any], input_batch: Any, cg_mode: Any,
@@ -135,10 +133,10 @@ class MicroBatchRunner:
         from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 
         runner = self.runner
-        runner.dynaflow.clock.synchronize()  # builders keep buffers that the split forward may still read
+        runner.dynaflow.session.clock.synchronize()  # builders keep buffers that the split forward may still read
         metadata = runner.model_state.prepare_attn(
             input_batch, cg_mode, block_tables, slot_mappings, runner.attn_groups, runner.kv_cache_config
         )
         slots = build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config)
-        with runner.dynaflow.unsplit(metadata, slots):
+        with runner.dynaflow.contexts.unsplit(metadata, slots):
             return model(**model_inputs)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from dynaflow_serving.core.batch import Batch
-from dynaflow_serving.integrations.vllm.session import VLLMSession
 from dynaflow_serving.policy.bucket import Limits, representatives
-from dynaflow_serving.policy.calls import machine_key, strategy_key
+from dynaflow_serving.policy.calls import machine_key, selector_key
 from dynaflow_serving.policy.effects import Facts
+from dynaflow_serving.session.session import Session
 
 NAME = "_dynaflow_trial_{}_{}_"
 
@@ -97,7 +97,7 @@ class WorkerTrials:
         return requests
 
 
-def facts(worker: Any, session: VLLMSession) -> Facts:
+def facts(worker: Any, session: Session) -> Facts:
     """What the policy has to know of `worker`'s model and engine."""
     from vllm import __version__
     from vllm.config import CUDAGraphMode
@@ -117,10 +117,10 @@ def facts(worker: Any, session: VLLMSession) -> Facts:
         "attention": " ".join(sorted({g.backend.get_name() for gs in worker.model_runner.attn_groups for g in gs})),
         "graphs": str(config.compilation_config.cudagraph_mode),
         "executor": session.config.model_dump_json(exclude={"strategy", "options", "trace", "shadow", "fallback"}),
-        "programs": " ".join(r.captured.program.digest for r in session.plan_caches),
-        "plans": _digest("\n".join(r.texts() for r in session.plan_caches)),
+        "programs": " ".join(c.captured.program.digest for c in session.plan_caches),
+        "plans": _digest("\n".join(c.texts() for c in session.plan_caches)),
         **machine_key(worker.device.type),
-        **strategy_key(session),
+        **selector_key(session.selector),
     }
     wide = model.get_hidden_size() * model.dtype.itemsize if ranks > 1 else 0
     graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)

@@ -18,17 +18,18 @@ from vllm.v1.worker.gpu_worker import Worker
 from dynaflow_serving.integrations.vllm import eager, mode3
 from dynaflow_serving.integrations.vllm.runner_v1 import V1RunnerMixin
 from dynaflow_serving.integrations.vllm.runner_v2 import V2RunnerMixin
-from dynaflow_serving.integrations.vllm.session import VLLMSession
+from dynaflow_serving.integrations.vllm.state import WorkerState
 from dynaflow_serving.integrations.vllm.trials import WorkerTrials, facts
+from dynaflow_serving.policy.start import start_policy
 
 
 class DynaflowWorkerMixin:
-    dynaflow: VLLMSession
+    dynaflow: WorkerState
 
     def init_device(self) -> None:
         super().init_device()  # type: ignore[misc]
         device_type, rank = current_platform.device_type, self.rank  # type: ignore[attr-defined]
-        self.dynaflow = VLLMSession(self.vllm_config, device_type, rank)  # type: ignore[attr-defined]
+        self.dynaflow = WorkerState(self.vllm_config, device_type, rank)  # type: ignore[attr-defined]
         mode3.attach()
         runner = self.model_runner  # type: ignore[attr-defined]
         mixin = V2RunnerMixin if self.use_v2_model_runner else V1RunnerMixin  # type: ignore[attr-defined]
@@ -37,29 +38,30 @@ class DynaflowWorkerMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_model(*args, **kwargs)  # type: ignore[misc]
-        self.segmented = eager.attach(self.dynaflow, self.model_runner)  # type: ignore[attr-defined]
+        self.eager_forward = eager.attach(self.dynaflow, self.model_runner)  # type: ignore[attr-defined]
         return result
 
     def compile_or_warm_up_model(self) -> Any:
         from vllm.distributed.parallel_state import get_tp_group
 
-        if self.segmented is not None:
-            eager.record(self.segmented, self.model_runner)  # type: ignore[attr-defined]
+        if self.eager_forward is not None:
+            eager.record(self.eager_forward, self.model_runner)  # type: ignore[attr-defined]
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
-        self.dynaflow.check(get_tp_group().cpu_group)
+        session = self.dynaflow.session
+        session.confirm(get_tp_group().cpu_group)
         self.dynaflow.serving = True
-        self.dynaflow.start(WorkerTrials(self), lambda: facts(self, self.dynaflow))
+        start_policy(session, WorkerTrials(self), lambda: facts(self, session))
         return result
 
     def dynaflow_report(self) -> dict[str, Any]:
-        return self.dynaflow.report()
+        return self.dynaflow.report().model_dump(mode="json")
 
     def dynaflow_reset(self) -> None:
-        self.dynaflow.reset()
+        self.dynaflow.session.reset()
 
     def shutdown(self) -> None:
         if hasattr(self, "dynaflow"):
-            self.dynaflow.close()
+            self.dynaflow.session.close()
         super().shutdown()  # type: ignore[misc]
 
 

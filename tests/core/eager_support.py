@@ -17,6 +17,7 @@ from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly
 
 WIDTH = 8
@@ -99,7 +100,7 @@ class Run:
 
     def __init__(self, made: EagerCapture, strategy: OpScheduler, executor: str = "sequential") -> None:
         assert made.captured is not None
-        self.made, self.plan_cache = made, PlanCache(made.captured, strategy, get_executor(executor))
+        self.made, self.plan_cache = made, PlanCache(made.captured, FixedStrategy(strategy), get_executor(executor))
 
     def __call__(self, micro_batches: int, *args: torch.Tensor) -> torch.Tensor:
         split = cut_evenly(Batch((1,) * len(args[0])), micro_batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch.distributed as dist
@@ -37,7 +36,7 @@ def different_tables(rank: int, folder: str) -> str:
     table("nanoflow x2" if rank else "").save(file)
     engine = Engine(per_token, ranks=Ranks(dist.group.WORLD), table=str(file))
     try:
-        start_policy(engine.steps, engine.steps.plan_caches, engine, engine.facts, engine.ranks, logging.getLogger())
+        start_policy(engine.session, engine, lambda: engine.facts, engine.ranks)
     except InactiveError as error:
         text = str(error)
         told = "different policy tables" in text and '+   "candidate": "nanoflow x2"' in text
@@ -49,12 +48,11 @@ def guard_of_one_rank(rank: int, folder: str) -> str:
     """Only rank 1 finds its candidate slow: both switch off, after the same step."""
     slow = rank == 1
     engine = Engine(lambda tokens: per_token(tokens) * (3 if slow and tokens < 64 else 1), guard_window=16)
-    assert engine.steps.auto is not None
-    engine.steps.auto.adopt(table("nanoflow x2"), Ranks(dist.group.WORLD))
+    engine.selector.serve_by(table("nanoflow x2"), engine.session, Ranks(dist.group.WORLD))
     for _ in range(40):
         engine.step(BATCH)
     counted = [None, None]
-    dist.all_gather_object(counted, (engine.steps.counts.split, dict(engine.steps.counts.unsplit)))
+    dist.all_gather_object(counted, (engine.session.counts.split, dict(engine.session.counts.unsplit)))
     same = counted[0] == counted[1]
-    off = engine.steps.auto.switched_off
+    off = engine.selector.switched_off
     return "as expected" if same and off == 1 else f"{counted} {off}"

@@ -11,11 +11,10 @@ from support import manual, program_of
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
-from dynaflow_serving.executor import get_executor
 from dynaflow_serving.policy.effects import Facts
-from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.policy.selector import AutoSelector, build_selector
 from dynaflow_serving.session.ranks import Ranks
-from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.session.session import Session
 
 # compute, then network, twice: two micro-batches hide one's network under the other's compute
 CHAIN = """
@@ -55,16 +54,18 @@ class Engine:
         self.seconds = seconds
         self.ran: list[Batch] = []
         config = Config(strategy="auto", options={"candidates": ["nanoflow"], "micro_batches": [2], **options})
-        self.steps = Steps(config.build(), config)
-        self.plan_cache = PlanCache(
+        self.session = Session(build_selector(config), config)
+        self.plan_cache = self.session.add(
             manual(program_of(CHAIN), **dict.fromkeys(("c0", "n0", "c1", "n1"), self._operator)),
-            self.steps.strategy,
-            get_executor("cpu"),
         )
-        self.steps.plan_caches.append(self.plan_cache)
         self._batches = list(batches)
         self.facts = Facts({"model": "chain", "device": "here"})
         self.ranks = ranks or Ranks()
+
+    @property
+    def selector(self) -> AutoSelector:
+        assert isinstance(self.session.selector, AutoSelector)
+        return self.session.selector
 
     def _operator(self, x: torch.Tensor) -> torch.Tensor:
         time.sleep(self.seconds(len(x)))
@@ -78,12 +79,9 @@ class Engine:
         self.step(batch)
 
     def step(self, batch: Batch) -> torch.Tensor:
-        split = self.steps.begin(batch)
-        try:
-            x = torch.zeros(sum(batch.tokens), 1)
-            (result,) = self.plan_cache.run([x], split, traced=self.steps.traced)
-        finally:
-            self.steps.end()
+        x = torch.zeros(sum(batch.tokens), 1)
+        with self.session.step(batch) as step:
+            (result,) = self.plan_cache.run([x], step.split, traced=step.to_trace)
         assert torch.equal(result, torch.full_like(result, 4.0))
         return result
 

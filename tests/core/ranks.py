@@ -18,14 +18,15 @@ from dynaflow_serving.config import Config
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import InactiveError, PlanError
 from dynaflow_serving.executor.cpu import CPUExecutor
-from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.plan_cache import no_context
+from dynaflow_serving.session.session import Session
 
 
 def session(**options: Any) -> Session:
     config = Config(strategy="nanoflow", options={"min_tokens": 4, **options})
-    return Session(config, "cpu", "test", logging.getLogger("test"))
+    return Session(build_selector(config), config, mode="test", logger=logging.getLogger("test"))
 
 
 def leave(close: Callable[[], None]) -> None:
@@ -41,7 +42,7 @@ def agree(rank: int, folder: str, micro_batches: list[int]) -> None:
     s = session(micro_batches=micro_batches[rank])
     s.add(example_capture("llama"))
     try:
-        s.check(dist.group.WORLD)
+        s.confirm(dist.group.WORLD)
         outcome = "agreed"
     except InactiveError as error:
         outcome = str(error)

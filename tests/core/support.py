@@ -17,11 +17,14 @@ from dynaflow_serving.capture.examples import example_capture
 from dynaflow_serving.capture.fx import partition
 from dynaflow_serving.capture.fx.symbols import batch_symbols
 from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import load
 from dynaflow_serving.core.parse import parse_program
 from dynaflow_serving.core.plan import Action, ActionKind, Plan
 from dynaflow_serving.core.program import Program
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.policy.selector import build_selector
+from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.schedule import Schedule
 
 # make -> bump (in place, on the network stream, slowly) -> read
@@ -158,3 +161,8 @@ def replaced(plan: Plan, actions: list[Action]) -> Plan:
 
 def names(capture: CapturedProgram) -> list[str]:
     return [o.name for o in capture.program.operators]
+
+
+def built(source: Any) -> OpScheduler:
+    """The strategy of a config, or of whatever `load` takes."""
+    return build_selector(load(source)).strategy("")

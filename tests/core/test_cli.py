@@ -17,13 +17,13 @@ from dynaflow_serving.cli import app
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.parse import parse_plan, parse_program
-from dynaflow_serving.executor import get_executor
 from dynaflow_serving.picture.measure import example_inputs
 from dynaflow_serving.planning.verify import verify
-from dynaflow_serving.session.plan_cache import PlanCache
-from dynaflow_serving.session.steps import Steps
+from dynaflow_serving.policy.selector import build_selector
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_at_requests
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -207,17 +207,14 @@ class Suspicious(OpScheduler):
 @pytest.fixture
 def reproducer(tmp_path: Path) -> Path:
     """What shadow mode writes about a step of `llama` under `Suspicious`: 11 requests of 4 tokens."""
-    config = Config(strategy="sequential", shadow={"folder": str(tmp_path), "every": 1})
-    steps = Steps(Suspicious(), config)
+    config = Config(strategy="sequential", executor="sequential", shadow={"folder": str(tmp_path), "every": 1})
+    session = Session(FixedStrategy(Suspicious()), config)
     capture = example("llama")
-    plan_cache = PlanCache(capture, steps.strategy, get_executor("sequential"))
-    steps.plan_caches.append(plan_cache)
+    plan_cache = session.add(capture)
     inputs = example_inputs(capture.program, len(capture.constants), 44, HIDDEN)
-    with torch.no_grad():
-        split = steps.begin(Batch((4,) * 11))
-        result = plan_cache.run(inputs, split)
-        steps.checked(result, lambda: plan_cache.run_whole(inputs, 44), inputs)
-        steps.end()
+    with torch.no_grad(), session.step(Batch((4,) * 11)) as step:
+        result = plan_cache.run(inputs, step.split)
+        step.checked(result, lambda: plan_cache.run_whole(inputs, 44), inputs)
     (file,) = tmp_path.iterdir()
     return file
 
@@ -290,9 +287,9 @@ def test_check_of_what_is_no_reproducer(content: Any, message: str, tmp_path: Pa
 def test_check_shipped_configs(config: Path) -> None:
     result = dynaflow("check", str(config))
     assert result.exit_code == 0, result.output
-    strategy = load(config).build()
-    if strategy.candidates != ("",):
-        variants = len(strategy.candidates)  # what a policy chooses among
+    selector = build_selector(load(config))
+    if selector.candidates != ("",):
+        variants = len(selector.candidates)  # what a policy chooses among
     else:  # 2, 3 and 4 micro-batches, or the strategy's own
         variants = 3 if "\n  micro_batches:" in config.read_text() else 1
     assert result.stdout.count("OK") == variants * len(EXAMPLES)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import built
 
-from dynaflow_serving.config import Config, json_schema, load
+from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import ConfigError
-from dynaflow_serving.strategies import get_strategy, strategy_names
+from dynaflow_serving.policy.selector import json_schema, strategy_names
+from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategies.nanoflow import NanoFlow
 from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.strategy.registry import register_strategy
@@ -37,7 +39,7 @@ def test_load_takes_a_path_a_name_a_mapping_and_a_config(tmp_path: Path) -> None
     from_file = load(file)
     assert from_file == load(str(file)) == load({"strategy": "nanoflow", "options": {"min_tokens": 64}})
     assert load(from_file) is from_file
-    strategy = from_file.build()
+    strategy = built(from_file)
     assert isinstance(strategy, NanoFlow) and strategy.options.min_tokens == 64
     assert load("nanoflow") == Config(strategy="nanoflow")
 
@@ -82,7 +84,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load(file)
+        built(file)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +92,14 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
     [
         ("missing.yaml", r"config file 'missing.yaml' does not exist \(looked in /"),
         ("nanoflo", r"unknown strategy 'nanoflo'. Did you mean 'nanoflow'\?"),
-        ("configs/none", r"unknown config file or strategy 'configs/none'"),
+        ("configs/none", r"config file 'configs/none' does not exist"),
         ("missing.py", r"strategy file 'missing.py' does not exist"),
         ({"strategy": "nanoflow", "options": 3}, r"the config: options: .*got 3"),
     ],
 )
 def test_mistakes_elsewhere(source: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load(source)
+        built(source)
 
 
 def test_options_of_the_executor(tmp_path: Path) -> None:
@@ -114,8 +116,8 @@ def test_a_strategy_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(FILE_STRATEGY.format(name="mine"))
     assert get_strategy(str(file)).name == "mine"
-    assert load(str(file)).build().name == "mine"  # again: the same file, registered anew
-    assert load({"strategy": str(file)}).build().name == "mine"
+    assert built(str(file)).name == "mine"  # again: the same file, registered anew
+    assert built({"strategy": str(file)}).name == "mine"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -18,9 +17,10 @@ from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.executor.cpu import CPUExecutor
 from dynaflow_serving.executor.cuda import CUDAExecutor
-from dynaflow_serving.integrations.session import Session
 from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.plan_cache import no_context
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.torch_backend import compile
 
@@ -235,7 +235,8 @@ def test_options_of_the_executor_reach_it_from_the_config() -> None:
     with pytest.raises(InactiveError, match=r"executor 'cpu' has no graph \(asked for: whole\)"):
         compile(torch.nn.Linear(HIDDEN, HIDDEN), asks)(x)
     with pytest.raises(InactiveError, match=r"executor 'cpu' has no sm_share \(asked for: network\)"):
-        Session(load({"strategy": "nanoflow", "streams": {"network": {"sm_share": 0.5}}}), "cpu", "test", logging.root)
+        config = load({"strategy": "nanoflow", "streams": {"network": {"sm_share": 0.5}}})
+        Session(build_selector(config), config)
 
 
 class Twice(torch.nn.Module):
@@ -248,5 +249,5 @@ class Twice(torch.nn.Module):
 def test_the_graphs_of_a_model_share_one_executor() -> None:
     model = compile(Twice(), "nanoflow", config={"min_tokens": 1})
     model(torch.randn(8, HIDDEN))
-    assert len(model.plan_caches) == 2
-    assert model.plan_caches[0].executor is model.plan_caches[1].executor
+    assert len(model.session.plan_caches) == 2
+    assert model.session.plan_caches[0].executor is model.session.plan_caches[1].executor

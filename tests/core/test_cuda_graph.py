@@ -25,8 +25,8 @@ from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.executor.cuda_graph import WholePlanGraphs
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
-from dynaflow_serving.session.report import report as report_of
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly, whole
 
 CHAIN = """
@@ -78,8 +78,8 @@ def test_a_replay_equals_the_model(model: str, strategy: str) -> None:
     cuda = FakeCuda()
     e = executor(cuda)
     capture = example(model)
-    plain = PlanCache(capture, get_strategy("sequential")(), CUDAExecutor(cuda=FakeCuda()))
-    plan_cache = PlanCache(capture, get_strategy(strategy)(), e)
+    plain = PlanCache(capture, FixedStrategy(get_strategy("sequential")()), CUDAExecutor(cuda=FakeCuda()))
+    plan_cache = PlanCache(capture, FixedStrategy(get_strategy(strategy)()), e)
     names = capture.program.inputs[: len(capture.program.inputs) - len(capture.constants)]
     for step in range(4):
         cuda.log.clear()
@@ -92,8 +92,7 @@ def test_a_replay_equals_the_model(model: str, strategy: str) -> None:
             torch.testing.assert_close(out, expected)
         if step > 1:
             assert cuda.log == [("replay", "default")] * 2
-    (shown,) = report_of(plan_cache.strategy, "test", plan_cache.counts, [plan_cache])["executors"]
-    report = json.loads(json.dumps(shown))["graphs"]  # plain data
+    report = json.loads(json.dumps(plan_cache.executor.report()))["graphs"]  # plain data
     assert report["eager"] == {"warm-up: the first run of a bucket": 2}
     assert [(g["bounds"], g["replays"]) for g in report["captured"]] == [([0, 4, 8], 3), ([0, 6, 12], 3)]
     for g in report["captured"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import re
 import time
 import xml.etree.ElementTree as ET
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from policy_support import CHAIN
-from support import manual, program_of
+from support import built, manual, program_of
 
 from dynaflow_serving.bench.engines import ENGINES, Engine
 from dynaflow_serving.bench.one_step import one_step
@@ -36,6 +37,7 @@ from dynaflow_serving.strategies.branches import Branches
 from dynaflow_serving.strategies.nanoflow import NanoFlow, NanoFlowOptions
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -56,7 +58,7 @@ def executor() -> Iterator[CPUExecutor]:
 
 def chain(strategy: OpScheduler, executor: CPUExecutor) -> PlanCache:
     program = program_of(CHAIN)
-    return PlanCache(manual(program, **{o.name: sleeps for o in program.operators}), strategy, executor)
+    return PlanCache(manual(program, **{o.name: sleeps for o in program.operators}), FixedStrategy(strategy), executor)
 
 
 @pytest.fixture(scope="module")
@@ -245,10 +247,12 @@ import logging, os, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 from policy_support import CHAIN
-from support import manual, program_of
+from support import built, manual, program_of
 from dynaflow_serving.bench.drivers import EngineInfo
 from dynaflow_serving.config import load
-from dynaflow_serving.integrations.session import Session
+from dynaflow_serving.policy.selector import build_selector
+from dynaflow_serving.session.forward import GraphForward
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.core.batch import Batch
 
 def operator(x):
@@ -257,9 +261,11 @@ def operator(x):
 
 class Small:
     def start(self, settings):
-        self.session = Session(load(settings.dynaflow), "cpu", "small", logging.getLogger("small"))
+        config = load(settings.dynaflow)
+        self.session = Session(build_selector(config), config, logger=logging.getLogger("small"))
         program = program_of(CHAIN)
-        self.plan_cache = self.session.add(manual(program, **{{o.name: operator for o in program.operators}}))
+        captured = manual(program, **{{o.name: operator for o in program.operators}})
+        self.forward = GraphForward(self.session, self.session.add(captured))
         self.passes = 0
         return EngineInfo("1", 100, "here")
 
@@ -268,18 +274,14 @@ class Small:
         tokens = tuple(len(r.prompt) for r in requests)
         piecemeal = os.environ.get("SMALL") == "always" or (os.environ.get("SMALL") == "at first" and self.passes < 3)
         for batch in [Batch((n,)) for n in tokens] if piecemeal else [Batch(tokens)]:
-            split = self.session.begin(batch)
             x = torch.zeros(sum(batch.tokens), 1)
-            if self.session.micro_batches:
-                (out,) = self.session.plan(self.plan_cache)([x], split.bounds, lambda mb: None)
-            else:
-                out = self.plan_cache.run_whole([x], len(x))[0]
-            self.session.end()
+            with self.session.step(batch):
+                (out,) = self.forward(x)
             assert torch.equal(out, x + 4)
         return [[0] for _ in requests]
 
     def report(self):
-        return [self.session.report()]
+        return [self.session.report().model_dump(mode="json")]
 
     def reset(self):
         self.session.reset()
@@ -293,7 +295,7 @@ TOKENS = (8, 8)
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "small_driver.py").write_text(SMALL.format(tests=str(Path(__file__).parent)))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setitem(ENGINES, "small", Engine("small_driver:Small"))
     return "small"
 
@@ -340,19 +342,15 @@ def test_one_step_is_one_step(small: str) -> None:
 
 
 def test_micro_batches_in_turn_are_cut_as_the_other_strategy_cuts_them() -> None:
-    strategy = load(
-        {"strategy": str(IN_TURN), "options": {"strategy": "token_weave", "options": {"min_tokens": 64}}}
-    ).build()
-    other = load({"strategy": "token_weave", "options": {"min_tokens": 64}}).build()
+    strategy = built({"strategy": str(IN_TURN), "options": {"strategy": "token_weave", "options": {"min_tokens": 64}}})
+    other = built({"strategy": "token_weave", "options": {"min_tokens": 64}})
     batch = Batch((600, 100, 300))
     cut, whole, again = (strategy.split(batch) for _ in range(3))
     assert cut == again == other.split(batch) and len(cut.micro_batches) == 2
     assert whole.reason == "un-split, to compare with"
     assert strategy.annotations == other.annotations and strategy.max_micro_batches == 2
     nano = NanoFlow(NanoFlowOptions(micro_batches=3))
-    three = load(
-        {"strategy": str(IN_TURN), "options": {"strategy": "nanoflow", "options": {"micro_batches": 3}}}
-    ).build()
+    three = built({"strategy": str(IN_TURN), "options": {"strategy": "nanoflow", "options": {"micro_batches": 3}}})
     assert three.max_micro_batches == nano.max_micro_batches == 3
     order = [(x.operators[0], x.start) for x in three.record(program_of(CHAIN), 3).launches]
     assert order == [(name, mb) for mb in range(3) for name in ("c0", "n0", "c1", "n1")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from support import arguments
@@ -14,24 +16,27 @@ from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies.nanoflow import NanoFlow, NanoFlowOptions
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly
 
 
 def make(strategy: OpScheduler) -> PlanCache:
-    return PlanCache(example_capture("llama"), strategy, SequentialExecutor())
+    return PlanCache(example_capture("llama"), FixedStrategy(strategy), SequentialExecutor())
 
 
 def test_plans_are_made_once_and_steps_are_counted() -> None:
     plan_cache = make(NanoFlow(NanoFlowOptions(min_tokens=4)))
     taken = plan_cache.captured.program.inputs[:2]
+    counted = Counter[str]()
     with torch.no_grad():
         for size in (8, 9, 4, 8):
             x = torch.randn(size, HIDDEN)
             split = plan_cache.decide(Batch((1,) * size))
+            counted[split.reason] += 1
             (out,) = plan_cache.run(arguments(taken, {"x": x}, size), split)
             assert out.shape == x.shape
-    assert plan_cache.counts.split == 3
-    assert plan_cache.counts.unsplit == {"a micro-batch would have under 4 tokens": 1}
+    assert counted == {"": 3, "a micro-batch would have under 4 tokens": 1}
+    assert (plan_cache.made, plan_cache.hits) == (2, 2)
     assert [p.micro_batches for p in plan_cache.plans] == [1, 2]
     assert [p.strategy for p in plan_cache.plans] == ["sequential", "nanoflow"]
 

@@ -15,19 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_support import Engine, fixed, per_token
 
-from dynaflow_serving.config import load
+from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy import table as tables
 from dynaflow_serving.policy.bucket import DECODE, MIXED, PREFILL, Bucket, Limits, bucket_of, representatives
 from dynaflow_serving.policy.effects import Facts, SideEffects
 from dynaflow_serving.policy.guard import COMPARED, RECHECKED, Guard
+from dynaflow_serving.policy.selector import COMPARING, NOT_DECIDED, SWITCHED_OFF, AutoSelector, build_selector
 from dynaflow_serving.policy.show import as_text, log_lines
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.policy.tuner import Tuner, conclude, noise
 from dynaflow_serving.session.ranks import Ranks
-from dynaflow_serving.strategies.auto import COMPARING, NOT_DECIDED, SWITCHED_OFF, Auto
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.splitting import cut_evenly
 
 BATCH = Batch((8,) * 8)
@@ -35,7 +36,7 @@ HERE = logging.getLogger("test")
 
 
 def tune(engine: Engine) -> Table:
-    return Tuner(engine.steps, engine.steps.plan_caches, engine, engine.facts, engine.ranks).tune()
+    return Tuner(engine.session, engine.selector, engine, engine.facts, engine.ranks).tune()
 
 
 def tune_until_adopted(engine: Engine, attempts: int = 4) -> Table:
@@ -183,9 +184,9 @@ def adopted(batch: Batch = BATCH, candidate: str = "nanoflow x2", noise: float =
 
 
 def test_a_step_is_looked_up_and_all_ranks_look_up_the_same() -> None:
-    auto = Auto()
+    auto = AutoSelector()
     declined = Decision(**bucket_of(Batch((1, 1)))._asdict(), trials=[trial(0.5)])
-    auto.adopt(table_for(adopted(), declined), Ranks())
+    auto.serve_by(table_for(adopted(), declined), Session(auto, Config(strategy="auto")))
     assert auto.split(BATCH).reason == COMPARING  # the first steps of a bucket are compared
     assert auto.split(BATCH).candidate == "nanoflow x2"
     assert auto.split(Batch((1, 1))).reason == "auto: not split is faster"
@@ -193,12 +194,13 @@ def test_a_step_is_looked_up_and_all_ranks_look_up_the_same() -> None:
 
 
 def test_before_the_table_nothing_is_split() -> None:
-    assert Auto().split(BATCH) == Split(Auto().cut(BATCH, "").micro_batches, reason=NOT_DECIDED)
+    assert AutoSelector().split(BATCH) == Split(AutoSelector().cut(BATCH, "").micro_batches, reason=NOT_DECIDED)
 
 
 def test_a_table_that_names_a_stranger_is_refused() -> None:
     with pytest.raises(ConfigError, match="the policy table names strange x9: no candidate of this config"):
-        Auto().adopt(table_for(adopted(candidate="strange x9")), Ranks())
+        engine = Engine(per_token)
+        engine.selector.serve_by(table_for(adopted(candidate="strange x9")), engine.session)
 
 
 # -- the guard -----------------------------------------------------------------------------------------
@@ -208,12 +210,11 @@ def test_a_candidate_that_becomes_slow_after_tuning_is_switched_off_within_its_w
 ) -> None:
     engine = Engine(per_token, guard_window=16, retune=True)
     assert tune_until_adopted(engine).adopted
-    auto = engine.steps.auto
-    assert auto is not None
-    auto.adopt(table_for(adopted()), Ranks())
+    auto = engine.selector
+    auto.serve_by(table_for(adopted()), engine.session)
     for _ in range(COMPARED + 16):
         engine.step(BATCH)
-    assert engine.steps.counts.split == COMPARED // 2 + 16 and auto.switched_off == 0
+    assert engine.session.counts.split == COMPARED // 2 + 16 and auto.switched_off == 0
     engine.seconds = lambda tokens: per_token(tokens) * (3 if tokens < 64 else 1)  # the lie
     with caplog.at_level(logging.WARNING):
         for _ in range(16 + COMPARED + 1):  # a window, then a comparison
@@ -221,19 +222,18 @@ def test_a_candidate_that_becomes_slow_after_tuning_is_switched_off_within_its_w
     assert auto.switched_off == 1
     lines = [r.getMessage() for r in caplog.records if "switched off" in r.getMessage()]
     assert len(lines) == 1 and "nanoflow x2 is switched off for prefill, up to 64 tokens of 16 requests: 0." in lines[0]
-    before = engine.steps.counts.split
+    before = engine.session.counts.split
     engine.step(BATCH)
-    assert engine.steps.counts.split == before and engine.steps.counts.unsplit[SWITCHED_OFF] == 2
+    assert engine.session.counts.split == before and engine.session.counts.unsplit[SWITCHED_OFF] == 2
 
 
 @pytest.mark.alone
 def test_a_candidate_that_was_never_as_fast_as_tuned_is_switched_off_after_the_first_comparison() -> None:
     engine = Engine(lambda tokens: per_token(tokens) * (3 if tokens < 64 else 1))
-    assert engine.steps.auto is not None
-    engine.steps.auto.adopt(table_for(adopted()), Ranks())
+    engine.selector.serve_by(table_for(adopted()), engine.session)
     for _ in range(COMPARED + 1):
         engine.step(BATCH)
-    assert engine.steps.auto.switched_off == 1
+    assert engine.selector.switched_off == 1
 
 
 BUCKET = Bucket(PREFILL, 64, 16)
@@ -281,7 +281,9 @@ def test_time_saved_is_estimated_from_the_last_comparison() -> None:
 
 # -- the file ------------------------------------------------------------------------------------------
 def start(engine: Engine) -> Table:
-    return start_policy(engine.steps, engine.steps.plan_caches, engine, engine.facts, engine.ranks, HERE)
+    start_policy(engine.session, engine, lambda: engine.facts, engine.ranks)
+    assert engine.selector.table is not None
+    return engine.selector.table
 
 
 def test_a_table_is_kept_and_read_for_the_same_key_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -291,7 +293,7 @@ def test_a_table_is_kept_and_read_for_the_same_key_only(tmp_path: Path, caplog: 
     assert first.ran
     again = Engine(per_token, table=file)
     assert start(again) == decided and again.ran == []
-    assert (again.steps.strategy.split(BATCH).reason == COMPARING) == bool(decided.adopted)
+    assert (again.selector.split(BATCH).reason == COMPARING) == bool(decided.adopted)
     for change in ({"device": "elsewhere"}, {"dynaflow_serving": "0.0.1"}):
         other = Engine(per_token, table=file)
         other.facts = Facts({**other.facts.key, **change})
@@ -325,7 +327,7 @@ def test_the_default_place_depends_on_the_key(tmp_path: Path, monkeypatch: pytes
 def test_tuning_is_neither_counted_nor_left_behind() -> None:
     engine = Engine(per_token, retune=True)
     tune(engine)
-    assert engine.steps.counts.split == 0 and not engine.steps.counts.unsplit
+    assert engine.session.counts.split == 0 and not engine.session.counts.unsplit
 
 
 @pytest.mark.alone
@@ -364,5 +366,5 @@ def test_two_ranks(tmp_path: Path, scenario: Callable[..., None]) -> None:
 )
 def test_wrong_options_say_what_is_valid(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load({"strategy": "auto", "options": options})
+        build_selector(load({"strategy": "auto", "options": options}))
     assert message in str(error.value)

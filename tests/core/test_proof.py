@@ -25,12 +25,14 @@ from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.executor.tracing import EventTracer
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.clock import CUDAClock
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.session.shadow import TOLERANCES, difference
-from dynaflow_serving.strategies.auto import Auto
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.rules import SplitModule
 from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly
 
 
@@ -38,9 +40,8 @@ from dynaflow_serving.strategy.splitting import cut_evenly
 def traced_engine(folder: Path, rank: int = 0, **trace: Any) -> Engine:
     engine = Engine(per_token)
     config = Config(strategy="nanoflow", options={"min_tokens": 1}, trace={"folder": str(folder), **trace})
-    engine.steps = type(engine.steps)(config.build(), config, rank=rank)
-    engine.plan_cache.strategy = engine.steps.strategy
-    engine.steps.plan_caches.append(engine.plan_cache)
+    engine.session = Session(build_selector(config), config, rank=rank)
+    engine.plan_cache = engine.session.add(engine.plan_cache.captured)
     return engine
 
 
@@ -65,7 +66,7 @@ def test_a_step_that_is_not_sampled_runs_the_plan_without_stamps(tmp_path: Path)
     engine = traced_engine(tmp_path, every=1, limit=1)
     for _ in range(2):
         engine.step(Batch((8,) * 8))
-    signature = engine.steps.strategy.split(Batch((8,) * 8)).signature
+    signature = engine.session.selector.split(Batch((8,) * 8)).signature
     plain, traced = (engine.plan_cache.prepare(signature, traced=t) for t in (False, True))
     assert "stamp" not in plain.source and traced.source.count("mark(") >= 8
 
@@ -120,7 +121,8 @@ def shadowed(kernel: Any, folder: Path, **shadow: Any) -> tuple[Model, Any]:
     torch._dynamo.reset()
     model = Model()
     config = Config(strategy="sequential", shadow={"folder": str(folder), "every": 2, **shadow})
-    backend = dynaflow_serving.torch_backend.Backend(WithKernel(kernel(model.layers[1])), config, 0, "dynamo")
+    session = Session(FixedStrategy(WithKernel(kernel(model.layers[1]))), config)
+    backend = dynaflow_serving.torch_backend.Backend(session, 0, "dynamo")
     return model, dynaflow_serving.torch_backend.Compiled(model, backend, 0)
 
 
@@ -147,7 +149,7 @@ def test_a_wrong_kernel_is_caught_stopped_and_reproducible(tmp_path: Path, caplo
     assert torch.equal(first, model(x)), "the step that was compared gives the un-split result"
     assert "with_kernel is STOPPED" in caplog.text and "Reproducer" in caplog.text
     assert torch.equal(compiled(x), model(x))  # nothing is split any more
-    counts = compiled._backend.steps.counts
+    counts = compiled.session.counts
     assert counts.split == 1 and counts.unsplit == {"shadow mode: outputs differed from un-split ones": 1}
     (file,) = tmp_path.iterdir()
     content = torch.load(file, weights_only=True)
@@ -165,8 +167,8 @@ def test_a_right_kernel_is_left_alone(tmp_path: Path) -> None:
     for size in (12, 9, 2):
         x = torch.randn(size, 16)
         torch.testing.assert_close(compiled(x), model(x))
-    steps = compiled._backend.steps
-    assert steps.shadow.compared == 3 == steps.counts.split and not list(tmp_path.iterdir())
+    session = compiled.session
+    assert session.shadow.comparisons == 3 == session.counts.split and not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
@@ -174,7 +176,7 @@ def test_every_second_split_step_is_compared(tmp_path: Path) -> None:
     _, compiled = shadowed(right, tmp_path, every=2)
     for _ in range(5):
         compiled(torch.randn(8, 16))
-    assert compiled._backend.steps.shadow.compared == 3
+    assert compiled.session.shadow.comparisons == 3
 
 
 def test_while_training_the_result_keeps_its_gradients(tmp_path: Path) -> None:
@@ -227,11 +229,8 @@ def test_every_step_is_counted_by_strategy_and_reason(tmp_path: Path) -> None:
 def test_the_time_saved_is_counted_where_there_is_something_to_compare_with() -> None:
     from test_policy import adopted, table_for
 
-    from dynaflow_serving.session.ranks import Ranks
-
     engine, before = Engine(per_token), metric("time_saved_seconds_total")
-    assert isinstance(engine.steps.strategy, Auto)
-    engine.steps.strategy.adopt(table_for(adopted()), Ranks())
+    engine.selector.serve_by(table_for(adopted()), engine.session)
     for _ in range(12):
         engine.step(Batch((8,) * 8))
     saved = metric("time_saved_seconds_total") - before

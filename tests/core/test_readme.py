@@ -12,6 +12,7 @@ from dynaflow_serving.config import load
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.policy.selector import build_selector
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -22,7 +23,7 @@ def test_strategy_of_the_readme(tmp_path: Path) -> None:
     assert len([line for line in source.splitlines() if line.strip()]) <= 30
     file = tmp_path / "lock_step.py"
     file.write_text(source)
-    strategy = load({"strategy": str(file), "options": {"min_tokens": 2}}).build()
+    strategy = build_selector(load({"strategy": str(file), "options": {"min_tokens": 2}})).strategy("")
     assert len(strategy.split(Batch((3, 3))).micro_batches) == 2
     for name in EXAMPLES:
         program = example(name).program

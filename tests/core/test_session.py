@@ -12,37 +12,41 @@ import torch.multiprocessing as mp
 from dynaflow_serving.capture.examples import example_capture
 from dynaflow_serving.core.batch import Batch, MicroBatch, Split
 from dynaflow_serving.errors import InactiveError, ScheduleError
+from dynaflow_serving.session.report import StepReport, WorkerReport
 
 
 def test_steps_are_decided_counted_and_reported() -> None:
     s = ranks.session()
     s.add(example_capture("llama"))
-    assert len(s.begin(Batch((8, 8))).micro_batches) == 2
-    s.end()
-    assert s.split is None
-    s.begin(Batch((4, 2)))
-    s.begin(Batch((9,)))
+    with s.step(Batch((8, 8))) as step:
+        assert len(s.micro_batches) == 2 and s.in_flight is step
+    assert s.in_flight is None and s.micro_batches == ()
+    for batch in (Batch((4, 2)), Batch((9,))):
+        with s.step(batch):
+            assert s.micro_batches == ()
     report = s.report()
-    assert report["steps"] == {"split": 1, "unsplit": {"a micro-batch would have under 4 tokens": 1, "one request": 1}}
+    assert report.steps.split == 1
+    assert report.steps.unsplit == {"a micro-batch would have under 4 tokens": 1, "one request": 1}
+    assert WorkerReport.model_validate(json.loads(report.model_dump_json())) == report
     s.reset()
-    assert s.report()["steps"] == {"split": 0, "unsplit": {}}
+    assert s.report().steps == StepReport(split=0, unsplit={})
     s.close()
 
 
 def test_a_step_without_a_captured_graph_is_an_error() -> None:
     with pytest.raises(InactiveError, match="without compiling a graph"):
-        ranks.session().begin(Batch((8, 8)))
+        ranks.session().step(Batch((8, 8))).__enter__()
     with pytest.raises(InactiveError, match="compiled no graph of this model"):
-        ranks.session().check(None)
+        ranks.session().confirm(None)
 
 
 def test_more_micro_batches_than_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     s = ranks.session()
     s.add(example_capture("llama"))
     three = Split(tuple(MicroBatch((i, i + 1), (4 * i, 4 * i + 4)) for i in range(3)))
-    monkeypatch.setattr(type(s.strategy), "split", lambda self, batch: three)
+    monkeypatch.setattr(type(s.selector), "split", lambda self, batch: three)
     with pytest.raises(ScheduleError, match=r"made 3 micro-batches, more than its max_micro_batches \(2\)"):
-        s.begin(Batch((4, 4, 4)))
+        s.step(Batch((4, 4, 4))).__enter__()
 
 
 @pytest.mark.parametrize(("micro_batches", "agree"), [([2, 2], True), ([2, 3], False)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import example, program_of
+from support import built, example, program_of
 from typer.testing import CliRunner
 
 from dynaflow_serving.capture.examples import EXAMPLES, HIDDEN
@@ -33,6 +33,7 @@ from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategies.branches import side_streams
 from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_prefill_decode
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -92,7 +93,7 @@ def test_any_split_gives_the_results_of_the_unsplit_model(
     with torch.no_grad():
         expected = plain(capture, x)
         for executor in (SequentialExecutor(), cpu):
-            (out,) = PlanCache(capture, strategy(*variant), executor).run(args, Split(parts))
+            (out,) = PlanCache(capture, FixedStrategy(strategy(*variant)), executor).run(args, Split(parts))
             torch.testing.assert_close(out, expected, msg=lambda m, e=executor: f"{e.name}: {m}")
 
 
@@ -327,15 +328,14 @@ def test_parallel_branches_take_a_side_stream_each_while_there_are_some() -> Non
 
 def test_a_runtime_schedules_unsplit_steps_with_branches() -> None:
     capture = example("moe")
-    plan_cache = PlanCache(capture, strategy("branches", {}), SequentialExecutor())
+    plan_cache = PlanCache(capture, FixedStrategy(strategy("branches", {})), SequentialExecutor())
     split = plan_cache.decide(Batch((5, 5)))
     plan = plan_cache.prepare(split.signature).plan
     assert plan.strategy == "branches" and plan.streams == (COMPUTE_STREAM, "side0")
     assert split.reason == "branches overlap without a split"
     unsplittable = dataclasses.replace(capture.program, unsplittable="it mixes the batch")
-    mixed = PlanCache(
-        dataclasses.replace(capture, program=unsplittable), strategy("branches", {}), SequentialExecutor()
-    )
+    captured = dataclasses.replace(capture, program=unsplittable)
+    mixed = PlanCache(captured, FixedStrategy(strategy("branches", {})), SequentialExecutor())
     assert mixed.prepare(mixed.decide(Batch((5, 5))).signature).plan.streams == (COMPUTE_STREAM, "side0")
 
 
@@ -347,9 +347,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize("name", ["prefill_decode", "prefill_decode_sm_share"])
 def test_configs_split_a_mixed_step_and_name_streams_that_exist(name: str) -> None:
     config = load(CONFIGS / "vllm" / f"{name}.yaml")
-    split = config.build().split(Batch((1,) * 16 + (512,), (64,) * 16 + (0,)))
+    split = built(config).split(Batch((1,) * 16 + (512,), (64,) * 16 + (0,)))
     assert split.bounds == (0, 16, 528)
-    plan = lower(config.build().record(example("llama").program, 2), config.strategy)
+    plan = lower(built(config).record(example("llama").program, 2), config.strategy)
     assert plan.streams == (COMPUTE_STREAM, "decode")
     assert {s: o.sm_share for s, o in config.streams.items()} == ({"decode": 0.25} if "sm_share" in name else {})
 

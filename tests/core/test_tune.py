@@ -47,9 +47,9 @@ def table(*decisions: Decision, seconds: float = 1.0, **key: str) -> Table:
 
 def test_every_candidate_is_in_one_share() -> None:
     parts = shares(job(), 2)
-    assert [part.auto.measured for part in parts] == [LABELS[0::2], LABELS[1::2]]
-    assert all(part.auto.candidates == LABELS for part in parts)  # the plans, annotations and key of one process
-    assert [part.auto.measured for part in shares(job(), 9)] == [(label,) for label in LABELS]
+    assert [part.selector.measured for part in parts] == [LABELS[0::2], LABELS[1::2]]
+    assert all(part.selector.candidates == LABELS for part in parts)  # the plans, annotations and key of one process
+    assert [part.selector.measured for part in shares(job(), 9)] == [(label,) for label in LABELS]
 
 
 def test_the_best_of_all_shares_is_adopted() -> None:
@@ -248,7 +248,7 @@ def test_a_share_that_fails_ends_the_command_without_a_table(cluster: str, tmp_p
 def test_an_engine_goes_where_the_gpus_are(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynaflow_serving.tune.cluster._measure", _where)
     (share,) = tune_on_cluster(TuningJob("model", {"strategy": "auto"}, engine="vllm"), cluster)
-    assert share.node in ("0", "1") and set(share.job.auto.measured) == set(LABELS)
+    assert share.node in ("0", "1") and set(share.job.selector.measured) == set(LABELS)
 
 
 def _where(job: TuningJob, name: str, threads: str | None) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def test_a_cluster_without_room_or_without_an_answer(cluster: str) -> None:
 
 def test_a_share_of_no_candidate_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown candidate 'nanoflow x9'"):
-        job(only=["nanoflow x9"]).auto  # noqa: B018
+        job(only=["nanoflow x9"]).selector  # noqa: B018
 
 
 def test_a_child_that_fails_names_its_log(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly
 
 pytestmark = ON_GPU
@@ -25,8 +26,8 @@ WHOLE = ExecutorOptions(graph="whole")
 def test_replays_equal_eager_over_random_batches(model: str, strategy: str) -> None:
     rng = random.Random(0)
     capture, executor = on_gpu(model), CUDAExecutor(WHOLE)
-    graphed = PlanCache(capture, get_strategy(strategy)(), executor)
-    eager = PlanCache(capture, get_strategy(strategy)(), CUDAExecutor())
+    graphed = PlanCache(capture, FixedStrategy(get_strategy(strategy)()), executor)
+    eager = PlanCache(capture, FixedStrategy(get_strategy(strategy)()), CUDAExecutor())
     sizes = [rng.randint(8, 200) for _ in range(5)]
     with torch.no_grad():
         for _ in range(100):

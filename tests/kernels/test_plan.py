@@ -84,8 +84,8 @@ def test_replaced_operators_equal_the_model(merged: bool, executor: str) -> None
         for rows in (4, 7, 12):
             x = torch.randn(rows, WIDTH, device=DEVICE)
             torch.testing.assert_close(compiled(x), model(x))
-    (plan_cache,) = compiled.plan_caches
-    assert plan_cache.counts.split == 3
+    (plan_cache,) = compiled.session.plan_caches
+    assert compiled.session.counts.split == 3
     (plan,) = (p for p in plan_cache.plans if p.micro_batches == 2)
     replaced = [s for s in plan.actions if s.kind is ActionKind.REPLACE]
     assert {s.kernel for s in replaced} == {"silu_mul", "add_rms_norm[eps=1e-05]"}

@@ -85,13 +85,13 @@ def weave(rank: int, counts: list[int], executor: str, in_place: bool) -> dict[s
             results[f"{tokens}.got"] = compiled(x)
             results[f"{tokens}.sent"] = torch.tensor([sent[k] - before[k] for k in sent])
             results[f"{tokens}.expected"] = model(x)
-    (plan_cache,) = compiled.plan_caches
+    (plan_cache,) = compiled.session.plan_caches
     (plan,) = (p for p in plan_cache.plans if p.micro_batches == 2)
     replaced = [s for s in plan.actions if s.kind is ActionKind.REPLACE]
     assert {(s.kernel, s.stream) for s in replaced} == {("shard_tokens", "network")}
     assert not [s for s in plan.actions if s.kind is ActionKind.RUN and s.operators[0].endswith("all_reduce")]
     results["replaced"] = torch.tensor(len(replaced))
-    results["split"] = torch.tensor(plan_cache.counts.split)
+    results["split"] = torch.tensor(compiled.session.counts.split)
     return results
 
 

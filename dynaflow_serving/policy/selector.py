@@ -1,32 +1,38 @@
-"""The policy (`strategy: auto`): per kind and size of batch, the candidate that was measured to win, or no split.
+"""`strategy: auto`: per kind and size of batch, the candidate that was measured to win, or no split.
 
-What a bucket of batches runs under is decided before serving (`dynaflow_serving.policy`), by timing each candidate
-against un-split steps in the engine, and looked up per step. A batch of a bucket that was not decided runs un-split.
-While serving, a guard compares the adopted candidates with un-split steps and switches off what has become slower.
+Contract
+- `serve_by` gives it a table of decisions. From then on a step is a look-up of its bucket, and the guard watches.
+- A batch of a bucket that was not decided runs un-split.
+- A candidate is a strategy with one number of micro-batches, labelled `nanoflow x2`. `PLAIN` is the one that does not
+  split.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
+from dynaflow_serving import strategies
+from dynaflow_serving.config import Config, checked_options
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.errors import ConfigError, ScheduleError, unknown_name
+from dynaflow_serving.errors import ConfigError, unknown_name
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
 from dynaflow_serving.policy.guard import Guard
 from dynaflow_serving.policy.table import Table
+from dynaflow_serving.session.metrics import Metrics
 from dynaflow_serving.session.ranks import Ranks
-from dynaflow_serving.strategies import get_strategy
+from dynaflow_serving.session.session import Session
+from dynaflow_serving.strategies import build_strategy
 from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.strategy.base import OpScheduler, Options
-from dynaflow_serving.strategy.registry import register_strategy
-from dynaflow_serving.strategy.rules import Rule
-from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.selector import FixedStrategy, Selector
 from dynaflow_serving.strategy.splitting import whole
 
+AUTO = "auto"
 PLAIN = ""  # the candidate that does not split
 NOT_DECIDED = "auto: this kind of batch was not tuned"
 FASTER_WHOLE = "auto: not split is faster"
@@ -75,30 +81,27 @@ class AutoOptions(Options):
         return sorted(set(values))
 
 
-@register_strategy("auto")
-class Auto(OpScheduler):
-    Options = AutoOptions
+class AutoSelector(Selector):
+    """The policy over the candidates that its options name."""
+
+    name = AUTO
 
     def __init__(self, options: AutoOptions | None = None) -> None:
-        super().__init__(options)
-        self._by_label = _candidates(self.options)
-        for label in self.options.only:
+        """Raises `ConfigError` for candidates that cannot be."""
+        self._options = options or AutoOptions.model_validate({})
+        self._by_label = _candidates(self._options)
+        for label in self._options.only:
             if label not in self._by_label:
                 raise ConfigError(f"option only of strategy 'auto': {unknown_name('candidate', label, self._by_label)}")
-        self.forced: str | None = None  # the candidate of all steps, while tuning; None: look it up
-        self._adopted: dict[Bucket, str] = {}
-        self._why: dict[Bucket, str] = {}  # of decided buckets that are not split
+        self.table: Table | None = None
         self.guard: Guard | None = None
         self.switched_off = 0  # buckets, by the guard
+        self._adopted: dict[Bucket, str] = {}
+        self._why: dict[Bucket, str] = {}  # of decided buckets that are not split
 
     @property
-    def annotations(self) -> tuple[Rule, ...]:  # type: ignore[override]
-        """Those of all candidates: they share one Program."""
-        return tuple(dict.fromkeys(rule for s in self._by_label.values() for rule in s.annotations))
-
-    @property
-    def max_micro_batches(self) -> int:
-        return max(s.max_micro_batches for s in self._by_label.values())
+    def options(self) -> AutoOptions:
+        return self._options
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -107,31 +110,35 @@ class Auto(OpScheduler):
     @property
     def measured(self) -> tuple[str, ...]:
         """The candidates that are for this process to measure."""
-        return tuple(c for c in self._by_label if not self.options.only or c in self.options.only)
+        return tuple(c for c in self._by_label if not self._options.only or c in self._options.only)
 
-    def of(self, candidate: str) -> OpScheduler:
+    def strategy(self, candidate: str) -> OpScheduler:
         if candidate in self._by_label:
             return self._by_label[candidate]
         prefix, _, number = candidate.rpartition(" x")
         if prefix == Sequential.name:  # the reference of the tuner's profiles
-            return Sequential(Sequential.Options(micro_batches=int(number), min_tokens=1))
+            return in_turn(int(number))
         return Sequential()
 
-    def adopt(self, table: Table, ranks: Ranks) -> None:
-        """Serve by `table` from now on. Raises `ConfigError` for a candidate that there is not."""
+    def serve_by(self, table: Table, session: Session, ranks: Ranks | None = None) -> None:
+        """Look decisions up in `table` from now on, and watch them in the steps of `session`.
+
+        Raises:
+            ConfigError: the table names a candidate that there is not.
+        """
         if unknown := set(table.adopted.values()) - set(self._by_label):
             raise ConfigError(f"the policy table names {', '.join(sorted(unknown))}: no candidate of this config")
-        self.forced = None
+        self.table = table
         self._adopted = dict(table.adopted)
         self._why = {d.bucket: FASTER_WHOLE for d in table.decisions if not d.candidate and d.decided}
-        self.guard = Guard(self.options.guard_window, ranks, self._switch_off)
+        switch_off = functools.partial(self._switch_off, session.metrics)
+        self.guard = Guard(self._options.guard_window, ranks or session.ranks, switch_off)
         for decision in table.decisions:
             if decision.candidate:
-                self.guard.add(decision.bucket, max(decision.noise or 0.0, self.options.min_gain))
+                self.guard.add(decision.bucket, max(decision.noise or 0.0, self._options.min_gain))
+        session.observe_with(self.guard, first=True)
 
     def split(self, batch: Batch) -> Split:
-        if self.forced is not None:
-            return self.cut(batch, self.forced)
         bucket = bucket_of(batch)
         candidate = self._adopted.get(bucket)
         if candidate is None:
@@ -141,41 +148,79 @@ class Auto(OpScheduler):
         return self.cut(batch, candidate)
 
     def cut(self, batch: Batch, candidate: str) -> Split:
-        """`batch` as `candidate` splits it."""
-        if candidate == PLAIN:
-            return whole(batch, TUNING)
-        split = self.of(candidate).split(batch)
-        return Split(split.micro_batches, split.depends, split.reason, candidate)
+        return whole(batch, TUNING) if candidate == PLAIN else super().cut(batch, candidate)
 
-    def schedule(self, s: Schedule) -> None:
-        raise ScheduleError("strategy 'auto' orders nothing itself: its candidates do")
+    def decisions(self) -> dict[str, Any] | None:
+        return None if self.table is None else self.table.model_dump()
 
-    def _switch_off(self, bucket: Bucket, speed_up: float) -> None:
+    def _switch_off(self, metrics: Metrics, bucket: Bucket, speed_up: float) -> None:
         candidate = self._adopted.pop(bucket)
         self._why[bucket] = SWITCHED_OFF
         self.switched_off += 1
+        metrics.switched_off()
         logger.warning(
             "DynaFlow: %s is switched off for %s: %.2fx as fast as un-split steps while serving",
             candidate, bucket, speed_up,
         )  # fmt: skip
 
 
+def in_turn(micro_batches: int) -> Sequential:
+    """The reference that operators are timed in: micro-batches one after the other on one stream."""
+    return Sequential(Sequential.Options(micro_batches=micro_batches, min_tokens=1))
+
+
+def build_selector(config: Config) -> Selector:
+    """What splits and orders the steps under `config`.
+
+    Raises:
+        ConfigError: the strategy or one of its options is not valid.
+    """
+    if not config.strategy.endswith(".py") and config.strategy not in strategy_names():
+        valid = unknown_name("strategy", config.strategy, strategy_names())
+        raise ConfigError(f"{valid} The path of a .py file that registers one, or of a YAML file, works too.")
+    if config.strategy != AUTO:
+        return FixedStrategy(build_strategy(config.strategy, config.options))
+    return AutoSelector(checked_options(AutoOptions, config.options, AUTO))
+
+
+def strategy_names() -> list[str]:
+    """All that a config's `strategy` may name, files aside."""
+    return sorted([AUTO, *strategies.strategy_names()])
+
+
+def options_of(strategy: str) -> type[BaseModel]:
+    """The model of a strategy's options. Raises `ConfigError` for an unknown strategy."""
+    return AutoOptions if strategy == AUTO else strategies.get_strategy(strategy).Options
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, with the options of every registered strategy."""
+    schema = Config.model_json_schema()
+    schema["title"] = "dynaflow_serving strategy config"
+    schema["allOf"] = [
+        {
+            "if": {"properties": {"strategy": {"const": name}}},
+            "then": {"properties": {"options": options_of(name).model_json_schema()}},
+        }
+        for name in strategy_names()
+    ]
+    return schema
+
+
 def _candidates(options: AutoOptions) -> dict[str, OpScheduler]:
     """Label -> strategy, each with thresholds lowered as far as they go: what is too small is for measuring to say."""
-    from dynaflow_serving.config import Config
-
     found: dict[str, OpScheduler] = {}
     for entry in options.candidates:
         name, given = (entry, {}) if isinstance(entry, str) else _named(entry)
-        cls = get_strategy(name)
-        if cls.name == Auto.name:
+        if name == AUTO:
             raise ConfigError("candidates of strategy 'auto': 'auto' itself is none")
+        cls = strategies.get_strategy(name)
         fields = cls.Options.model_fields
         fixed = "micro_batches" in given or "micro_batches" not in fields
         for n in [None] if fixed else options.micro_batches:
             values = {"min_tokens": 1} if "min_tokens" in fields else {}
             values |= {} if n is None else {"micro_batches": n}
-            strategy = Config(strategy=name, options={**values, **given}).build()
+            strategy = build_strategy(name, {**values, **given})
             if strategy.max_micro_batches > 1:
                 found[f"{cls.name} x{strategy.max_micro_batches}"] = strategy
     if not found:

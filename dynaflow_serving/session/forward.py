@@ -1,0 +1,158 @@
+"""What replaces a model's forward: the plan where the step in flight is split, else the whole.
+
+Contract
+- `SplitForward` is the only place that chooses between the two. Outside a step it runs the whole.
+- A subclass says how to run either: a captured graph (`GraphForward`), a model without a graph (`EagerForward`).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from dynaflow_serving.capture.eager import Arguments, Diverged, EagerCapture
+from dynaflow_serving.capture.program import Enter
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.session.plan_cache import PlanCache, no_context
+from dynaflow_serving.session.session import LiveStep, Session
+from dynaflow_serving.strategy.rules import Rule
+
+
+class Contexts(NamedTuple):
+    """The engine's contexts of a split step."""
+
+    enter: Enter  # switches to the context of the i-th micro-batch
+    arguments: Arguments | None = None  # of each micro-batch, where they hold more than tensors to cut
+
+
+# Given the forward's arguments, it enters the engine's contexts of the split step in flight, and leaves them again.
+Entering = Callable[..., AbstractContextManager[Contexts]]
+
+
+def without_context(*args: Any, **kwargs: Any) -> AbstractContextManager[Contexts]:
+    """The `Entering` of programs whose operators read no context."""
+    return nullcontext(Contexts(no_context))
+
+
+class SplitForward(abc.ABC):
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = self.session.in_flight
+        if step is None or not step.micro_batches:
+            return self.run_whole(args, kwargs)
+        return self.run_split(step, args, kwargs)
+
+    @abc.abstractmethod
+    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of the whole batch."""
+
+    @abc.abstractmethod
+    def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of the whole batch under the plan of `step`."""
+
+
+class GraphForward(SplitForward):
+    """A captured graph. Without `whole`, the engine's own forward, un-split steps run the un-split plan."""
+
+    def __init__(
+        self,
+        session: Session,
+        plan_cache: PlanCache,
+        whole: Callable[..., Any] | None = None,
+        entering: Entering = without_context,
+    ) -> None:
+        super().__init__(session)
+        self.plan_cache, self._stock, self._entering = plan_cache, whole, entering
+        self._count = plan_cache.captured.token_counter()
+
+    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._stock is not None:
+            return self._stock(*args)
+        return self.plan_cache.run_whole(args, self._count(args))
+
+    def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = step.plan(self.plan_cache)
+        with self._entering(*args) as contexts:
+            return self.plan_cache.captured.rebuild(plan.run(args, step.split.bounds, contexts.enter))
+
+
+class EagerForward(SplitForward):
+    """The forward of a model without a graph (`capture: eager`).
+
+    Contract
+    - Un-split calls run the model's own forward. They are recorded, until there is a Program, inside `recording` and in
+      steps that the session counts. Other dummy runs (memory profiling, warm-up, graph capture) are left alone.
+    - If a micro-batch takes another path than the recorded one, the step runs again without a plan, micro-batch after
+      micro-batch: each is a batch that the engine could have made. The step is counted as un-split, and the model is
+      recorded anew.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        forward: Callable[..., Any],
+        module: torch.nn.Module,
+        rules: Iterable[Rule],
+        states: Mapping[str, str],
+        entering: Entering,
+    ) -> None:
+        """
+        Args:
+            forward: the model's own.
+            module: where rules for modules look.
+            rules: the integration's, for its engine's attention and collectives; the strategy's own come first.
+            states: name of a rule -> engine state that it reads and writes.
+            entering: enters the engine's contexts of a split step.
+
+        Raises:
+            AnnotationError: a rule matches nothing.
+        """
+        super().__init__(session)
+        self._entering = entering
+        self.eager = EagerCapture(forward, module, (*session.selector.annotations, *rules), states)
+        session.eager = self.eager
+        self.eager.attach()
+        self._recording = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the integration's dummy runs in this block: two, with different numbers of tokens.
+
+        Raises:
+            InactiveError: they do not give a Program.
+        """
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+        if not self.session.plan_caches:
+            raise InactiveError(f"DynaFlow cannot schedule this model: {self.eager.waiting}")
+
+    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.session.in_flight is None and not self._recording:
+            return self.eager.forward(*args, **kwargs)
+        result = self.eager.record(self.count_tokens(args, kwargs), args, kwargs)
+        if self.eager.captured is not None and not self.session.plan_caches:
+            self.session.add(self.eager.captured)
+        return result
+
+    def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan, bounds = step.plan(self.session.plan_caches[0]).run, step.split.bounds
+        with self._entering(*args, **kwargs) as contexts:
+            try:
+                return self.eager.run(plan, bounds, args, kwargs, *contexts)
+            except Diverged as error:
+                step.withdraw(str(error))
+                return self.eager.run_apart(bounds, args, kwargs, *contexts)
+
+    @staticmethod
+    def count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """The size of the first tensor argument: tokens are dimension 0 of every engine's inputs."""
+        return next(int(t.shape[0]) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))

@@ -1,0 +1,68 @@
+"""What looks at a worker's steps: counters, metrics, traces, shadow mode, and the policy's guard.
+
+Contract
+- A `Session` tells its observers of every step that is not a trial, in the order in which they were added.
+- An observer overrides what it wants to know; the others cost nothing.
+- `decided` runs before the step, on all ranks alike: there an observer may ask for a trace or a comparison.
+- `timed` may come later than the end of the step (a device's clock), or never (a failed step).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dynaflow_serving.core.timeline import Timeline
+from dynaflow_serving.session.step import Step
+
+
+class Observer:
+    def veto(self) -> str:
+        """Why no step may be split from now on; "" if steps may."""
+        return ""
+
+    def decided(self, step: Step) -> None:
+        """`step` begins, and its split is known."""
+
+    def withdrew(self, step: Step, reason: str) -> None:
+        """`step` was counted as split, but did not run under its plan."""
+
+    def compared(self, step: Step, equal: bool) -> None:
+        """`step` also ran un-split."""
+
+    def traced(self, step: Step, timelines: Sequence[Timeline]) -> None:
+        """`step` has ended, and this is when its actions ran: one timeline per graph."""
+
+    def timed(self, step: Step, seconds: float) -> None:
+        """`step` took so long, from begin to end."""
+
+    def left(self) -> None:
+        """A step has ended or failed."""
+
+
+def overridden(observers: Sequence[Observer], name: str) -> list[Callable[..., Any]]:
+    """The methods called `name` of those observers that have one of their own."""
+    return [getattr(o, name) for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
+
+
+class StepCounts(Observer):
+    """Whether steps were split, and why the others were not."""
+
+    def __init__(self, split: int = 0, unsplit: Counter[str] | None = None) -> None:
+        self.split = split
+        self.unsplit: Counter[str] = Counter() if unsplit is None else unsplit
+
+    def decided(self, step: Step) -> None:
+        if step.micro_batches:
+            self.split += 1
+        else:
+            self.unsplit[step.split.reason] += 1
+
+    def withdrew(self, step: Step, reason: str) -> None:
+        self.split -= 1
+        self.unsplit[reason] += 1
+
+    def reset(self) -> None:
+        self.split = 0
+        self.unsplit.clear()

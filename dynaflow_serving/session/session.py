@@ -1,0 +1,353 @@
+"""DynaFlow in this worker: its steps, executors and plan caches.
+
+Contract
+- An integration makes one session per worker, adds a plan cache per captured graph, and runs each real step in
+  `with session.step(batch):`. Calls outside a step (dummy, profiling and capture runs) find `in_flight` None, run
+  whole and are not counted.
+- A split depends on the batch, the programs and the number of steps only, so all ranks of a group decide alike. What
+  hangs on measured times or on values is agreed on over the ranks.
+- In `with session.trial(candidate):` steps run as that candidate splits them. They are timed, not counted.
+- A step that is not sampled pays for two clock readings, a look-up and the counters.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from dynaflow_serving.capture.eager import EagerCapture
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.config import Config
+from dynaflow_serving.core.batch import Batch, MicroBatch, Split
+from dynaflow_serving.core.timeline import Timeline
+from dynaflow_serving.errors import InactiveError, ScheduleError
+from dynaflow_serving.executor import Executor, get_executor
+from dynaflow_serving.session.agreement import agree
+from dynaflow_serving.session.clock import clock_of
+from dynaflow_serving.session.metrics import Metrics
+from dynaflow_serving.session.observers import Observer, StepCounts, overridden
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.report import ProgramReport, StepReport, WorkerReport
+from dynaflow_serving.session.shadow import Shadow
+from dynaflow_serving.session.step import Step, Trial
+from dynaflow_serving.session.trace import TraceWriter
+from dynaflow_serving.strategy.selector import Selector
+from dynaflow_serving.strategy.splitting import whole
+
+
+class LiveStep(Step):
+    """A step as a context manager: `with session.step(batch) as step:`. Its split is decided when it is entered."""
+
+    __slots__ = ("_session", "_started")
+
+    def __init__(
+        self, session: Session, batch: Batch, plan_caches: Sequence[PlanCache], trial: Trial | None = None
+    ) -> None:
+        super().__init__(batch, plan_caches, trial)
+        self._session = session
+        self._started: Any = None
+
+    def __enter__(self) -> LiveStep:
+        self._session.begin(self)
+        self._started = self._session.clock.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.end(self, self._started)
+
+    def checked(self, result: Any, run_whole: Callable[[], Any], inputs: Any = ()) -> Any:
+        """Compare the step with an un-split one, if this is a step to compare.
+
+        Args:
+            result: outputs of the split step, a pytree of tensors.
+            run_whole: runs the same step un-split; it finds `micro_batches` empty.
+            inputs: tensors for the reproducer.
+
+        Returns:
+            `result`, or, where the outputs differ, those of `run_whole`.
+        """
+        if not self.to_compare:
+            return result
+        split = self.split
+        kept = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, result)
+        self.split = whole(self.batch, "shadow mode")
+        try:
+            with torch.no_grad():
+                expected = run_whole()
+        finally:
+            self.split = split
+        return result if self._session.compare(self, kept, expected, inputs) else expected
+
+    def withdraw(self, reason: str) -> None:
+        """The step did not run under its plan, and the recorded programs do not hold any more."""
+        self.split = whole(self.batch, reason)
+        self.to_trace = self.to_compare = False
+        self._session.withdraw(self, reason)
+
+
+class Session:
+    _on_veto: list[Callable[[], str]]
+    _on_decided: list[Callable[[Step], None]]
+    _on_withdrew: list[Callable[[Step, str], None]]
+    _on_compared: list[Callable[[Step, bool], None]]
+    _on_traced: list[Callable[[Step, list[Timeline]], None]]
+    _on_timed: list[Callable[[Step, float], None]]
+    _on_left: list[Callable[[], None]]
+
+    def __init__(
+        self,
+        selector: Selector,
+        config: Config,
+        device_type: str = "cpu",
+        *,
+        mode: str = "",
+        logger: logging.Logger | None = None,
+        rank: int = 0,
+    ) -> None:
+        """
+        Args:
+            selector: which strategy splits and orders a step.
+            config: of the executors, traces and shadow mode.
+            device_type: of the worker; graphs on another device get an executor of their own.
+            mode: how the engine compiles, for reports.
+            logger: the engine's.
+            rank: of this worker, for the names of files; the first one counts in metrics.
+
+        Raises:
+            ConfigError: the trace folder cannot be made.
+            InactiveError: the executor cannot run here, or cannot honour its options.
+        """
+        self.selector, self.config, self.mode, self.rank = selector, config, mode, rank
+        self.logger = logger or logging.getLogger("dynaflow_serving")
+        self.plan_caches: list[PlanCache] = []
+        self.eager: EagerCapture | None = None  # where the engine has no graph
+        self.in_flight: LiveStep | None = None
+        self.timelines: list[tuple[PlanCache, Timeline]] = []  # of the latest traced step
+        self.clock = clock_of(device_type)
+        self.executor = get_executor(config.executor, device_type, config)
+        self._executors: dict[str, Executor] = {device_type: self.executor}
+        self._group: Any = None  # of the ranks, once they have compared plans
+        self._trial: Trial | None = None
+        self._split_steps = 0
+        self.counts = StepCounts()
+        self.metrics = Metrics(selector.name, counted=rank == 0)
+        self.shadow = Shadow(config.shadow, rank) if config.shadow else None
+        sampling = [TraceWriter(config.trace, rank) if config.trace else None, self.shadow]
+        self._observers: list[Observer] = [self.counts]
+        self._observers += [observer for observer in sampling if observer is not None]
+        self.observe_with(self.metrics)
+
+    # -- what an integration sets up ---------------------------------------------------------------------
+    def observe_with(self, observer: Observer, first: bool = False) -> None:
+        """Tell `observer` of steps from now on; `first`: before the others."""
+        self._observers.insert(0 if first else len(self._observers), observer)
+        for name in ("veto", "decided", "withdrew", "compared", "traced", "timed", "left"):
+            setattr(self, f"_on_{name}", overridden(self._observers, name))
+
+    def add(self, captured: CapturedProgram, device_type: str | None = None) -> PlanCache:
+        """Run the steps of `captured` from now on. Ranks that serve already compare its plans."""
+        executor = self.executor if device_type is None else self._executor(device_type)
+        plan_cache = PlanCache(captured, self.selector, executor)
+        self.plan_caches.append(plan_cache)
+        if self._group is not None:  # recorded anew while serving, by all ranks in one step
+            agree([plan_cache.texts()], self._group)
+        return plan_cache
+
+    def _executor(self, device_type: str) -> Executor:
+        """The graphs of one device share streams, events and memory."""
+        if device_type not in self._executors:
+            self._executors[device_type] = get_executor(self.config.executor, device_type, self.config)
+            self.clock = clock_of(device_type)
+        return self._executors[device_type]
+
+    def confirm(self, group: Any) -> None:
+        """Raise `InactiveError` unless there is a program, it can be split, and all ranks have the same plans for it.
+
+        Args:
+            group: a process group for CPU objects, or None for one rank.
+        """
+        if not self.plan_caches:
+            raise InactiveError(
+                "DynaFlow was requested, but the engine compiled no graph of this model: it has no torch.compile "
+                "support in the engine, or warm-up was skipped; remove the dynaflow option for this model"
+            )
+        self._group = group
+        agree([plan_cache.texts() for plan_cache in self.plan_caches], group)
+        for plan_cache in self.plan_caches:
+            program = plan_cache.captured.program
+            if program.unsplittable and self.selector.max_micro_batches > 1:
+                raise InactiveError(f"this model cannot be split: {program.unsplittable}")
+            self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
+
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self._group)
+
+    def agree_over(self, ranks: Ranks) -> None:
+        """From now on shadow mode's verdicts are those of all `ranks`."""
+        if self.shadow is not None:
+            self.shadow.ranks = ranks
+
+    # -- a step ------------------------------------------------------------------------------------------
+    @property
+    def micro_batches(self) -> tuple[MicroBatch, ...]:
+        """Those of the step in flight; () if it runs whole, or if there is none."""
+        return () if self.in_flight is None else self.in_flight.micro_batches
+
+    def step(self, batch: Batch, plan_caches: Sequence[PlanCache] | None = None) -> LiveStep:
+        """The step of `batch`, as a context manager. It runs the programs of `plan_caches` (default: all).
+
+        Raises (when entered):
+            ScheduleError: the strategy made too many micro-batches.
+            InactiveError: the engine has compiled no graph.
+        """
+        return LiveStep(self, batch, self.plan_caches if plan_caches is None else plan_caches, self._trial)
+
+    def count_unsplit(self, batch: Batch, reason: str) -> None:
+        """Count a step that is not for the strategy to decide."""
+        step = Step(batch, ())
+        step.split = whole(batch, reason)
+        self.counts.decided(step)
+        self.metrics.timed(step, 0.0)
+
+    def begin(self, step: LiveStep) -> None:
+        """Decide the split of `step`; `Step.__enter__` calls it."""
+        self.clock.poll()
+        step.split = self._decide(step)
+        split = len(step.split.micro_batches) > 1
+        if step.trial is not None:
+            step.to_trace = split and step.trial.profiled
+        else:
+            if split:
+                self._count_split(step)
+            for decided in self._on_decided:
+                decided(step)
+        self.in_flight = step
+
+    def _decide(self, step: Step) -> Split:
+        batch, selector = step.batch, self.selector
+        for veto in self._on_veto:
+            if reason := veto():
+                return whole(batch, reason)
+        if not step.plan_caches:
+            if self.eager is None:
+                raise InactiveError("the engine has served a step without compiling a graph through DynaFlow")
+            return whole(batch, self.eager.waiting)
+        split = selector.split(batch) if step.trial is None else selector.cut(batch, step.trial.candidate)
+        count = len(split.micro_batches)
+        if count > 1:
+            if count > selector.max_micro_batches:
+                raise ScheduleError(
+                    f"strategy {selector.name!r} made {count} micro-batches, more than its max_micro_batches "
+                    f"({selector.max_micro_batches})"
+                )
+            for plan_cache in step.plan_caches:
+                split = plan_cache.allowed_split(batch, split)
+        return split
+
+    def _count_split(self, step: Step) -> None:
+        self._split_steps += 1
+        step.number = self._split_steps
+        if self._split_steps == 1:
+            sizes = [p.tokens[1] - p.tokens[0] for p in step.split.micro_batches]
+            self.logger.info("DynaFlow: first split step, %d micro-batches of %s tokens", len(sizes), sizes)
+
+    def end(self, step: Step, started: Any) -> None:
+        """`step` has ended, or failed; `Step.__exit__` calls it."""
+        self.in_flight = None
+        self.clock.stop(started, functools.partial(self._took, step))
+        if step.to_trace:
+            self._read_timelines(step)
+        for left in self._on_left:
+            left()
+
+    def _took(self, step: Step, seconds: float) -> None:
+        if step.trial is not None:
+            step.trial.seconds += seconds
+            return
+        for timed in self._on_timed:
+            timed(step, seconds)
+
+    def _read_timelines(self, step: Step) -> None:
+        found = [(c, t) for c in step.plan_caches if (t := c.timeline(step.split.signature)).spans]
+        if step.trial is not None:
+            step.trial.timelines += found
+            return
+        self.timelines = found
+        for traced in self._on_traced:
+            traced(step, [timeline for _, timeline in found])
+
+    def compare(self, step: Step, result: Any, expected: Any, inputs: Any) -> bool:
+        """Whether a split step's outputs equal the un-split ones, on all ranks; `Step.checked` calls it."""
+        assert self.shadow is not None
+        equal = self.shadow.compare(result, expected, functools.partial(self._describe, step, inputs))
+        for compared in self._on_compared:
+            compared(step, equal)
+        return equal
+
+    def _describe(self, step: Step, inputs: Any) -> dict[str, Any]:
+        prepared = [(c, c.prepare(step.split.signature)) for c in step.plan_caches]
+        return {
+            "step": step.number,
+            "strategy": step.split.candidate or self.selector.name,
+            "options": self.selector.strategy(step.split.candidate).options.model_dump(mode="json"),
+            "torch": str(torch.__version__),  # a class of its own, which torch.load refuses
+            "tokens": list(step.batch.tokens),
+            "context": list(step.batch.context),
+            "bounds": list(step.split.bounds),
+            "programs": [c.captured.program.to_text() for c, _ in prepared],
+            "plans": [p.plan.to_text() for _, p in prepared],
+            "inputs": [t.detach().cpu().clone() for t in inputs if isinstance(t, torch.Tensor)],
+        }
+
+    def withdraw(self, step: Step, reason: str) -> None:
+        """Forget the programs, which do not hold any more; `Step.withdraw` calls it."""
+        self.plan_caches.clear()
+        if step.trial is None:
+            for withdrew in self._on_withdrew:
+                withdrew(step, reason)
+        self.logger.warning("DynaFlow: a step ran without its plan, the model is recorded anew: %s", reason)
+
+    # -- trials and reports ------------------------------------------------------------------------------
+    @contextmanager
+    def trial(self, candidate: str, profiled: bool = False) -> Iterator[Trial]:
+        """Steps in this block run as `candidate` of the selector splits them; `profiled`: split ones are traced."""
+        outer, self._trial = self._trial, Trial(candidate, profiled)
+        try:
+            yield self._trial
+        finally:
+            self._trial = outer
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self.counts.reset()
+
+    def report(self) -> WorkerReport:
+        """What `dynaflow bench` and `dynaflow explain` show."""
+        plans = [p for c in self.plan_caches for p in c.plans if p.micro_batches > 1]
+        return WorkerReport(
+            strategy=self.selector.name,
+            mode=self.mode,
+            steps=StepReport(split=self.counts.split, unsplit=dict(self.counts.unsplit)),
+            plan_hash=plans[-1].digest if plans else "",
+            executors=[e.report() for e in dict.fromkeys(c.executor for c in self.plan_caches)],
+            programs=[
+                ProgramReport(program=c.captured.program.to_text(), plans=[p.to_text() for p in c.plans])
+                for c in self.plan_caches
+            ],
+            policy=self.selector.decisions(),
+            timelines=[t.as_dict() for _, t in self.timelines],
+        )
+
+    def close(self) -> None:
+        unsplit = dict(self.counts.unsplit) or "none"
+        self.logger.info("DynaFlow: %d steps split, un-split: %s", self.counts.split, unsplit)
+        for executor in self._executors.values():
+            executor.close()

@@ -1,0 +1,74 @@
+"""vLLM's forward contexts of the live step's micro-batches.
+
+Contract
+- Either model runner gives `set` the attention metadata and slot mappings of each micro-batch. What runs the model
+  gets them through `entering`, whatever it is (a compiled graph or not).
+- A micro-batch's context has no CUDA graph: graphs are keyed by batch and share static outputs.
+- `unsplit` is the live step's context for the batch as a whole, where shadow mode compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from dynaflow_serving.session.forward import Contexts
+from dynaflow_serving.session.observers import Observer
+from dynaflow_serving.session.session import Session
+
+
+class ForwardContexts(Observer):
+    def __init__(self, session: Session, vllm_config: Any) -> None:
+        self.session, self.vllm_config = session, vllm_config
+        self._contexts: list[Any] = []  # vLLM's ForwardContext of each micro-batch of the live step
+        session.observe_with(self)
+
+    def left(self) -> None:
+        self._contexts = []
+
+    def set(self, metadata: Sequence[Any], slot_mappings: Sequence[Any], is_padding: Any) -> None:
+        """Make the forward context of each micro-batch of the live step.
+
+        Args:
+            metadata: per micro-batch, by layer name.
+            slot_mappings: per micro-batch, by layer name.
+            is_padding: bool [tokens of the step], or None.
+        """
+        from vllm.forward_context import BatchDescriptor, create_forward_context
+
+        self._contexts = [
+            create_forward_context(
+                metadata[i],
+                self.vllm_config,
+                batch_descriptor=BatchDescriptor(num_tokens=part.tokens[1] - part.tokens[0]),
+                slot_mapping=slot_mappings[i],
+                is_padding=None if is_padding is None else is_padding[slice(*part.tokens)],
+            )
+            for i, part in enumerate(self.session.micro_batches)
+        ]
+
+    @contextmanager
+    def entering(self, *args: Any, **kwargs: Any) -> Iterator[Contexts]:
+        """Give what enters the context of the i-th micro-batch; the step's own is back afterwards."""
+        from vllm import forward_context
+
+        def enter(micro_batch: int) -> None:
+            # The module global is what every vLLM operator reads; override_forward_context restores it.
+            forward_context._forward_context = self._contexts[micro_batch]
+
+        with forward_context.override_forward_context(self._contexts[0]):
+            yield Contexts(enter)
+
+    @contextmanager
+    def unsplit(self, metadata: Any, slot_mapping: Any) -> Iterator[None]:
+        """The live step's context, with the whole batch's `metadata` and `slot_mapping` (by layer name)."""
+        from vllm import forward_context
+
+        step = forward_context.get_forward_context()
+        whole = dataclasses.replace(
+            step, attn_metadata=metadata, slot_mapping=slot_mapping, ubatch_slices=None, moe_layer_index=0
+        )
+        with forward_context.override_forward_context(whole):
+            yield
