@@ -9,8 +9,8 @@ import pytest
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy.bucket import DECODE, MIXED, PREFILL, bucket_of
+from dynaflow_serving.policy.selector import COMPARING, FASTER_WHOLE, TUNING
 from dynaflow_serving.policy.table import Decision, Table, Trial
-from dynaflow_serving.strategies.auto import COMPARING, FASTER_WHOLE, TUNING
 
 AUTO = {"strategy": "auto", "options": {"candidates": ["nanoflow"], "micro_batches": [2], "pairs": 3}}
 
@@ -66,10 +66,10 @@ def test_trials_are_steps_of_exactly_these_batches_and_leave_nothing(
         get_schedule().override(enable_mixed_chunk=mixed, chunked_prefill_size=300),
         one_process.dynaflow(runner, AUTO) as ours,
         RunnerTrials(runner, cache) as trials,
+        ours.session.trial(""),
     ):
-        ours.session.auto.forced = ""
-        begin = ours.session.begin
-        ours.session.begin = lambda batch: seen.append(batch) or begin(batch)
+        step = ours.session.step
+        ours.session.step = lambda batch: seen.append(batch) or step(batch)
         batches = list(trials.batches())
         for batch in batches:
             trials.run(batch)
@@ -102,8 +102,8 @@ def test_trials_of_a_batch_repeat(one_process, runner, cache_of, monkeypatch):
     with one_process.dynaflow(runner, AUTO) as ours, RunnerTrials(runner, cache_of()) as trials:
         for batch in [b for b in trials.batches() if sum(b.tokens) in (16, 64)]:
             for candidate in ("", "nanoflow x2", "sequential x2", ""):
-                ours.session.auto.forced = candidate
-                trials.run(batch)
+                with ours.session.trial(candidate):
+                    trials.run(batch)
             first, *others = logits[-4:]
             assert first.shape[0] == len(batch.tokens) and not first.isnan().any()
             for other in others:
@@ -116,7 +116,7 @@ def test_unsplit_trials_replay_graphs_as_serving_does(one_process, runner, cache
     replayed, eager = [], runner.eager_runner
 
     def execute(forward_batch, pp_proxy_tensors=None):
-        replayed.append(ours.session.auto.forced)
+        replayed.append(ours.session.in_flight.trial.candidate)
         return eager.execute(forward_batch, pp_proxy_tensors=pp_proxy_tensors)
 
     graphs = SimpleNamespace(can_run_graph=lambda forward_batch: True, execute=execute)
@@ -124,8 +124,8 @@ def test_unsplit_trials_replay_graphs_as_serving_does(one_process, runner, cache
     with one_process.dynaflow(runner, AUTO) as ours, RunnerTrials(runner, cache_of()) as trials:
         decode = next(b for b in trials.batches() if bucket_of(b).kind == DECODE)
         for candidate in ("", "nanoflow x2", ""):
-            ours.session.auto.forced = candidate
-            trials.run(decode)
+            with ours.session.trial(candidate):
+                trials.run(decode)
     assert replayed == ["", ""]
 
 
@@ -204,9 +204,9 @@ def test_the_guard_does_not_take_a_sampled_step_for_a_slow_one(
     seen = []
     with one_process.dynaflow(runner, adopted | {"shadow": {"every": 2}, "trace": {"folder": str(tmp_path)}}) as ours:
         ours.start(cache_of())
-        monkeypatch.setattr(ours.session.auto.guard, "observe", lambda bucket, split, *_: seen.append(split) or 0.0)
+        monkeypatch.setattr(ours.session.selector.guard, "observe", lambda bucket, split, *_: seen.append(split) or 0.0)
         one_process.generate(runner, prompts, 12)
-        assert ours.session.counts.split == 7 and ours.session.shadow.compared == 4
+        assert ours.session.counts.split == 7 and ours.session.shadow.comparisons == 4
     assert seen.count(True) == 3 and seen.count(False) == 5
 
 

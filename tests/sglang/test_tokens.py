@@ -91,7 +91,7 @@ def test_runs_outside_a_step_are_not_recorded(one_process, runner):
     """Nor may they be: SGLang captures CUDA graphs in such runs."""
     with one_process.dynaflow(runner, CONFIGS["two"]) as ours:
         ours.session.plan_caches.clear()
-        ours.segmented.segments.captured = None
+        ours.eager_forward.eager.captured = None
         eager = runner.eager_runner
         for size in (2, 3):
             eager._dummy_run(size, buffers=eager._alloc_dummy_decode_buffers(size))

@@ -60,10 +60,10 @@ def forward(path: str, strategies: list[tuple[str, dict[str, int]]]) -> dict[str
     for name, options in strategies:
         enable(model, {"strategy": name, "options": options})
         equal = [torch.equal(model(input_ids=ids(size, 12)).logits, logits) for size, logits in expected.items()]
-        steps = report(model)["steps"]
+        steps = report(model).steps.model_dump()
         networks = {
             s.stream
-            for plan_cache in Body.of(model).backend.plan_caches
+            for plan_cache in Body.of(model).session.plan_caches
             for plan in plan_cache.plans
             for s in plan.actions
             if plan.micro_batches > 1
@@ -89,7 +89,7 @@ def generate(path: str, cache: str | None) -> dict[str, Any]:
             for m in (stock, model)
         ]  # fmt: skip
         equal.append(torch.equal(*tokens))
-    return {"equal": equal, "steps": report(model)["steps"], "graphs": len(report(model)["programs"])}
+    return {"equal": equal, "steps": report(model).steps.model_dump(), "graphs": len(report(model).programs)}
 
 
 @torch.no_grad()
@@ -103,14 +103,14 @@ def auto(path: str, folder: str) -> dict[str, Any]:
         """The stock forward, which un-split steps run, sleeps as long as all operators together."""
         enable(model, {"strategy": "auto", "options": {"candidates": ["comm_overlap", "nanoflow"], **options}})
         body, slept = Body.of(model), [0.0]
-        body.backend.steps.auto.forced = "sequential x2"
-        for call in (model, body):  # two graphs, for the head passes more arguments
-            call(**inputs)
-        for plan_cache in body.backend.plan_caches:
-            plan_cache.captured.functions = {n: slowed(f, slept) for n, f in plan_cache.captured.functions.items()}
-            plan_cache.captured.into = {n: slowed(f, slept) for n, f in plan_cache.captured.into.items()}
-            plan_cache._prepared.clear()
-        body(**inputs)
+        with body.session.trial("sequential x2"):
+            for call in (model, body):  # two graphs, for the head passes more arguments
+                call(**inputs)
+            for plan_cache in body.session.plan_caches:
+                plan_cache.captured.functions = {n: slowed(f, slept) for n, f in plan_cache.captured.functions.items()}
+                plan_cache.captured.into = {n: slowed(f, slept) for n, f in plan_cache.captured.into.items()}
+                plan_cache._prepared.clear()
+            body(**inputs)
         stock, rows, all_slept = body.original, inputs["input_ids"].shape[0], slept[0]
 
         def slow_stock(*args: Any, **kwargs: Any) -> Any:
@@ -118,8 +118,7 @@ def auto(path: str, folder: str) -> dict[str, Any]:
             return stock(*args, **kwargs)
 
         body.original = slow_stock
-        body.backend.steps.auto.forced = None
-        body.backend.steps.reset()
+        body.session.reset()
         return model
 
     def slowed(function: Any, slept: list[float]) -> Any:
@@ -138,7 +137,7 @@ def auto(path: str, folder: str) -> dict[str, Any]:
     found["equal"] = [torch.equal(model(**inputs).logits, expected) for _ in range(3)]
     found["steps"] = report(model)["steps"]
     found["other"] = torch.equal(model(input_ids=ids(3, 5)).logits, load(path)(input_ids=ids(3, 5)).logits)
-    found["reasons"] = report(model)["steps"]["unsplit"]
+    found["reasons"] = report(model).steps.unsplit
     disable(model)
     found["again"] = tune(enabled(table=file), [inputs]) == table  # to the seconds that it took
     disable(model)
@@ -166,7 +165,7 @@ def training(path: str, micro_batches: int) -> dict[str, Any]:
     expected = gradients()
     enable(model, strategy("comm_overlap", micro_batches))
     found = [gradients() for _ in range(3)][-1]
-    forward_run, backward_run = Body.of(model).backend.plan_caches
+    forward_run, backward_run = Body.of(model).session.plan_caches
     (plan,) = backward_run.plans
     by_name = backward_run.captured.program.by_name
     runs = [s for s in plan.actions if s.kind is ActionKind.RUN]
@@ -199,8 +198,9 @@ def different_plans(path: str) -> dict[str, Any]:
         error = ""
     except InactiveError as e:
         error = str(e)
-    runs = [r.counts for r in Body.of(model).backend.plan_caches]
-    return {"error": error, "graphs": len(runs), "runs": sum(c.split + sum(c.unsplit.values()) for c in runs)}
+    session = Body.of(model).session
+    steps = session.counts.split + sum(session.counts.unsplit.values())
+    return {"error": error, "graphs": len(session.plan_caches), "runs": steps}
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def killed(path: str) -> dict[str, Any]:
     model = enable(load(path), strategy("comm_overlap", 2))
     model(input_ids=ids(6, 12), use_cache=False)
     if dist.get_rank() == 1:
-        (plan_cache,) = Body.of(model).backend.plan_caches
+        (plan_cache,) = Body.of(model).session.plan_caches
         name = [o.name for o in plan_cache.captured.program.operators if o.resource is Resource.NETWORK][1]
         plan_cache.captured.functions[name] = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         plan_cache.captured.into.clear()
@@ -241,4 +241,4 @@ def refused(path: str) -> dict[str, Any]:
     disable(model)
     enable(model, strategy("comm_overlap", 2) | {"fallback": True})
     equal = [torch.equal(tokens(), expected) for _ in range(2)]
-    return {"error": error, "equal": equal, "steps": report(model)["steps"]}
+    return {"error": error, "equal": equal, "steps": report(model).steps.model_dump()}

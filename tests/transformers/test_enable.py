@@ -10,6 +10,7 @@ import torch
 
 from dynaflow_serving.errors import ConfigError, InactiveError
 from dynaflow_serving.integrations.transformers import TransformersIntegration, enable, report
+from dynaflow_serving.session.report import StepReport
 
 SPLIT = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
 
@@ -35,7 +36,7 @@ def test_one_process_and_a_yaml_file(model: Any, tmp_path: Any) -> None:
         assert enable(model, str(file)) is model
         for n, logits in zip((6, 3), expected, strict=True):
             assert torch.equal(model(input_ids=ids(n, 9)).logits, logits)
-    assert report(model)["steps"] == {"split": 1, "unsplit": {"a micro-batch would have under 2 tokens": 1}}
+    assert report(model).steps == StepReport(split=1, unsplit={"a micro-batch would have under 2 tokens": 1})
     assert set(model.state_dict()) == names
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy.bucket import DECODE, KINDS
-from dynaflow_serving.strategies.auto import COMPARING
+from dynaflow_serving.policy.selector import COMPARING
 
 V2 = find_spec("triton") is not None
 MODE = "mode3" if V2 else "mode2-uncompiled"  # of the runs in one process
