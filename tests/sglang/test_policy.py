@@ -153,7 +153,7 @@ def test_tuning_decides_every_bucket_and_a_second_start_reads_the_table(
     with get_schedule().override(chunked_prefill_size=256), one_process.dynaflow(runner, config) as ours:
         ours.start(cache)
         assert left(runner, cache) == before
-        tuned, decided = ours.session.policy, ours.decided()
+        tuned, decided = ours.session.selector.table, ours.decided()
         assert not ours.session.counts.split and not ours.session.counts.unsplit
         tokens, _ = one_process.generate(runner, prompts, 12)
         assert tokens.tolist() == stock
@@ -170,7 +170,7 @@ def test_tuning_decides_every_bucket_and_a_second_start_reads_the_table(
     monkeypatch.setattr(RunnerTrials, "run", None)
     with get_schedule().override(chunked_prefill_size=256), one_process.dynaflow(runner, config) as ours:
         ours.start(cache_of())
-        assert ours.session.policy == tuned
+        assert ours.session.selector.table == tuned
 
 
 @pytest.fixture
