@@ -2,18 +2,18 @@
 
 Contract
 - A run of adjacent nodes under one annotation is one operator.
-- Between annotated operators, nodes are kept in the order of the graph, and separated where a schedule
-  could use it: by which network operators they follow and precede (so a shared expert is not glued to
-  the gate), and into unconnected branches.
-- A branch without heavy arithmetic is absorbed by a neighbour, unless that would make the neighbour wait
-  for, or hold up, one more network operator: a scalar multiply is no operator.
-- The operators' order is a valid order of the graph, in-place writes included.
+- The nodes between two annotated runs are separated where a schedule could use it. Nodes of one operator follow and
+  precede the same network operators, so that a shared expert is not glued to the gate. They are connected.
+- A region without heavy arithmetic is merged into a neighbour: a scalar multiply is no operator. It stays apart where
+  the neighbour would have to wait for, or would hold up, one more network operator.
+- The operators' order is a valid order of the graph, in-place writes included. It depends on the graph alone.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,42 +30,63 @@ _HEAVY = {
     "scaled_dot_product_attention", "__matmul__",
 }  # fmt: skip
 
+Predecessors = Mapping[fx.Node, Sequence[fx.Node]]
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkNeighbours:
+    """The network nodes that come before and after a node, directly or through others."""
+
+    before: frozenset[fx.Node] = frozenset()
+    after: frozenset[fx.Node] = frozenset()
+
+    def within(self, other: NetworkNeighbours) -> bool:
+        """Whether `other` waits for, and holds up, all of these already."""
+        return self.before <= other.before and self.after <= other.after
+
 
 @dataclass(eq=False, slots=True)
 class Region:
-    """The nodes of one operator; `mark` is its annotation, None between annotations."""
+    """The nodes of one operator."""
 
     nodes: list[fx.Node]
-    mark: dict[str, Any] | None
-    first: int
-    segment: int
-    network: tuple[int, int] = (0, 0)  # bit masks of the network operators before and after it
+    mark: dict[str, Any] | None  # its annotation; None between annotated runs
+    first: int  # position of its first node in the graph
+    gap: int  # how many annotated runs begin before it
+    network: NetworkNeighbours = NetworkNeighbours()
     preds: set[Region] = field(default_factory=set)
 
 
-def find_regions(gm: fx.GraphModule, hidden: dict[fx.Node, set[fx.Node]]) -> list[Region]:
-    """Regions in a valid order. `hidden`: node -> earlier nodes it must follow beyond its arguments."""
+def find_regions(gm: fx.GraphModule, hidden: Mapping[fx.Node, set[fx.Node]]) -> list[Region]:
+    """Return the regions of a graph in a valid order.
+
+    Args:
+        gm: the graph.
+        hidden: node -> earlier nodes that it must follow, beyond its arguments.
+    """
     nodes = calls(gm)
-    index = {n: i for i, n in enumerate(nodes)}
-    preds = {n: [p for p in (*n.all_input_nodes, *hidden.get(n, ())) if p in index] for n in nodes}
-    regions, segment_of = _marked_runs(nodes, index)
-    home = {n: r for r in regions for n in r.nodes}
-    signature = _signatures(nodes, preds)
-    regions += _branches([n for n in nodes if n not in home], preds, segment_of, signature, index)
-    home = {n: r for r in regions for n in r.nodes}
+    position = {n: i for i, n in enumerate(nodes)}
+    preds = {n: [p for p in (*n.all_input_nodes, *hidden.get(n, ())) if p in position] for n in nodes}
+    runs = _annotated_runs(nodes, position)
+    regions = [*runs, *_branches(nodes, preds, runs)]
+    region_of_node = {n: r for r in regions for n in r.nodes}
     for n in nodes:
-        home[n].preds |= {home[p] for p in preds[n]} - {home[n]}
-    return _order(_absorb(regions))
+        region_of_node[n].preds |= {region_of_node[p] for p in preds[n]} - {region_of_node[n]}
+    return _in_order(_merge_light(regions))
 
 
 def region_name(region: Region) -> str:
+    """Return the name of the region's operator, which other regions may have too."""
     paths = [stack[-1][0] for n in region.nodes if (stack := module_stack(n))]
     return operator_name(paths, region.mark["name"] if region.mark else "")
 
 
 def piece_region(graph: fx.GraphModule, index: int) -> Region:
-    """The region of the `index`-th piece that an engine cut. Its annotations are taken together; beside other
-    heavy work they give the piece its obligations (context, group), but neither name nor tags."""
+    """Return the region of the `index`-th piece that an engine cut.
+
+    Its annotations are taken together. Beside other heavy work they give the piece its obligations (context, group),
+    but neither name nor tags.
+    """
     nodes = calls(graph)
     marks = [m for n in nodes if (m := region_of(n))]
     if not marks:
@@ -78,91 +99,122 @@ def piece_region(graph: fx.GraphModule, index: int) -> Region:
     return Region(nodes, mark, index, index)
 
 
-def _marked_runs(nodes: list[fx.Node], index: dict[fx.Node, int]) -> tuple[list[Region], dict[fx.Node, int]]:
-    regions: list[Region] = []
-    segment_of: dict[fx.Node, int] = {}
-    previous: tuple[Any, ...] | None = None
-    for n in nodes:
-        mark = region_of(n)
-        if mark is None and function_names(n) & {"wait_tensor"} and previous is not None:
-            n.meta["custom"] = regions[-1].nodes[-1].meta["custom"]  # a collective and its wait are one operator
-            mark = regions[-1].mark
-        key = None
+# -- annotated runs ------------------------------------------------------------------------------------------
+def _annotated_runs(nodes: list[fx.Node], position: Mapping[fx.Node, int]) -> list[Region]:
+    """Return the runs of adjacent nodes that share an annotation."""
+    runs: list[Region] = []
+    previous: tuple[Any, ...] | None = None  # the run that the node before belongs to
+    for node in nodes:
+        waits = bool(function_names(node) & {"wait_tensor"}) and previous is not None
+        if waits and region_of(node) is None:
+            node.meta["custom"] = runs[-1].nodes[-1].meta["custom"]
+        mark = region_of(node)
+        # A collective and its wait are one operator.
+        run = previous if waits else _run_key(node, mark)
+        if mark is not None and run != previous:
+            runs.append(Region([], mark, position[node], gap=len(runs)))
         if mark is not None:
-            layer = [path for path, _ in module_stack(n) if path.rpartition(".")[2].isdigit()]
-            key = (mark["name"], mark.get("instance", layer[-1:] and layer[-1]))
-            if function_names(n) & {"wait_tensor"}:
-                key = previous
-            if key != previous:
-                regions.append(Region([], mark, index[n], len(regions)))
-            regions[-1].nodes.append(n)
-        segment_of[n] = len(regions)
-        previous = key
-    return regions, segment_of
+            runs[-1].nodes.append(node)
+        previous = run
+    return runs
 
 
-def _signatures(nodes: list[fx.Node], preds: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, tuple[int, int]]:
-    """Per node, bit masks of the network operators before and after it."""
-    network = {n: 1 << i for i, n in enumerate(n for n in nodes if _resource(n) is Resource.NETWORK)}
-    before: dict[fx.Node, int] = {}
-    after: dict[fx.Node, int] = defaultdict(int)
-    for n in nodes:
-        before[n] = 0
+def _run_key(node: fx.Node, mark: dict[str, Any] | None) -> tuple[Any, ...] | None:
+    """Return what adjacent nodes of one run share: the mark's name, and the match of the rule or the layer."""
+    if mark is None:
+        return None
+    layers = [path for path, _ in module_stack(node) if path.rpartition(".")[2].isdigit()]
+    return mark["name"], mark.get("instance", layers[-1] if layers else None)
+
+
+# -- branches between them -----------------------------------------------------------------------------------
+def _branches(nodes: list[fx.Node], preds: Predecessors, runs: list[Region]) -> list[Region]:
+    """Return the other nodes, grouped by gap and network neighbours into connected branches."""
+    gap_of = _gaps(nodes, runs)
+    neighbours = _network_neighbours(nodes, preds)
+    adjacent: dict[fx.Node, list[fx.Node]] = {n: [] for n in gap_of}
+    for n in adjacent:
         for p in preds[n]:
-            before[n] |= before[p] | network.get(p, 0)
+            if p in adjacent and gap_of[p] == gap_of[n] and neighbours[p] == neighbours[n]:
+                adjacent[n].append(p)
+                adjacent[p].append(n)
+    position = {n: i for i, n in enumerate(nodes)}
+    branches = []
+    for component in _connected_components(adjacent):
+        component.sort(key=position.__getitem__)
+        first = component[0]
+        branches.append(Region(component, None, position[first], gap_of[first], neighbours[first]))
+    return branches
+
+
+def _gaps(nodes: list[fx.Node], runs: list[Region]) -> dict[fx.Node, int]:
+    """Return, for each node outside `runs`, how many of them begin before it."""
+    run_of = {n: r for r in runs for n in r.nodes}
+    gaps: dict[fx.Node, int] = {}
+    begun = 0
+    for n in nodes:
+        if n in run_of:
+            begun = run_of[n].gap + 1
+        else:
+            gaps[n] = begun
+    return gaps
+
+
+def _network_neighbours(nodes: list[fx.Node], preds: Predecessors) -> dict[fx.Node, NetworkNeighbours]:
+    network = {n for n in nodes if (mark := region_of(n)) and Resource(mark["resource"]) is Resource.NETWORK}
+    before: dict[fx.Node, frozenset[fx.Node]] = {}
+    after: dict[fx.Node, frozenset[fx.Node]] = dict.fromkeys(nodes, frozenset())
+    for n in nodes:
+        before[n] = frozenset().union(*(before[p] for p in preds[n]), network.intersection(preds[n]))
     for n in reversed(nodes):
+        own = {n} if n in network else set()
         for p in preds[n]:
-            after[p] |= after[n] | network.get(n, 0)
-    return {n: (before[n], after[n]) for n in nodes}
+            after[p] = after[p].union(after[n], own)
+    return {n: NetworkNeighbours(before[n], after[n]) for n in nodes}
 
 
-def _resource(node: fx.Node) -> Resource:
-    region = region_of(node)
-    return Resource(region["resource"]) if region else Resource.COMPUTE
+def _connected_components(adjacent: Mapping[fx.Node, Sequence[fx.Node]]) -> list[list[fx.Node]]:
+    """Return the components of an undirected graph, in the order of their first nodes."""
+    components: list[list[fx.Node]] = []
+    seen: set[fx.Node] = set()
+    for start in adjacent:
+        if start in seen:
+            continue
+        seen.add(start)
+        component = [start]
+        for node in component:  # grows meanwhile
+            new = [n for n in dict.fromkeys(adjacent[node]) if n not in seen]
+            seen.update(new)
+            component += new
+        components.append(component)
+    return components
 
 
-def _branches(
-    nodes: list[fx.Node],
-    preds: dict[fx.Node, list[fx.Node]],
-    segment_of: dict[fx.Node, int],
-    signature: dict[fx.Node, tuple[int, int]],
-    index: dict[fx.Node, int],
-) -> list[Region]:
-    """Weakly connected components of the unmarked nodes with one segment and signature."""
-    parent = {n: n for n in nodes}
-
-    def find(n: fx.Node) -> fx.Node:
-        while parent[n] is not n:
-            parent[n] = parent[parent[n]]
-            n = parent[n]
-        return n
-
-    for n in nodes:
-        for p in preds[n]:
-            if p in parent and segment_of[p] == segment_of[n] and signature[p] == signature[n]:
-                parent[find(n)] = find(p)
-    groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for n in nodes:
-        groups[find(n)].append(n)
-    return [Region(g, None, index[g[0]], segment_of[g[0]], signature[g[0]]) for g in groups.values()]
-
-
-def _absorb(regions: list[Region]) -> list[Region]:
-    """Merge light unmarked regions into a consumer, or else another neighbour, of their segment."""
-    alive = set(regions)
+# -- light regions -------------------------------------------------------------------------------------------
+def _merge_light(regions: list[Region]) -> list[Region]:
+    """Merge light unmarked regions, the last first, into a consumer of their gap, or else into the nearest region."""
+    kept = dict.fromkeys(regions)  # a set with an order: which of two equally near regions wins must not vary
     for light in sorted((r for r in regions if r.mark is None and not heavy(r.nodes)), key=lambda r: -r.first):
-        peers = [r for r in alive if r is not light and r.mark is None and r.segment == light.segment]
-        peers = [r for r in peers if not any(mine & ~theirs for mine, theirs in zip(light.network, r.network))]
-        peers.sort(key=lambda r: (light not in r.preds, abs(r.first - light.first)))
-        for peer in peers:
-            if not _path_through_others(light, peer) and not _path_through_others(peer, light):
-                _merge(light, peer, alive)
+        for target in _merge_candidates(light, kept):
+            if not _path_through_others(light, target) and not _path_through_others(target, light):
+                del kept[light]
+                _merge(light, target, kept)
                 break
-    return list(alive)
+    return list(kept)
+
+
+def _merge_candidates(light: Region, regions: Iterable[Region]) -> list[Region]:
+    """Return the unmarked regions of its gap that would neither wait longer nor hold up more; the best first."""
+    found = [
+        r
+        for r in regions
+        if r is not light and r.mark is None and r.gap == light.gap and light.network.within(r.network)
+    ]
+    return sorted(found, key=lambda r: (light not in r.preds, abs(r.first - light.first)))
 
 
 def heavy(nodes: list[fx.Node]) -> bool:
-    """Whether there is work worth an operator of its own: matrix products, custom operators."""
+    """Whether the nodes are worth an operator of their own: matrix products, custom operators."""
     for n in nodes:
         if n.op == "call_module" or function_names(n) & _HEAVY:
             return True
@@ -179,37 +231,37 @@ def _path_through_others(source: Region, sink: Region) -> bool:
         r = stack.pop()
         if r is source:
             return True
-        if r not in seen and r.segment >= source.segment - 1:
+        if r not in seen and r.gap >= source.gap:  # regions of earlier gaps cannot follow
             seen.add(r)
             stack += r.preds
     return False
 
 
-def _merge(light: Region, peer: Region, alive: set[Region]) -> None:
-    alive.remove(light)
-    peer.nodes += light.nodes
-    peer.first = min(peer.first, light.first)
-    peer.preds = (peer.preds | light.preds) - {peer, light}
-    for r in alive:
-        if light in r.preds and r is not peer:
-            r.preds = (r.preds - {light}) | {peer}
+def _merge(light: Region, target: Region, regions: Iterable[Region]) -> None:
+    target.nodes += light.nodes
+    target.first = min(target.first, light.first)
+    target.preds = (target.preds | light.preds) - {target, light}
+    for r in regions:
+        if light in r.preds and r is not target:
+            r.preds = (r.preds - {light}) | {target}
 
 
-def _order(regions: list[Region]) -> list[Region]:
-    """Topological order, the graph's own order among equals."""
+def _in_order(regions: list[Region]) -> list[Region]:
+    """Return the regions in topological order, and in the graph's own order where that leaves a choice."""
     successors: dict[Region, list[Region]] = defaultdict(list)
     missing = {r: len(r.preds) for r in regions}
     for r in regions:
         for p in r.preds:
             successors[p].append(r)
-    heap = [(r.first, i, r) for i, r in enumerate(regions) if not missing[r]]
-    heapq.heapify(heap)
+    region_at = {r.first: r for r in regions}  # no two regions begin at one node
+    ready = [r.first for r in regions if not missing[r]]
+    heapq.heapify(ready)
     ordered = []
-    while heap:
-        _, i, r = heapq.heappop(heap)
-        ordered.append(r)
-        for s in successors[r]:
+    while ready:
+        region = region_at[heapq.heappop(ready)]
+        ordered.append(region)
+        for s in successors[region]:
             missing[s] -= 1
             if not missing[s]:
-                heapq.heappush(heap, (s.first, len(ordered) * len(regions) + i, s))
+                heapq.heappush(ready, s.first)
     return ordered
