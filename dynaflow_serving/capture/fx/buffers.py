@@ -1,21 +1,28 @@
 """Operators that write their result straight into a preallocated merge buffer (paper, section 5: zero-copy).
 
 Contract
-- A variant is offered only where the producing call has an `out=` form with the same arithmetic, or,
-  with `copy=True`, by a final `copy_` that a compiler is expected to fuse into the producer.
-- A buffer's shape depends on the number of tokens only, and it is laid out in memory like the tensor that it
-  stands for: a later `view` of the graph holds for the strides of that layout. So is what a merge copies.
+- A variant is offered where the call that makes the result has an `out=` form with the same arithmetic. With
+  `copy=True` it is offered elsewhere too, by a final `copy_` that a compiler is expected to fuse into the producer.
+- A buffer's shape depends on the number of tokens only.
+- A buffer is laid out in memory like the tensor that it stands for, because a later `view` of the graph holds for the
+  strides of that layout. The result of a merge that copies is laid out like that too.
 """
 
 from __future__ import annotations
 
 import copy as copying
 import operator
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+
+from dynaflow_serving.capture.fx.symbols import fake_value
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.program import Operator, Program
 
 # Dynamo-level callables with an `out=` form of the same arithmetic.
 _OUT_FORMS: dict[Any, Any] = {
@@ -26,8 +33,101 @@ _OUT_FORMS: dict[Any, Any] = {
 }  # fmt: skip
 
 
+def result_of(graph: fx.GraphModule) -> Any:
+    """Return what a graph returns: nodes, constants, and structures of them."""
+    return next(n for n in graph.graph.nodes if n.op == "output").args[0]
+
+
+def result_list(graph: fx.GraphModule) -> list[Any]:
+    """Return the results of a piece as a list."""
+    results = result_of(graph)
+    return list(results) if isinstance(results, tuple | list) else [results]
+
+
+def add_into_variants(capture: CapturedProgram, copy: bool = False, only: Set[str] | None = None) -> None:
+    """Let operators write outputs into given buffers, where that is possible.
+
+    Args:
+        capture: is changed: `into`, `buffers`, and `Operator.into` in its Program.
+        copy: whether a final copy will do where there is no `out=` form.
+        only: names of the operators; None for all.
+    """
+    program = capture.program
+    own = _own_storages(program)
+    operators = []
+    for op in program.operators:
+        makers = _buffer_makers(capture, op, own) if only is None or op.name in only else {}
+        variant, done = _into_variant(capture.pieces[op.name], list(makers), copy)
+        if done:
+            capture.into[op.name] = variant
+        capture.buffers.update({op.outputs[i]: maker for i, maker in makers.items()})
+        operators.append(replace(op, into=tuple(op.outputs[i] for i in makers if i in done)))
+    capture.program = replace(program, operators=tuple(operators))
+
+
+def _buffer_makers(capture: CapturedProgram, op: Operator, own: Set[str]) -> dict[int, Callable[[int], torch.Tensor]]:
+    """Return output -> function that makes its buffer, for the outputs of `op` with a storage of `own`."""
+    results = result_list(capture.pieces[op.name])
+    makers = {}
+    for i, name in enumerate(op.outputs):
+        value = capture.program.values[name]
+        if value.axis is not None and value.storage in own:
+            maker = buffer_maker(fake_value(results[i]), value.axis, value.rows)
+            if maker is not None:
+                makers[i] = maker
+    return makers
+
+
+def _own_storages(program: Program) -> set[str]:
+    """Return the storages of one value alone that nothing writes in place."""
+    count = Counter(v.storage for v in program.values.values())
+    written = {s for o in program.operators for s in o.writes}
+    return {s for s, values in count.items() if values == 1} - written
+
+
+def _into_variant(piece: fx.GraphModule, ports: list[int], copy: bool) -> tuple[Callable[..., Any], set[int]]:
+    """Copy `piece`, with a buffer argument for each of the outputs `ports` that can be written in place.
+
+    Returns:
+        The variant, and the outputs that it writes into buffers.
+    """
+    graph = copying.deepcopy(piece.graph)
+    output = next(n for n in graph.nodes if n.op == "output")
+    results = output.args[0]
+    listed = list(results) if isinstance(results, tuple | list) else [results]
+    done = set()
+    for port in ports:
+        node = listed[port]
+        form = _out_form(node)
+        if listed.count(node) > 1 or (form is None and not copy):
+            continue
+        buffer = _add_placeholder(graph, f"into_{port}")
+        buffer.meta = dict(node.meta)
+        if form is not None:
+            node.target, node.op = form, "call_function"
+            node.kwargs = {**node.kwargs, "out": buffer}
+        else:
+            with graph.inserting_before(output):
+                listed[port] = graph.call_method("copy_", (buffer, node))
+                listed[port].meta = dict(node.meta)
+        done.add(port)
+    if not done:
+        return piece, done
+    output.args = (tuple(listed) if isinstance(results, tuple | list) else listed[0],)
+    graph.lint()
+    return fx.GraphModule(piece, graph), done
+
+
+def _add_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """Add an argument after the others."""
+    last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
+    place = graph.inserting_before(next(iter(graph.nodes))) if last is None else graph.inserting_after(last)
+    with place:
+        return graph.placeholder(name)
+
+
 def permutation(fake: torch.Tensor) -> tuple[int, ...] | None:
-    """The dimensions from the greatest stride to the least, of a dense tensor where that is not their own order."""
+    """Return the dimensions from the greatest stride to the least; None if they are in order, or not dense."""
     if not torch._prims_common.is_non_overlapping_and_dense_or_false(fake):
         return None
     dims = tuple(range(fake.dim()))
@@ -40,7 +140,7 @@ def _hint(size: Any) -> int:
 
 
 def merger(axis: int, order: tuple[int, ...]) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
-    """A function parts -> their concatenation along `axis`, laid out in `order`."""
+    """Return a function parts -> their concatenation along `axis`, laid out in `order`."""
     inverse = tuple(order.index(d) for d in range(len(order)))
 
     def merge(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -50,8 +150,10 @@ def merger(axis: int, order: tuple[int, ...]) -> Callable[[Sequence[torch.Tensor
 
 
 def buffer_maker(fake: Any, axis: int, rows: int) -> Callable[[int], torch.Tensor] | None:
-    """A function tokens -> empty tensor like `fake`; None if another dimension is symbolic, or if the parts of
-    a permuted buffer would not be dense."""
+    """Return a function tokens -> empty tensor like `fake`.
+
+    None is returned if another dimension is symbolic, or if the parts of a permuted buffer would not be dense.
+    """
     if not isinstance(fake, torch.Tensor):
         return None
     other = [s for d, s in enumerate(fake.shape) if d != axis]
@@ -72,41 +174,8 @@ def buffer_maker(fake: Any, axis: int, rows: int) -> Callable[[int], torch.Tenso
     return make
 
 
-def into_variant(piece: fx.GraphModule, ports: list[int], copy: bool) -> tuple[Callable[..., Any], set[int]]:
-    """A copy of `piece` with a buffer argument for each of the outputs `ports` that can be written in
-    place; returns it and those outputs."""
-    graph = copying.deepcopy(piece.graph)
-    output = next(n for n in graph.nodes if n.op == "output")
-    results = output.args[0]
-    listed = list(results) if isinstance(results, tuple | list) else [results]
-    last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
-    done = set()
-    for port in ports:
-        node = listed[port]
-        form = _out_form(node)
-        if listed.count(node) > 1 or (form is None and not copy):
-            continue
-        place = graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes)))
-        with place:
-            last = graph.placeholder(f"into_{port}")
-        last.meta = dict(node.meta)
-        if form is not None:
-            node.target, node.op = form, "call_function"
-            node.kwargs = {**node.kwargs, "out": last}
-        else:
-            with graph.inserting_before(output):
-                listed[port] = graph.call_method("copy_", (last, node))
-                listed[port].meta = dict(node.meta)
-        done.add(port)
-    if not done:
-        return piece, done
-    output.args = (tuple(listed) if isinstance(results, tuple | list) else listed[0],)
-    graph.lint()
-    return fx.GraphModule(piece, graph), done
-
-
 def _out_form(node: fx.Node) -> Any:
-    """The `out=` form of the call, or None: an `out` overload of an ATen operator, or a torch function."""
+    """Return the `out=` form of a call, an `out` overload of an ATen operator or a torch function; None without."""
     if node.op != "call_function" or "out" in node.kwargs:
         return None
     target = node.target

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from dynaflow_serving.capture.fx.partition import add_into_variants
+from dynaflow_serving.capture.fx.buffers import add_into_variants
 from dynaflow_serving.capture.fx.symbols import fake_value
 from dynaflow_serving.capture.program import CapturedProgram
 
