@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Harnesses that several folders of tests share are imported by their bare names, in processes that tests start too.
+sys.path.append(str(Path(__file__).with_name("shared")))
+
 
 def pytest_collection_modifyitems(items):
     """A test whose engine has several ranks has the machine for itself."""

@@ -1,4 +1,4 @@
-"""What runs in the two rank processes of `test_policy`: importable there by name."""
+"""What runs on the two ranks of `test_policy`: importable there by name."""
 
 from __future__ import annotations
 
@@ -17,22 +17,16 @@ from dynaflow_serving.session.ranks import Ranks
 BATCH = Batch((8,) * 8)
 
 
-def main(rank: int, folder: str, scenario: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    Path(folder, f"rank{rank}").write_text(globals()[scenario](rank, folder))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def table(candidate: str) -> Table:
     trial = Trial(candidate="nanoflow x2", ratios=[1.3])
     decision = Decision(**bucket_of(BATCH)._asdict(), candidate=candidate, noise=0.05, trials=[trial])
     return Table(key={"model": "chain", "device": "here"}, decisions=[decision])
 
 
-def different_tables(rank: int, folder: str) -> str:
+def different_tables(folder: Path) -> str:
     """Each rank finds a table for its key on its own disk, and they differ."""
-    file = Path(folder, f"table{rank}.json")
+    rank = dist.get_rank()
+    file = folder / f"table{rank}.json"
     table("nanoflow x2" if rank else "").save(file)
     engine = Engine(per_token, ranks=Ranks(dist.group.WORLD), table=str(file))
     try:
@@ -44,9 +38,9 @@ def different_tables(rank: int, folder: str) -> str:
     return "no error"
 
 
-def guard_of_one_rank(rank: int, folder: str) -> str:
+def guard_of_one_rank(folder: Path) -> str:
     """Only rank 1 finds its candidate slow: both switch off, after the same step."""
-    slow = rank == 1
+    slow = dist.get_rank() == 1
     engine = Engine(lambda tokens: per_token(tokens) * (3 if slow and tokens < 64 else 1), guard_window=16)
     engine.selector.serve_by(table("nanoflow x2"), engine.session, Ranks(dist.group.WORLD))
     for _ in range(40):

@@ -1,12 +1,9 @@
-"""What runs in the processes of `test_session`: importable there by name."""
+"""What runs on the two ranks of `test_session`: importable there by name."""
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,31 +26,22 @@ def session(**options: Any) -> Session:
     return Session(build_selector(config), config, mode="test", logger=logging.getLogger("test"))
 
 
-def leave(close: Callable[[], None]) -> None:
-    """End threads, and leave the group together: a rank that exits early can abort the other's gloo threads."""
-    close()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def agree(rank: int, folder: str, micro_batches: list[int]) -> None:
-    """Compare plans with the other rank over gloo; the outcome goes to a file."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    s = session(micro_batches=micro_batches[rank])
+def agree(micro_batches: list[int]) -> str:
+    """Compare plans with the other rank over gloo; `micro_batches` has the option of each rank."""
+    s = session(micro_batches=micro_batches[dist.get_rank()])
     s.add(example_capture("llama"))
     try:
         s.confirm(dist.group.WORLD)
-        outcome = "agreed"
+        return "agreed"
     except InactiveError as error:
-        outcome = str(error)
-    Path(folder, f"rank{rank}").write_text(outcome)
-    leave(s.close)
+        return str(error)
+    finally:
+        s.close()
 
 
-def race(rank: int, folder: str) -> None:
+def race() -> dict[str, Any]:
     """A real all-reduce on the network stream, with its wait and without. It is sent only when `read` has read, or,
     with the wait, when `read` has not come within a tenth of a second: the outcome does not hang on luck."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     has_read, started = threading.Event(), threading.Event()
 
     def all_reduce(y: torch.Tensor) -> None:
@@ -76,11 +64,11 @@ def race(rank: int, folder: str) -> None:
         verdict = "accepted"
     except PlanError as error:
         verdict = str(error).splitlines()[0]
-    executor, x = CPUExecutor(), torch.full((3,), rank + 1.0)
+    executor, x = CPUExecutor(), torch.full((3,), dist.get_rank() + 1.0)
     results = []
     for p in (plan, racy):
         started.clear()
         has_read.clear()
         results.append(executor.bind(capture, p, {})([x], [0, 3], no_context)[0].tolist())
-    Path(folder, f"rank{rank}").write_text(json.dumps({"with": results[0], "without": results[1], "verdict": verdict}))
-    leave(executor.close)
+    executor.close()
+    return {"with": results[0], "without": results[1], "verdict": verdict}

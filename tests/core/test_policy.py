@@ -10,10 +10,10 @@ from typing import Any
 
 import policy_ranks
 import pytest
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_support import Engine, fixed, per_token
+from two_ranks import on_two_ranks
 
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch, Split
@@ -346,9 +346,7 @@ def test_the_start_up_table_says_what_and_why(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.alone
 @pytest.mark.parametrize("scenario", [policy_ranks.different_tables, policy_ranks.guard_of_one_rank])
 def test_two_ranks(tmp_path: Path, scenario: Callable[..., None]) -> None:
-    mp.spawn(policy_ranks.main, (str(tmp_path), scenario.__name__), nprocs=2)
-    for rank in range(2):
-        assert (tmp_path / f"rank{rank}").read_text() == "as expected"
+    assert on_two_ranks(scenario, tmp_path) == ["as expected"] * 2
 
 
 # -- wrong configs -------------------------------------------------------------------------------------

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import ranks
-import torch.multiprocessing as mp
+from two_ranks import on_two_ranks
 
 from dynaflow_serving.capture.examples import example_capture
 from dynaflow_serving.core.batch import Batch, MicroBatch, Split
@@ -50,12 +49,8 @@ def test_more_micro_batches_than_announced(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("micro_batches", "agree"), [([2, 2], True), ([2, 3], False)])
-def test_ranks_with_different_plans_are_found_before_the_first_step(
-    tmp_path: Path, micro_batches: list[int], agree: bool
-) -> None:
-    mp.spawn(ranks.agree, (str(tmp_path), micro_batches), nprocs=2)
-    for rank in range(2):
-        outcome = (tmp_path / f"rank{rank}").read_text()
+def test_ranks_with_different_plans_are_found_before_the_first_step(micro_batches: list[int], agree: bool) -> None:
+    for outcome in on_two_ranks(ranks.agree, micro_batches):
         if agree:
             assert outcome == "agreed"
         else:
@@ -63,10 +58,8 @@ def test_ranks_with_different_plans_are_found_before_the_first_step(
             assert "micro_batches=3" in outcome
 
 
-def test_a_collective_that_is_not_waited_for_corrupts_the_result_and_the_verifier_says_so(tmp_path: Path) -> None:
-    mp.spawn(ranks.race, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"rank{rank}").read_text())
+def test_a_collective_that_is_not_waited_for_corrupts_the_result_and_the_verifier_says_so() -> None:
+    for rank, found in enumerate(on_two_ranks(ranks.race)):
         assert found["with"] == [3.0] * 3
         assert found["without"] == [rank + 1.0] * 3  # the rank's own share, not the sum
         assert "does not wait" in found["verdict"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +10,6 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RANKS = 2
 
 # A few units in the last place. triton's interpreter truncates float32 to bfloat16 where a GPU rounds, which costs
 # one at each of the roundings (sum, norm, product).
@@ -36,23 +32,7 @@ def assert_like(actual: Any, expected: Any) -> None:
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-def on_two_ranks(function: Callable[..., dict[str, torch.Tensor]], *args: Any) -> list[dict[str, torch.Tensor]]:
-    """`function(rank, *args)` in two gloo processes; what each returned."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (folder, function, args), nprocs=RANKS)
-        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(RANKS)]
-
-
-def _rank(rank: int, folder: str, function: Callable[..., dict[str, torch.Tensor]], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    try:
-        torch.save(function(rank, *args), Path(folder, f"rank{rank}"))
-    finally:
-        dist.destroy_process_group()
-
-
-def all_reduce_cases(rank: int, token_counts: list[int], hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def all_reduce_cases(token_counts: list[int], hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Kernel and reference for each number of tokens, every rank with a partial sum of its own."""
     from dynaflow_serving.kernels import KERNELS, get_kernel
 
@@ -60,7 +40,7 @@ def all_reduce_cases(rank: int, token_counts: list[int], hidden: int, dtype: tor
     kernel = get_kernel("all_reduce_add_rms_norm", **constants)
     results: dict[str, torch.Tensor] = {}
     for tokens in token_counts:
-        partial = random_tensor(tokens, hidden, dtype=dtype, seed=tokens + 1000 * rank)
+        partial = random_tensor(tokens, hidden, dtype=dtype, seed=tokens + 1000 * dist.get_rank())
         residual = random_tensor(tokens, hidden, dtype=dtype, seed=tokens + 1)
         weight = random_tensor(hidden, dtype=dtype, seed=tokens + 2)
         given = partial.clone()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_support import RANKS, all_reduce_cases, assert_like, on_two_ranks
+from kernel_support import all_reduce_cases, assert_like
+from two_ranks import RANKS, on_two_ranks
 
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import on_two_ranks
+from two_ranks import on_two_ranks
 from weave_support import CASES, LAYERS, refused, weave_all
 
 from dynaflow_serving.core.batch import Batch

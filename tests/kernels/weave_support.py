@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from kernel_support import RANKS
 from torch import nn
 from torch.distributed import _functional_collectives as funcol
+from two_ranks import RANKS
 
 from dynaflow_serving import compile
 from dynaflow_serving.core.plan import ActionKind
@@ -31,8 +31,9 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, rank: int, in_place: bool) -> None:
+    def __init__(self, in_place: bool) -> None:
         super().__init__()
+        rank = dist.get_rank()
         self.norm, self.in_place = RMSNorm(), in_place
         up, down = torch.randn(4 * HIDDEN, HIDDEN), torch.randn(HIDDEN, 4 * HIDDEN)
         self.up = nn.Parameter(up.chunk(RANKS)[rank].clone())
@@ -47,10 +48,10 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, rank: int, in_place: bool = False) -> None:
+    def __init__(self, in_place: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(Layer(rank, in_place) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(in_place) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(HIDDEN)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,7 @@ def options() -> TokenWeaveOptions:
     return TokenWeaveOptions(min_tokens=2, tile=1)
 
 
-def weave(rank: int, counts: list[int], executor: str, in_place: bool) -> dict[str, torch.Tensor]:
+def weave(counts: list[int], executor: str, in_place: bool) -> dict[str, torch.Tensor]:
     """The model with and without TokenWeave, for each number of tokens; and the number of collectives it took."""
     sent = {"reduce_scatter": 0, "all_gather": 0}
     for name in sent:
@@ -74,7 +75,7 @@ def weave(rank: int, counts: list[int], executor: str, in_place: bool) -> dict[s
             return original(*args)
 
         setattr(shard_tokens, name, counted)
-    model = Model(rank, in_place)
+    model = Model(in_place)
     level: Literal["dynamo", "aot"] = "aot" if in_place else "dynamo"
     compiled = compile(model, TokenWeave(options()), executor=executor, level=level)
     results: dict[str, torch.Tensor] = {}
@@ -95,10 +96,10 @@ def weave(rank: int, counts: list[int], executor: str, in_place: bool) -> dict[s
     return results
 
 
-def weave_all(rank: int, counts: list[int]) -> dict[str, torch.Tensor]:
+def weave_all(counts: list[int]) -> dict[str, torch.Tensor]:
     results: dict[str, torch.Tensor] = {}
     for case, (executor, in_place) in CASES.items():
-        results |= {f"{case}.{k}": v for k, v in weave(rank, counts, executor, in_place).items()}
+        results |= {f"{case}.{k}": v for k, v in weave(counts, executor, in_place).items()}
     return results
 
 
@@ -112,13 +113,13 @@ def said(model: nn.Module, grad: bool = False) -> torch.Tensor:
     return torch.tensor([], dtype=torch.int64)
 
 
-def refused(rank: int) -> dict[str, torch.Tensor]:
+def refused() -> dict[str, torch.Tensor]:
     """What is said of: weights of a norm that differ between ranks; in-place collectives; gradients."""
-    unequal = Model(rank)
+    unequal = Model()
     with torch.no_grad():
-        unequal.layers[1].norm.weight += rank
+        unequal.layers[1].norm.weight += dist.get_rank()
     return {
         "unequal": said(unequal),
-        "in_place": said(Model(rank, in_place=True)),
-        "gradients": said(Model(rank), grad=True),
+        "in_place": said(Model(in_place=True)),
+        "gradients": said(Model(), grad=True),
     }

@@ -1,8 +1,7 @@
-"""What runs in the two rank processes of the transformers tests: importable there by name."""
+"""What runs on the two ranks of the transformers tests: importable there by name."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -17,17 +16,6 @@ from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError, PartitionError
 from dynaflow_serving.integrations.transformers import enable, report, tune
 from dynaflow_serving.integrations.transformers.body import ATTRIBUTE, Body
-
-
-def main(rank: int, folder: str, scenario: str, arguments: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    outcome = globals()[scenario](*arguments)
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(outcome))
-    if scenario != "killed":
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def load(path: str) -> Any:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import scenarios
 import torch
+from two_ranks import on_two_ranks
 
 from dynaflow_serving.errors import ConfigError, InactiveError
 from dynaflow_serving.integrations.transformers import enable, tune
 
 
-def test_an_overlap_that_wins_is_adopted_by_both_ranks(
-    models: dict[str, str], two_ranks: Callable[..., list[dict[str, Any]]], tmp_path: Path
-) -> None:
-    first, second = two_ranks(scenarios.auto, models["llama"], str(tmp_path))
+def test_an_overlap_that_wins_is_adopted_by_both_ranks(models: dict[str, str], tmp_path: Path) -> None:
+    first, second = on_two_ranks(scenarios.auto, models["llama"], str(tmp_path))
     assert first["decided"] == second["decided"] and first["steps"] == second["steps"]
     ((candidate, reason),) = first["decided"]
     assert candidate.startswith(("comm_overlap", "nanoflow")), reason

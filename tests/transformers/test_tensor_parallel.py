@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import scenarios
-import torch.multiprocessing as mp
-
-Ranks = Callable[..., list[dict[str, Any]]]
+from two_ranks import on_two_ranks, where_one_dies
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
-def test_logits_equal_with_2_3_and_4_micro_batches(models: dict[str, str], two_ranks: Ranks, kind: str) -> None:
+def test_logits_equal_with_2_3_and_4_micro_batches(models: dict[str, str], kind: str) -> None:
     strategies = [("comm_overlap", {"micro_batches": n, "min_tokens": 1}) for n in (3, 2, 4)]
     strategies += [(name, {"micro_batches": 2, "min_tokens": 1}) for name in ("nanoflow", "sequential")]
     strategies += [("token_weave", {"min_tokens": 1, "tile": 1})]
-    for found in two_ranks(scenarios.forward, models[kind], strategies if kind == "llama" else strategies[:1]):
+    for found in on_two_ranks(scenarios.forward, models[kind], strategies if kind == "llama" else strategies[:1]):
         for name, outcome in found.items():
             assert all(outcome["equal"]), name
             assert outcome["steps"]["split"] >= 3, name
@@ -29,8 +23,8 @@ def test_logits_equal_with_2_3_and_4_micro_batches(models: dict[str, str], two_r
 
 
 @pytest.mark.parametrize("cache", ["static", None])
-def test_generated_tokens_equal(models: dict[str, str], two_ranks: Ranks, cache: str | None) -> None:
-    for found in two_ranks(scenarios.generate, models["llama"], cache):
+def test_generated_tokens_equal(models: dict[str, str], cache: str | None) -> None:
+    for found in on_two_ranks(scenarios.generate, models["llama"], cache):
         assert all(found["equal"])
         assert found["steps"]["split"] == 4 * 6
         assert found["steps"]["unsplit"] == {"one request": 6}
@@ -38,10 +32,8 @@ def test_generated_tokens_equal(models: dict[str, str], two_ranks: Ranks, cache:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_gradients_equal_and_backward_collectives_overlap(
-    models: dict[str, str], two_ranks: Ranks, micro_batches: int
-) -> None:
-    for found in two_ranks(scenarios.training, models["llama"], micro_batches):
+def test_gradients_equal_and_backward_collectives_overlap(models: dict[str, str], micro_batches: int) -> None:
+    for found in on_two_ranks(scenarios.training, models["llama"], micro_batches):
         assert found["apart"] == 0  # the same additions in the same order: the backward pass is not split
         assert found["gradients"] == 21
         assert found["forward"] == ([3, 0] if micro_batches == 2 else [0, 3])
@@ -50,28 +42,22 @@ def test_gradients_equal_and_backward_collectives_overlap(
         assert found["overlapping"] >= found["collectives"] - 2
 
 
-def test_ranks_with_different_plans_are_found_before_the_first_collective(
-    models: dict[str, str], two_ranks: Ranks
-) -> None:
-    for found in two_ranks(scenarios.different_plans, models["llama"]):
+def test_ranks_with_different_plans_are_found_before_the_first_collective(models: dict[str, str]) -> None:
+    for found in on_two_ranks(scenarios.different_plans, models["llama"]):
         assert "the ranks would run different plans" in found["error"]
         assert "micro_batches=3" in found["error"]  # the difference is shown
         assert (found["graphs"], found["runs"]) == (1, 0)
 
 
-def test_a_rank_killed_in_a_step_ends_in_an_error_on_the_other(models: dict[str, str], tmp_path: Path) -> None:
-    arguments = (str(tmp_path), "killed", (models["llama"],))
-    processes = mp.spawn(scenarios.main, arguments, nprocs=2, join=False).processes
-    for process in processes:
-        process.join(120)
-    assert [p.exitcode for p in processes] == [0, -signal.SIGKILL]
-    found = json.loads((tmp_path / "rank0.json").read_text())
+def test_a_rank_killed_in_a_step_ends_in_an_error_on_the_other(models: dict[str, str]) -> None:
+    exit_codes, found = where_one_dies(scenarios.killed, models["llama"])
+    assert exit_codes == [0, -signal.SIGKILL]
     assert "onnection" in found["error"]
     assert found["seconds"] < 30
 
 
-def test_a_model_that_mixes_sequences_is_refused_or_falls_back(models: dict[str, str], two_ranks: Ranks) -> None:
-    for found in two_ranks(scenarios.refused, models["mixtral"]):
+def test_a_model_that_mixes_sequences_is_refused_or_falls_back(models: dict[str, str]) -> None:
+    for found in on_two_ranks(scenarios.refused, models["mixtral"]):
         assert "cannot be split: sort" in found["error"]
         assert all(found["equal"])
         assert found["steps"]["split"] == 0

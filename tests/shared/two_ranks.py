@@ -1,0 +1,57 @@
+"""Two real ranks: processes of this machine in one gloo group.
+
+Contract
+- A function that runs on the ranks is importable by name there, and what it returns can be read by `torch.load`.
+- Both ranks leave the group together, for a rank that exits early can abort the other's gloo threads.
+- A rank that raises ends the other, and the error reaches the test.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+RANKS = 2
+
+
+def on_two_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `function(*args)` on both ranks; `torch.distributed.get_rank()` says there which one it is.
+
+    Returns:
+        What each rank returned.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_rank, (folder, function, args), nprocs=RANKS)
+        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(RANKS)]
+
+
+def where_one_dies(function: Callable[..., Any], *args: Any) -> tuple[list[int | None], Any]:
+    """Run `function(*args)` on both ranks, where rank 1 does not survive it.
+
+    Returns:
+        The exit codes of both, and what rank 0 returned.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.spawn(_rank, (folder, function, args, False), nprocs=RANKS, join=False)
+        for process in context.processes:
+            process.join(120)
+        return [process.exitcode for process in context.processes], torch.load(Path(folder, "rank0"))
+
+
+def _rank(
+    rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], leave_together: bool = True
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))  # as torchrun does
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    torch.save(function(*args), Path(folder, f"rank{rank}"))
+    if leave_together:
+        dist.barrier()
+        dist.destroy_process_group()
