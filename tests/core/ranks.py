@@ -26,7 +26,7 @@ def session(**options: Any) -> Session:
     return Session(build_selector(config), config, mode="test", logger=logging.getLogger("test"))
 
 
-def agree(micro_batches: list[int]) -> str:
+def agree(micro_batches: tuple[int, int]) -> str:
     """Compare plans with the other rank over gloo; `micro_batches` has the option of each rank."""
     s = session(micro_batches=micro_batches[dist.get_rank()])
     s.add(example_capture("llama"))
@@ -72,3 +72,8 @@ def race() -> dict[str, Any]:
         results.append(executor.bind(capture, p, {})([x], [0, 3], no_context)[0].tolist())
     executor.close()
     return {"with": results[0], "without": results[1], "verdict": verdict}
+
+
+def all_scenarios() -> dict[str, Any]:
+    """One start of the ranks for all tests: each takes seconds to import torch."""
+    return {"agree": {pair: agree(pair) for pair in ((2, 2), (2, 3))}, "race": race()}

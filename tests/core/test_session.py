@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import ranks
@@ -48,9 +49,17 @@ def test_more_micro_batches_than_announced(monkeypatch: pytest.MonkeyPatch) -> N
         s.step(Batch((4, 4, 4))).__enter__()
 
 
+@pytest.fixture(scope="module")
+def found_on_two_ranks() -> list[dict[str, Any]]:
+    return on_two_ranks(ranks.all_scenarios)
+
+
 @pytest.mark.parametrize(("micro_batches", "agree"), [([2, 2], True), ([2, 3], False)])
-def test_ranks_with_different_plans_are_found_before_the_first_step(micro_batches: list[int], agree: bool) -> None:
-    for outcome in on_two_ranks(ranks.agree, micro_batches):
+def test_ranks_with_different_plans_are_found_before_the_first_step(
+    found_on_two_ranks: list[dict[str, Any]], micro_batches: list[int], agree: bool
+) -> None:
+    for found in found_on_two_ranks:
+        outcome = found["agree"][tuple(micro_batches)]
         if agree:
             assert outcome == "agreed"
         else:
@@ -58,8 +67,11 @@ def test_ranks_with_different_plans_are_found_before_the_first_step(micro_batche
             assert "micro_batches=3" in outcome
 
 
-def test_a_collective_that_is_not_waited_for_corrupts_the_result_and_the_verifier_says_so() -> None:
-    for rank, found in enumerate(on_two_ranks(ranks.race)):
+def test_a_collective_that_is_not_waited_for_corrupts_the_result_and_the_verifier_says_so(
+    found_on_two_ranks: list[dict[str, Any]],
+) -> None:
+    for rank, scenarios in enumerate(found_on_two_ranks):
+        found = scenarios["race"]
         assert found["with"] == [3.0] * 3
         assert found["without"] == [rank + 1.0] * 3  # the rank's own share, not the sum
         assert "does not wait" in found["verdict"]
