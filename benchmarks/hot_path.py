@@ -1,17 +1,19 @@
-"""What our own dispatch costs per step: `python benchmarks/hot_path.py [--json FILE]`.
+"""The cost of our own dispatch per action of a plan: `python benchmarks/hot_path.py [--json FILE]`.
 
-The operators are Python functions that do nothing, so what is timed is the calls and what we add to them.
-Three things call the same functions in the same order, two micro-batches of each operator:
-- plan: a bound plan (sequential strategy, one stream; every step counts: runs, views, frees, the merge);
+The operators are Python functions that do nothing, so the figures are of the calls and of what we add to them.
+Three variants call the same functions in the same order, each operator for two micro-batches:
+- plan: a bound plan (sequential strategy, one stream), in which every action counts: runs, views, frees, the merge;
 - loop: `for fn in functions: x = fn(x)`, the least that any dispatcher with a list does;
 - straight: generated code with one line per call, the least there is.
-`ours` is (plan - straight) per step of the plan; `of it tensors` is the part for the two views of the input
-and the merge of the output, which are torch calls. Each figure is the median of `--repeat` timings, its spread
-the distance between the first and the third quartile.
+`ours` is (plan - straight) per action of the plan. `of it tensors` is the part for the two views of the input and the
+merge of the output, which are torch calls. Each figure is the median of `--repeat` timings, and its spread is the
+distance between the first and the third quartile.
 
-Also timed: one hand-off to a worker thread and back with the cpu executor; lowering and verifying a program of 1000
-operators for two micro-batches; and what `strategy: auto` adds to a step: the look-up (bucket and table, by number of
-requests), and all of the begin and end of an un-split step (look-up, counters, clock).
+The benchmark also times
+- one hand-off to a worker thread and back with the cpu executor,
+- the lowering and the verification of a program of 1000 operators for two micro-batches,
+- what `strategy: auto` adds to a step: the look-up (bucket and table, by number of requests), and all of the begin and
+  the end of an un-split step (look-up, counters, clock).
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def chain(operators: int) -> CapturedProgram:
 
 
 def microseconds(call: Callable[[], Any], repeat: int) -> tuple[float, float]:
-    """(median, interquartile range) of one call."""
+    """Return the median and the interquartile range of the microseconds of one call."""
     call()
     started = time.perf_counter()
     call()
@@ -77,7 +79,7 @@ def microseconds(call: Callable[[], Any], repeat: int) -> tuple[float, float]:
 
 
 def straight_line(calls: int) -> Callable[[Any], None]:
-    """The calls of a plan without its steps: one line per operator and micro-batch."""
+    """Return the calls of a plan without its actions: one line per operator and micro-batch."""
     lines = ["def run(x):"]
     for mb in range(MICRO_BATCHES):
         lines.append(f"    y{mb} = x")
@@ -104,17 +106,17 @@ def hot_path(operators: int, repeat: int) -> dict[str, float]:
             for fn in functions:
                 y = fn(y)
 
-    def tensor_work() -> None:  # what the plan's two views and one merge cost, by whoever they are done
+    def tensor_work() -> None:  # the plan's two views and its merge
         torch.cat((x.narrow(0, 0, 1), x.narrow(0, 1, 1)), 0)
 
     ours, ours_spread = microseconds(lambda: bound([x], (0, 1, 2), no_context), repeat)
     looped, loop_spread = microseconds(loop, repeat)
     direct, direct_spread = microseconds(lambda: straight(x), repeat)
     tensors, _ = microseconds(tensor_work, repeat)
-    steps = len(plan.actions)
+    actions = len(plan.actions)
     return {
         "operators": operators,
-        "steps": steps,
+        "actions": actions,
         "plan_us": ours,
         "plan_spread_us": ours_spread,
         "loop_us": looped,
@@ -122,15 +124,15 @@ def hot_path(operators: int, repeat: int) -> dict[str, float]:
         "straight_us": direct,
         "straight_spread_us": direct_spread,
         "views_and_merge_us": tensors,
-        "ours_us_per_step": (ours - direct) / steps,
-        "ours_us_per_step_without_tensor_work": (ours - direct - tensors) / steps,
+        "ours_us_per_action": (ours - direct) / actions,
+        "ours_us_per_action_without_tensor_work": (ours - direct - tensors) / actions,
         "plan_over_loop": ours / looped,
         "plan_over_straight": ours / direct,
     }
 
 
 def hand_off(repeat: int) -> dict[str, float]:
-    """A run with one extra stream, of `hops` alternations between it and the caller, against one without."""
+    """Time a run that alternates between the caller and one extra stream, for one alternation and for eleven."""
     results = {}
     for hops in (1, 11):
         capture = chain(2 * hops)
@@ -167,7 +169,7 @@ def planning() -> dict[str, float]:
 
 
 def policy(repeat: int) -> list[dict[str, float]]:
-    """The look-up of batches of 1 to 256 requests, of which the policy has decided not to split any."""
+    """Time the look-up of batches of 1 to 256 requests, of which the policy has decided not to split any."""
     rows = []
     for requests in (1, 16, 256):
         batch = Batch((1,) * (requests // 2) + (64,) * (requests - requests // 2), (9,) * requests)
@@ -195,13 +197,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=51)
     options = parser.parse_args()
     rows = [hot_path(n, options.repeat) for n in SIZES]
-    head = ("operators", "steps", "plan us", "loop us", "straight us", "ours us/step", "of it tensors", "plan/loop")
+    head = ("operators", "actions", "plan us", "loop us", "straight us", "ours us/action", "of it tensors", "plan/loop")
     print(" ".join(f"{h:>16}" for h in (*head, "plan/straight")))
     for r in rows:
         timed = [f"{r[f'{k}_us']:.1f} ±{r[f'{k}_spread_us']:.1f}" for k in ("plan", "loop", "straight")]
-        ours = [f"{r['ours_us_per_step']:.3f}", f"{r['views_and_merge_us'] / r['steps']:.3f}"]
+        ours = [f"{r['ours_us_per_action']:.3f}", f"{r['views_and_merge_us'] / r['actions']:.3f}"]
         ratios = [f"{r[f'plan_over_{k}']:.2f}" for k in ("loop", "straight")]
-        print(" ".join(f"{c:>16}" for c in (r["operators"], r["steps"], *timed, *ours, *ratios)))
+        print(" ".join(f"{c:>16}" for c in (r["operators"], r["actions"], *timed, *ours, *ratios)))
     threads = hand_off(options.repeat)
     print(f"cpu executor: a run with one hand-off {threads['run_with_one_hand_off_us']:.1f} us, "
           f"an event there and back {threads['event_there_and_back_us']:.1f} us")  # fmt: skip

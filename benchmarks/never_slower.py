@@ -1,14 +1,14 @@
-"""Never slower: what `strategy: auto` decides, and what that does to the whole run, in three systems.
+"""Never slower: the decisions of `strategy: auto`, and their effect on full runs, in three systems.
 
     make never-slower        # makes the environments, then runs this with each
 
-- vllm, sglang: the engine against itself under `strategy: auto`, on this machine (a CPU, where a split has nothing to
-  win): it must decline where a split loses, and the ratio to the stock engine
-  must be 1.00 within the noise, which is printed.
-- transformers: two ranks over a rate-limited link (emulated network; needs root and iproute2). Stock, every candidate
-  as a fixed strategy, and auto take turns. Where the link is slow, auto must adopt an overlap and keep at least 95 % of
-  the best fixed strategy's gain (which is the best one in every second round; figures are of the other rounds);
-  without a limit it must decline.
+- vllm, sglang: the engine runs against itself under `strategy: auto`, on this machine. It is a CPU, where a split has
+  nothing to win. The strategy must decline, and the ratio to the stock engine must be 1.00 within the noise, which is
+  printed.
+- transformers: two ranks run over a rate-limited link (emulated network; it needs root and iproute2). Stock, every
+  candidate as a fixed strategy, and auto take turns. Where the link is slow, auto must adopt an overlap and keep at
+  least 95 % of the best fixed strategy's gain. The best one is that of every second round, and the figures are of the
+  other rounds. Without a limit auto must decline.
 
 The exit code is 1 if one of these does not hold.
 """
@@ -51,8 +51,11 @@ def parse() -> argparse.Namespace:
 
 
 def engine(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of `dynaflow bench`, several times: two processes of one engine may differ by some percent for as
-    long as they live, which no number of pairs would show. The first start tunes, the others read its table."""
+    """Run `dynaflow bench` several times and return its figures.
+
+    Two processes of one engine may differ by some percent for as long as they live, which no number of pairs would
+    show. The first start tunes, the others read its table.
+    """
     starts = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.starts):

@@ -1,4 +1,4 @@
-"""One rank of `never_slower.py`: stock, every candidate as a fixed strategy, and auto, in turn (rank 0 writes)."""
+"""One rank of `never_slower.py`: stock, every candidate as a fixed strategy, and auto take turns; rank 0 writes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def body_under(module: torch.nn.Module, strategy: str, **options: Any) -> Body:
 
 
 def row(rate: float, times: dict[str, list[float]], body: Body, decision: Any, equal: bool) -> dict[str, Any]:
-    """The best fixed strategy is chosen by every second round, and all figures are of the others: the luckiest of
-    several that are alike would seem better than it is."""
+    """Return the figures of one rate.
+
+    Every second round chooses the best fixed strategy, and all figures are of the other rounds: the luckiest of several
+    that are alike would seem better than it is.
+    """
     ratios = {
         name: [a / b for a, b in zip(times[STOCK], values, strict=True)]
         for name, values in times.items()

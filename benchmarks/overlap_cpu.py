@@ -3,16 +3,17 @@
     make env ENGINE=transformers
     sudo .nox/transformers/bin/python benchmarks/overlap_cpu.py --rates 200 300 --json overlap.json
 
-A Llama of this machine's own making runs under tensor parallelism of two (transformers, gloo), its body's forward
-- eager: stock transformers, the batch whole;
-- sequential: N micro-batches one after the other, every collective waited for in line;
+A Llama that is made on this machine runs under tensor parallelism of two (transformers, gloo). The variants of its
+body's forward pass are
+- eager: stock transformers with the un-split batch;
+- sequential: N micro-batches one after the other, which wait for every collective in line;
 - overlapped: the same micro-batches under the strategy;
-- communication and compute alone: the sequential run's collectives, and its operators with collectives left out.
-overlap efficiency = (sequential - overlapped) / min(compute, communication): 1 where all that can be hidden is.
-With --training also forward and backward: the forward in two micro-batches; the backward pass is not split, its
-collectives run under compute that does not need them.
+- communication and compute alone: the sequential run's collectives, and its operators without the collectives.
+overlap efficiency = (sequential - overlapped) / min(compute, communication): 1 where all that can be hidden is hidden.
+--training adds forward and backward passes. The forward pass runs in two micro-batches. The backward pass is not split;
+its collectives run under compute that does not need them.
 
-Variants take turns, round by round; figures are medians, spreads are least and greatest.
+Variants take turns, round by round, every second round in reverse. Figures are medians, spreads are least and greatest.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_ranks(options: argparse.Namespace, folder: Path, script: Path = RANK_SCRIPT) -> dict[str, Any]:
-    """What rank 0 of `script` leaves in `figures.json`. Raises `SystemExit` with a rank's last words if one fails."""
+    """Run `script` on two ranks and return what rank 0 has written to `figures.json`.
+
+    Raises:
+        SystemExit: A rank failed; the message is the end of its log.
+    """
     settings = {k: v for k, v in vars(options).items() if k != "json"} | {"folder": str(folder)}
     with link() as sides:
         processes = []

@@ -1,4 +1,4 @@
-"""One rank of `overlap_cpu.py`: builds the model, measures the variants in turn, writes the figures (rank 0)."""
+"""One rank of `overlap_cpu.py`: it builds the model and measures the variants in turn; rank 0 writes the figures."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def body_under(module: torch.nn.Module, strategy: str) -> Body:
 
 
 def captured(body: Body, call: Variant) -> list[tuple[CapturedProgram, Any]]:
-    """The graphs that DynaFlow captures of `body`, with the arguments that `call` gives each."""
+    """Return the graphs that DynaFlow captures of `body`, with the arguments that `call` gives each."""
     call()
     arguments: dict[int, Any] = {}
 
@@ -81,7 +81,7 @@ def captured(body: Body, call: Variant) -> list[tuple[CapturedProgram, Any]]:
 
 
 def wrapped(capture: CapturedProgram, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> CapturedProgram:
-    """`capture` with every callable of its operators replaced by `wrap(operator, callable)`."""
+    """Return `capture` with every callable of its operators replaced by `wrap(operator, callable)`."""
     return dataclasses.replace(
         capture,
         functions={n: wrap(n, f) for n, f in capture.functions.items()},
@@ -92,7 +92,7 @@ def wrapped(capture: CapturedProgram, wrap: Callable[[str, Callable[..., Any]], 
 def runner(
     capture: CapturedProgram, args: Any, strategy: str, micro_batches: int, batch: int
 ) -> tuple[Variant, PlanCache]:
-    """A variant that runs `capture` under `strategy`, and its plan_cache."""
+    """Return a variant that runs `capture` under `strategy`, and its plan cache."""
     options = {"micro_batches": micro_batches, "min_tokens": 1}
     plan_cache = PlanCache(capture, build_selector(Config(strategy=strategy, options=options)), get_executor("cpu"))
     rows = Batch((1,) * batch)
@@ -115,7 +115,7 @@ def without_network(capture: CapturedProgram) -> CapturedProgram:
 
 
 def collectives(capture: CapturedProgram, make: Callable[[CapturedProgram], Variant]) -> Variant:
-    """The network operators of one call of `make(capture)`, on tensors of the same shapes, without the rest."""
+    """Return the network operators of one call of `make(capture)`, on tensors of the same shapes, without the rest."""
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     network = network_operators(capture)
 
@@ -138,7 +138,7 @@ def collectives(capture: CapturedProgram, make: Callable[[CapturedProgram], Vari
 def profile(
     capture: CapturedProgram, make: Callable[[CapturedProgram], Variant], rounds: int, micro_batches: int
 ) -> list[Any]:
-    """Milliseconds of every operator of every micro-batch, run one after the other; medians."""
+    """Return the median milliseconds of every operator of every micro-batch, run one after the other."""
     samples: dict[tuple[str, int], list[float]] = {}
     counts: Counter[str] = Counter()
 
@@ -163,7 +163,7 @@ def profile(
 
 
 def measure(variants: dict[str, Variant], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
-    """Milliseconds of each variant, round by round in turn, after one round that is not counted."""
+    """Return the milliseconds of each variant, which take turns, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name in in_turn(list(variants), number):
@@ -177,7 +177,15 @@ def measure(variants: dict[str, Variant], rounds: int, tick: Callable[[], None])
 
 
 def row(rate: float, n: int, times: dict[str, list[float]], equal: str, **extra: Any) -> dict[str, Any]:
-    """`times` of eager, sequential, overlapped, communication and compute."""
+    """Return the figures of one rate and number of micro-batches.
+
+    Args:
+        rate: The limit of the link, megabit per second.
+        n: The number of micro-batches.
+        times: Milliseconds per round of eager, sequential, overlapped, communication and compute.
+        equal: Whether the results are equal, in words.
+        extra: More entries.
+    """
     middle = {name: statistics.median(values) for name, values in times.items()}
     hidden = middle["sequential"] - middle["overlapped"]
 
@@ -199,8 +207,11 @@ def row(rate: float, n: int, times: dict[str, list[float]], equal: str, **extra:
 
 
 def compute_gives_way() -> None:
-    """Let gloo's and the executor's threads have the core when they wake, as a network card needs none: the emulated
-    network shares two cores with the compute of both ranks. In force for every variant alike."""
+    """Let gloo's and the executor's threads have the core when they wake.
+
+    A network card needs no core, but the emulated network shares two cores with the compute of both ranks. All variants
+    run under this rule.
+    """
     for thread in map(int, os.listdir("/proc/self/task")):
         policy = os.SCHED_IDLE if thread == threading.get_native_id() else os.SCHED_OTHER
         os.sched_setscheduler(thread, policy, os.sched_param(0))
@@ -243,7 +254,7 @@ def forward_rows(model: Any, settings: dict[str, Any], progress: Progress) -> li
 
 
 def training_rows(model: Any, settings: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:
-    """Forward, in two micro-batches, and backward, which is not split."""
+    """Measure the forward pass in two micro-batches with the backward pass, which is not split."""
     ids = torch.randint(0, VOCABULARY, (settings["batch"], settings["sequence"]))
     module = model.train().base_model
 

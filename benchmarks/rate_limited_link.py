@@ -1,9 +1,9 @@
 """Two network namespaces joined by a rate-limited link: an emulated network between two processes of one machine.
 
 Contract
-- Needs root and iproute2 (`ip`, `tc`); `unusable()` says what is missing, in words.
-- The limit (token bucket, `tc tbf`) is on what each side sends. It can be changed while processes run, from inside
-  a namespace (`set_rate`).
+- The link needs root and iproute2 (`ip`, `tc`); `unusable()` says in words what is missing.
+- The limit (token bucket, `tc tbf`) is on the bytes that each side sends. `set_rate` changes it from inside a namespace
+  while processes run.
 - Leaving the context removes namespaces and interfaces, whatever happened.
 """
 
@@ -33,7 +33,7 @@ class Side:
 
 
 def unusable() -> str:
-    """Why a link cannot be made here, "" if it can."""
+    """Return why a link cannot be made here; "" if it can."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"{' and '.join(missing)} not found: install iproute2 (apt-get install iproute2)"
@@ -44,7 +44,11 @@ def unusable() -> str:
 
 @contextlib.contextmanager
 def link() -> Iterator[tuple[Side, Side]]:
-    """Two namespaces and the link between them, not limited yet. Raises `OSError` with the failing command."""
+    """Make two namespaces and the link between them, which has no limit yet.
+
+    Raises:
+        OSError: A command failed; the message names it.
+    """
     tag = f"{os.getpid():x}"
     sides = tuple(Side(f"dynaflow-{tag}-{i}", f"10.77.0.{i + 1}") for i in range(2))
     with contextlib.ExitStack() as stack:
@@ -64,7 +68,7 @@ def link() -> Iterator[tuple[Side, Side]]:
 
 
 def set_rate(mbit: float) -> None:
-    """Limit what this process's namespace sends to `mbit` megabit per second; 0: no limit."""
+    """Limit the bytes that this process's namespace sends to `mbit` megabit per second; 0 removes the limit."""
     subprocess.run(["tc", "qdisc", "del", "dev", INTERFACE, "root"], check=False, stderr=subprocess.DEVNULL)
     if mbit:
         limit = ("rate", f"{mbit}mbit", "burst", f"{BURST_KB}kb", "latency", "100ms")

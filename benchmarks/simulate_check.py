@@ -1,11 +1,11 @@
 """Is the simulator right about what was measured? `python benchmarks/simulate_check.py FILE.json`.
 
-FILE is what `benchmarks/overlap_cpu.py` writes: per row the `program` and the `plan` as text, the measured milliseconds
-of each operator and micro-batch in the sequential run (`operators`), and the measured `overlapped_ms`. The simulator
-gets the plan and the operators' times, nothing else, and predicts `overlapped_ms`. Printed per row: predicted
-(simulated), measured, their ratio, and whether it is within 15 %; exit code 1 if one is not.
+`benchmarks/overlap_cpu.py` writes FILE. A row has the `program` and the `plan` as text, the measured milliseconds of
+each operator and micro-batch in the sequential run (`operators`), and the measured `overlapped_ms`. The simulator gets
+the plan and the operators' times, nothing else, and predicts `overlapped_ms`. The script prints for each row the
+prediction (simulated), the measurement, their ratio, and whether that is within 15 %. The exit code is 1 if one is not.
 
-`--network-compute SHARE`: how much of the compute a network operator takes from what runs beside it.
+`--network-compute SHARE` is the share of compute that a network operator takes from its neighbours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.planning.verify import verify
-from dynaflow_serving.simulate import Measured, simulate
+from dynaflow_serving.simulate import MeasuredCosts, simulate
 
 TOLERANCE = 0.15
 NEEDED = ("program", "plan", "operators", "overlapped_ms")
@@ -29,7 +29,7 @@ NEEDED = ("program", "plan", "operators", "overlapped_ms")
 
 @dataclass(frozen=True)
 class Prediction:
-    """Milliseconds; `predicted` and `critical_path` are simulated, `operators` is the sum of the operators' times."""
+    """A row in milliseconds; `predicted` and `critical_path` are simulated, `operators` is the sum of their times."""
 
     label: str
     predicted: float
@@ -48,26 +48,35 @@ class Prediction:
 
 
 def predict(row: Mapping[str, Any], network_compute: float = 0.0) -> Prediction:
-    """Raises `ConfigError` for a row without what is needed, `PlanError` for a plan that is not the program's."""
+    """Predict the overlapped time of a row.
+
+    Raises:
+        ConfigError: The row lacks an entry.
+        PlanError: The plan is not one of the program.
+    """
     if missing := [key for key in NEEDED if key not in row]:
         raise ConfigError(f"a row lacks {', '.join(missing)}. Needed: {', '.join(NEEDED)}.")
     program, plan = parse_program(row["program"]), parse_plan(row["plan"])
     verify(program, plan)
     seconds = {(o["name"], int(o["micro_batch"])): o["ms"] / 1e3 for o in row["operators"]}
-    timeline = simulate(plan, Measured(program, seconds, network_compute).demands(plan))
+    timeline = simulate(plan, MeasuredCosts(program, seconds, network_compute).demands(plan))
     facts = {key: row[key] for key in ("rate_mbit", "micro_batches") if key in row}
     return Prediction(
-        ", ".join(f"{key} {value}" for key, value in facts.items()) or plan.digest,
-        timeline.makespan * 1e3,
-        timeline.critical_path * 1e3,
-        row["overlapped_ms"],
-        sum(seconds.values()) * 1e3,
-        row.get("sequential_ms"),
+        label=", ".join(f"{key} {value}" for key, value in facts.items()) or plan.digest,
+        predicted=timeline.makespan * 1e3,
+        critical_path=timeline.critical_path * 1e3,
+        measured=row["overlapped_ms"],
+        operators=sum(seconds.values()) * 1e3,
+        sequential=row.get("sequential_ms"),
     )
 
 
 def check(path: Path, network_compute: float = 0.0) -> list[Prediction]:
-    """One prediction per row of the file."""
+    """Return one prediction per row of the file.
+
+    Raises:
+        ConfigError: The file has no rows, or a row lacks an entry.
+    """
     rows = json.loads(path.read_text()).get("rows")
     if not rows:
         raise ConfigError(f"{path} holds no rows: make it with benchmarks/overlap_cpu.py")

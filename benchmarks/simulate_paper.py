@@ -1,11 +1,13 @@
 """The paper's table, simulated: `python benchmarks/simulate_paper.py [--json FILE]`. Paper | simulated | disagreement.
 
-Nothing is fitted: devices, links and efficiencies are those that `dynaflow simulate` ships with. The paper (arXiv
-2605.21603) gives best speed-ups on 4 x H100 and 8 x B200 with NVLink, and on PCIe, but not every batch, so the
-assumptions are written beside each row. Ratios of step times of the layers are compared with ratios of end-to-end
-throughput; head, sampling, scheduler and everything else of an engine that does not overlap are not simulated, which
-pulls true ratios towards 1. A row is called a disagreement when the ratio is more than 5 % off (of ranges: at the end
-that is further off); a gain of 5 % is not one of 14 %.
+Nothing is fitted: devices, links and efficiencies are those that `dynaflow simulate` ships with.
+
+- The paper (arXiv 2605.21603) gives best speed-ups on 4 x H100 and 8 x B200 with NVLink, and on PCIe, but not every
+  batch. So the assumptions are written beside each row.
+- Ratios of step times of the layers are compared with ratios of end-to-end throughput. Head, sampling, scheduler and
+  everything else of an engine that does not overlap are not simulated, which pulls true ratios towards 1.
+- A row is a disagreement when the ratio is more than 5 % off, of a range at the end that is further off. A gain of 5 %
+  is not one of 14 %.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import whole
 
 TOLERANCE = 0.05
-HEAVY = ("4x1024", "8x1024", "16x1024", "128x1@1024,8x1024")  # what a best is searched over
+HEAVY = ("4x1024", "8x1024", "16x1024", "128x1@1024,8x1024")  # the batches that a best is searched over
 LIGHT = ("4x1@1024", "16x1@1024", "64x1@1024")
 # 1k/1k at 256 running requests, steady: 1024 steps replace all 256, so every 32nd step prefills 8
 CYCLE = (("256x1@1536", 31), ("256x1@1536,8x1024", 1))
@@ -35,17 +37,51 @@ Figures = tuple[float, float, str]  # low, high, where a best was found
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperFigure:
+    """A figure of the paper, and how it is simulated.
+
+    Attributes:
+        what: The figure in words.
+        low: Its value, or the low end of its range.
+        high: The high end; the same for one value.
+        simulate: Returns the simulated figure.
+        assumptions: The assumptions on what the paper does not give.
+        reason: The likely reason where the two disagree.
+    """
+
     what: str
-    paper: tuple[float, float]  # low and high; alike for one figure
-    simulated: tuple[float, float]
-    disagreement: float  # relative, of the end that is further off
-    at: str  # where a best was found
+    low: float
+    high: float
+    simulate: Callable[[], Figures]
     assumptions: str
-    reason: str  # likely, where they disagree
+    reason: str
+
+
+@dataclass(frozen=True)
+class ComparedFigure:
+    """A row of the table.
+
+    Attributes:
+        what: The figure in words.
+        paper: The paper's low and high value.
+        simulated: The simulated ones.
+        disagreement: The relative difference, of the end that is further off.
+        at: Where a best was found.
+        assumptions: As in `PaperFigure`.
+        reason: As in `PaperFigure`.
+    """
+
+    what: str
+    paper: tuple[float, float]
+    simulated: tuple[float, float]
+    disagreement: float
+    at: str
+    assumptions: str
+    reason: str
 
     @property
     def agrees(self) -> bool:
+        """Whether the disagreement is within `TOLERANCE`."""
         return abs(self.disagreement) <= TOLERANCE
 
 
@@ -61,7 +97,7 @@ def seconds(
     model: str, where: Topology, requests: str, strategy: str, options: tuple[tuple[str, object], ...],
     graphs: bool = True, zero_copy: bool = True,
 ) -> float:  # fmt: skip
-    """Simulated seconds of one step."""
+    """Return the simulated seconds of one step."""
     described = decoder(find(Shape, model), where)
     executor = SimulatedExecutor(described, where, graphs)
     cls = get_strategy(strategy)
@@ -81,7 +117,7 @@ def speed_up(model: str, where: Topology, requests: str, strategy: str, **option
 def over_cycle(
     where: Topology, graphs: bool = True, zero_copy: bool = True, schedule: str = "nanoflow", **options: object
 ) -> float:
-    """Speed-up of Llama-3-8B over the steps of CYCLE."""
+    """Return the speed-up of Llama-3-8B over the steps of CYCLE."""
     fixed = tuple(sorted(options.items()))
     base = sum(n * seconds("llama-3-8b", where, r, "sequential", ()) for r, n in CYCLE)
     return base / sum(n * seconds("llama-3-8b", where, r, schedule, fixed, graphs, zero_copy) for r, n in CYCLE)
@@ -139,74 +175,123 @@ def ablation(**changes: bool | int) -> Figures:
 
 GRID = f"best over requests {', '.join(HEAVY)}"
 STEADY = "Llama-3-8B, TP 4 on H100, 1k/1k with 256 running requests: 31 decode steps, then one with 8 prefills"
-FIGURES: tuple[tuple[str, tuple[float, float], Callable[[], Figures], str, str], ...] = (
-    (
-        "NanoFlow, vLLM: best", (1.29, 1.29), nanoflow_best,
-        f"Llama-3-8B, Qwen3-32B, Llama-3-70B; TP 4 on H100, TP 8 on B200; {GRID}",
-        "step time of the layers only, and a link that reaches 80 %; the paper's models and batches are not known here",
+FIGURES = (
+    PaperFigure(
+        what="NanoFlow, vLLM: best",
+        low=1.29,
+        high=1.29,
+        simulate=nanoflow_best,
+        assumptions=f"Llama-3-8B, Qwen3-32B, Llama-3-70B; TP 4 on H100, TP 8 on B200; {GRID}",
+        reason="only the layers' step time, and a link that reaches 80 %; the paper's models and batches are unknown here",
     ),
-    (
-        "NanoFlow, SGLang: best", (1.19, 1.19), nanoflow_best,
-        "the same simulation: nothing of an engine is modelled",
-        "SGLang's own overheads and its faster baseline collectives are not modelled",
+    PaperFigure(
+        what="NanoFlow, SGLang: best",
+        low=1.19,
+        high=1.19,
+        simulate=nanoflow_best,
+        assumptions="the same simulation: nothing of an engine is modelled",
+        reason="SGLang's own overheads and its faster baseline collectives are not modelled",
     ),
-    (
-        "naive fixed split on light load", (0.35, 0.56), naive,
-        "Llama-3-8B, TP 4 on H100, decode of 4, 16, 64 requests; CUDA graphs for both",
-        "the released code hands every operator over at run time (paper: 10.8 ms of host a forward, not 4.4); "
-        "a replayed plan has none of that",
+    PaperFigure(
+        what="naive fixed split on light load",
+        low=0.35,
+        high=0.56,
+        simulate=naive,
+        assumptions="Llama-3-8B, TP 4 on H100, decode of 4, 16, 64 requests; CUDA graphs for both",
+        reason=(
+            "the released code hands every operator over at run time (paper: 10.8 ms of host a forward, not 4.4); "
+            "a replayed plan has none of that"
+        ),
     ),
-    (
-        "the same, the split without CUDA graphs", (0.35, 0.56), naive_eager,
-        "the same, but each kernel of the split step costs 6 us of one host thread",
-        "6 us a kernel is what eager launches cost; the released code's hand-offs come on top",
+    PaperFigure(
+        what="the same, the split without CUDA graphs",
+        low=0.35,
+        high=0.56,
+        simulate=naive_eager,
+        assumptions="the same, but each kernel of the split step costs 6 us of one host thread",
+        reason="6 us a kernel is what eager launches cost; the released code's hand-offs come on top",
     ),
-    (
-        "DBO, DeepSeek-V2-Lite, NVLink: best", (1.14, 1.14), lambda: dual_batch("nvlink4"),
-        f"EP 4, DP 4 on H100; {GRID}", "all-to-all on NVLink is assumed at 80 % of the link",
+    PaperFigure(
+        what="DBO, DeepSeek-V2-Lite, NVLink: best",
+        low=1.14,
+        high=1.14,
+        simulate=lambda: dual_batch("nvlink4"),
+        assumptions=f"EP 4, DP 4 on H100; {GRID}",
+        reason="all-to-all on NVLink is assumed at 80 % of the link",
     ),
-    (
-        "DBO, DeepSeek-V2-Lite, PCIe: best", (2.06, 2.06), lambda: dual_batch("pcie5"),
-        f"EP 4, DP 4 on H100, PCIe 5; {GRID}",
-        "two micro-batches can at most halve a step; more than 2x means that the paper's baseline waited for more "
-        "than communication (its all-to-all backend on PCIe, or the host)",
+    PaperFigure(
+        what="DBO, DeepSeek-V2-Lite, PCIe: best",
+        low=2.06,
+        high=2.06,
+        simulate=lambda: dual_batch("pcie5"),
+        assumptions=f"EP 4, DP 4 on H100, PCIe 5; {GRID}",
+        reason=(
+            "two micro-batches can at most halve a step; more than 2x means that the paper's baseline waited for more "
+            "than communication (its all-to-all backend on PCIe, or the host)"
+        ),
     ),
-    (
-        "TokenWeave: best", (1.21, 1.22), token_weave,
-        f"Llama-3-70B, Qwen3-32B, TP 4 on H100, token split, collectives on 8 SMs; {GRID}",
-        "only the overlap is simulated, not what the fused all-reduce + RMSNorm kernel itself saves",
+    PaperFigure(
+        what="TokenWeave: best",
+        low=1.21,
+        high=1.22,
+        simulate=token_weave,
+        assumptions=f"Llama-3-70B, Qwen3-32B, TP 4 on H100, token split, collectives on 8 SMs; {GRID}",
+        reason="only the overlap is simulated, not what the fused all-reduce + RMSNorm kernel itself saves",
     ),
-    (
-        "ablation: full", (1.14, 1.14), ablation, STEADY,
-        "most of the cycle is decode, which the policy leaves whole; the paper's load is not known here",
+    PaperFigure(
+        what="ablation: full",
+        low=1.14,
+        high=1.14,
+        simulate=ablation,
+        assumptions=STEADY,
+        reason="most of the cycle is decode, which the policy does not split; the paper's load is not known here",
     ),
-    (
-        "ablation: static schedule", (1.00, 1.00), lambda: ablation(min_tokens=1), f"{STEADY}; every step is split",
-        "the mix of light and heavy steps decides, and the paper's is not known here",
+    PaperFigure(
+        what="ablation: static schedule",
+        low=1.00,
+        high=1.00,
+        simulate=lambda: ablation(min_tokens=1),
+        assumptions=f"{STEADY}; every step is split",
+        reason="the mix of light and heavy steps decides, and the paper's is not known here",
     ),
-    (
-        "ablation: without zero-copy", (1.10, 1.10), lambda: ablation(zero_copy=False), STEADY,
-        "our plan merges once, at the end, so there is next to nothing to copy; theirs merges in between",
+    PaperFigure(
+        what="ablation: without zero-copy",
+        low=1.10,
+        high=1.10,
+        simulate=lambda: ablation(zero_copy=False),
+        assumptions=STEADY,
+        reason="our plan merges once, at the end, so there is next to nothing to copy; theirs merges in between",
     ),
-    (
-        "ablation: without CUDA graphs", (0.96, 0.96), lambda: ablation(graphs=False),
-        f"{STEADY}; no graph in any step, 6 us of the host per kernel, baseline with graphs",
-        "host time is assumed; the paper's 4.7 ms a forward would fit fewer or cheaper launches",
+    PaperFigure(
+        what="ablation: without CUDA graphs",
+        low=0.96,
+        high=0.96,
+        simulate=lambda: ablation(graphs=False),
+        assumptions=f"{STEADY}; no graph in any step, 6 us of the host per kernel, baseline with graphs",
+        reason="host time is assumed; the paper's 4.7 ms a forward would fit fewer or cheaper launches",
     ),
-)  # fmt: skip
+)
 NOT_SIMULATED = {
     "Comet 1.25-1.27x": "the overlap is between tiles inside one kernel, below what a Plan schedules",
     "Communication overlap up to 1.15x": "training steps and diffusion models have no shape here",
 }
 
 
-def rows() -> list[Row]:
-    result = []
-    for what, paper, call, assumptions, reason in FIGURES:
-        low, high, at = call()
-        off = max(low / paper[0] - 1, high / paper[1] - 1, key=abs)
-        result.append(Row(what, paper, (low, high), off, at, assumptions, reason))
-    return result
+def compared(figure: PaperFigure) -> ComparedFigure:
+    low, high, at = figure.simulate()
+    return ComparedFigure(
+        what=figure.what,
+        paper=(figure.low, figure.high),
+        simulated=(low, high),
+        disagreement=max(low / figure.low - 1, high / figure.high - 1, key=abs),
+        at=at,
+        assumptions=figure.assumptions,
+        reason=figure.reason,
+    )
+
+
+def rows() -> list[ComparedFigure]:
+    return [compared(figure) for figure in FIGURES]
 
 
 def text(figures: tuple[float, float]) -> str:
@@ -223,7 +308,8 @@ def main() -> None:
     for r in table:
         verdict = "" if r.agrees else "  DISAGREES"
         print(f"{r.what:<42} {text(r.paper):>10} {text(r.simulated):>10} {r.disagreement:>+6.0%}{verdict}")
-        print(f"    assumed: {r.assumptions}" + f" (there: {r.at})" * bool(r.at))
+        where = f" (there: {r.at})" if r.at else ""
+        print(f"    assumed: {r.assumptions}{where}")
         if not r.agrees:
             print(f"    likely because: {r.reason}")
     for what, why in NOT_SIMULATED.items():

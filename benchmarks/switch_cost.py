@@ -1,9 +1,10 @@
-"""What it costs to suspend a model at a border and go on: greenlets against threads, and both under `EagerCapture`.
+"""The cost of suspending a model at a border and going on: greenlets against threads, and both under `EagerCapture`.
 
     python benchmarks/switch_cost.py [--json FILE]
 
-Every row is microseconds per border: out of the computation, and back into it; the median of rounds taken in turn, with
-the least and the greatest. `border, un-split` is what a border's wrapper adds to a call in an un-split step.
+Every row is microseconds per border: out of the computation, and back into it. It is the median of rounds in which the
+cases take turns, with the least and the greatest. `border, un-split` is the cost of a border's wrapper in an un-split
+step.
 """
 
 from __future__ import annotations

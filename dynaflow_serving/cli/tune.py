@@ -113,24 +113,24 @@ def tune(
 
 
 def _measure(job: TuningJob, name: str) -> Table:
-    from dynaflow_serving.tune.offline import run
+    from dynaflow_serving.tune.offline import tune_in_child
 
     logs = Path(tempfile.mkdtemp(prefix="dynaflow-tune-"))
     log = logs / "engine.log"
     with progress_lines() as tell:
         tell(name, f"starts and measures; its log: {log}")
-        table = run(job, name, log)
+        table = tune_in_child(job, name, log)
     shutil.rmtree(logs)
     return table
 
 
 def _measure_on_cluster(job: TuningJob, address: str) -> Table:
     from dynaflow_serving.tune.cluster import tune_on_cluster
-    from dynaflow_serving.tune.offline import merge
+    from dynaflow_serving.tune.offline import merge_tables
 
     with progress_lines() as tell:
         shares = tune_on_cluster(job, address, tell)
-    return merge([(share.job, share.table) for share in shares])
+    return merge_tables([(share.job, share.table) for share in shares])
 
 
 def _print_table(table: Table) -> None:

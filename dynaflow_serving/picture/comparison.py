@@ -1,10 +1,10 @@
 """One plan on one batch: what it did, what it was predicted to do, and the un-split step beside it.
 
 Contract
-- Seconds everywhere. `alone` and `measured` were measured, `predicted` was simulated from `alone` and nothing else: no
-  contention, no hand-off between threads, no time of the host is in it.
-- Among several runs the one with the median makespan is shown, for a picture of medians is a picture of no run, with
-  the least and the greatest makespan; the times of single operators are medians over the runs.
+- All times are seconds. `alone` and `measured` were measured. `predicted` was simulated from `alone` and nothing else,
+  so it contains no contention, no hand-off between threads and no time of the host.
+- Among several runs the one with the median makespan is shown, with the least and the greatest makespan: a picture of
+  medians would be a picture of no run. The times of single operators are medians over the runs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from dynaflow_serving.core.measurement import Spread
 from dynaflow_serving.core.program import Program
 from dynaflow_serving.core.timeline import Timeline
-from dynaflow_serving.simulate.cost import Measured
+from dynaflow_serving.simulate.cost import MeasuredCosts
 from dynaflow_serving.simulate.engine import simulate
 
 OperatorTimes = Mapping[tuple[str, int], float]  # (operator, micro-batch) -> seconds
@@ -23,58 +24,84 @@ OperatorTimes = Mapping[tuple[str, int], float]  # (operator, micro-batch) -> se
 
 @dataclass(frozen=True)
 class EngineStep:
-    """Runs of a whole step of an engine, with what it does before and after the model; not traced. Split and un-split
-    ones are of two starts of the engine."""
+    """The seconds of an engine's full steps, with all that it does before and after the model; they are not traced.
+
+    The split and the un-split steps are of two starts of the engine.
+    """
 
     split: Sequence[float]
     unsplit: Sequence[float]
 
     @property
     def speed_up(self) -> float:
+        """The median un-split step over the median split step."""
         return median(self.unsplit) / median(self.split)
 
     def __str__(self) -> str:
-        whole, parts = (
-            f"{median(s) * 1e3:.3g} ms ({min(s) * 1e3:.3g} - {max(s) * 1e3:.3g})" for s in (self.unsplit, self.split)
+        unsplit, split = (
+            f"{s.median * 1e3:.3g} ms ({s.min * 1e3:.3g} - {s.max * 1e3:.3g})"
+            for s in map(Spread.of_values, (self.unsplit, self.split))
         )
         return (
-            f"{whole} un-split, {parts} under the plan, {self.speed_up:.2f}x as fast (medians, least - greatest, "
+            f"{unsplit} un-split, {split} under the plan, {self.speed_up:.2f}x as fast (medians, least - greatest, "
             "of two starts)"
         )
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What one row of a picture shows: one run of several, or a simulation."""
+class ShownTimeline:
+    """One row of a picture: one run of several, or a simulation.
+
+    Attributes:
+        what: What is shown, in words.
+        timeline: The run with the median makespan.
+        least: The least makespan over the runs.
+        greatest: The greatest.
+    """
 
     what: str
     timeline: Timeline
-    least: float  # makespan over the runs
+    least: float
     greatest: float
 
     @staticmethod
-    def of(what: str, runs: Sequence[Timeline]) -> Shown:
+    def among(what: str, runs: Sequence[Timeline]) -> ShownTimeline:
+        """Return the row that shows the run with the median makespan."""
         ordered = sorted(runs, key=lambda t: t.makespan)
-        return Shown(what, ordered[(len(ordered) - 1) // 2], ordered[0].makespan, ordered[-1].makespan)
+        median_run = ordered[(len(ordered) - 1) // 2]
+        return ShownTimeline(what, median_run, least=ordered[0].makespan, greatest=ordered[-1].makespan)
 
 
 @dataclass(frozen=True)
 class PlanComparison:
+    """One plan on one batch.
+
+    Attributes:
+        program: The Program that the plan runs.
+        tokens: The tokens of each micro-batch.
+        alone: The operators' times in the same micro-batches one after another, on one stream.
+        planned: The plan, measured.
+        predicted: The plan, simulated from `alone`.
+        unsplit: The un-split step, measured; None where an engine runs such steps its own way.
+        engine_step: The engine's full steps; None for an example.
+    """
+
     program: Program
-    tokens: tuple[int, ...]  # of each micro-batch
-    alone: OperatorTimes  # the same micro-batches in turn, on one stream
-    planned: Shown
-    predicted: Shown
-    unsplit: Shown | None = None  # None where an engine runs un-split steps its own way
+    tokens: tuple[int, ...]
+    alone: OperatorTimes
+    planned: ShownTimeline
+    predicted: ShownTimeline
+    unsplit: ShownTimeline | None = None
     engine_step: EngineStep | None = None
 
     @property
     def measured(self) -> Timeline:
-        """Of the plan."""
+        """The plan's timeline, measured."""
         return self.planned.timeline
 
     @property
-    def shown(self) -> list[Shown]:
+    def shown(self) -> list[ShownTimeline]:
+        """The rows of a picture, from top to bottom."""
         first = [] if self.unsplit is None else [self.unsplit]
         return [*first, self.planned, self.predicted]
 
@@ -87,19 +114,39 @@ def compare(
     unsplit: Sequence[Timeline] = (),
     engine_step: EngineStep | None = None,
 ) -> PlanComparison:
-    """planned: runs of the plan; in_turn: of the same micro-batches under `sequential`.
+    """Compare the runs of a plan with what their operators' times predict.
 
-    Raises `ConfigError` for an operator of the plan that `in_turn` lacks."""
+    Args:
+        program: The Program that the plan runs.
+        tokens: The tokens of each micro-batch.
+        planned: Runs of the plan.
+        in_turn: Runs of the same micro-batches under `sequential`.
+        unsplit: Runs of the un-split step, if there are any.
+        engine_step: The engine's full steps, if an engine ran the plan.
+
+    Raises:
+        ConfigError: An operator of the plan is not in `in_turn`.
+    """
     alone = operator_times(in_turn)
-    measured = Shown.of("plan, measured", planned)
+    measured = ShownTimeline.among("plan, measured", planned)
     plan = measured.timeline.plan
-    predicted = Shown.of("plan, predicted", [simulate(plan, Measured(program, alone).demands(plan))])
-    whole = Shown.of("un-split, measured", unsplit) if unsplit else None
-    return PlanComparison(program, tokens, alone, measured, predicted, whole, engine_step)
+    predicted = ShownTimeline.among("plan, predicted", [simulate(plan, MeasuredCosts(program, alone).demands(plan))])
+    return PlanComparison(
+        program=program,
+        tokens=tokens,
+        alone=alone,
+        planned=measured,
+        predicted=predicted,
+        unsplit=ShownTimeline.among("un-split, measured", unsplit) if unsplit else None,
+        engine_step=engine_step,
+    )
 
 
 def operator_times(timelines: Sequence[Timeline]) -> dict[tuple[str, int], float]:
-    """Medians over runs of one plan. A step with several operators or micro-batches counts for the first of them."""
+    """Return the median seconds of each (operator, micro-batch) over runs of one plan.
+
+    An action with several operators or micro-batches counts for the first of them.
+    """
     seconds: dict[tuple[str, int], list[float]] = {}
     for timeline in timelines:
         for span in timeline.spans:

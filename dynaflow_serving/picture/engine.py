@@ -1,9 +1,9 @@
 """A plan in its engine: measured in real steps, and predicted from steps of the same micro-batches in turn.
 
 Contract
-- Two starts of the engine, one step of exactly the given batch again and again in each: under the plan, traced and not
-  traced by turns; then in turn, traced, and un-split by turns. The first of each kind is not counted.
-- All figures are rank 0's.
+- The engine is started twice and runs steps of exactly the given batch. At first it runs them under the plan, with
+  every second one traced. Then every second one is un-split, and the others run the micro-batches in turn, traced.
+- The first step of each kind is not counted. All figures are rank 0's.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ IN_TURN = Path(__file__).with_name("in_turn.py")
 def compare_in_engine(
     engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
 ) -> tuple[dict[str, Any], list[PlanComparison]]:
-    """(the report of the run under the plan, a comparison per program; none if the engine did not split the batch).
+    """Measure a plan in its engine.
 
-    Raises `ConfigError` for a strategy that chooses among others, `EngineProcessError`, and `DynaflowError` where the
-    engine never ran the batch as one step."""
+    Returns:
+        The report of the run under the plan, and a comparison per Program; none if the engine did not split the batch.
+
+    Raises:
+        ConfigError: The strategy chooses among others.
+        EngineProcessError: The engine failed.
+        DynaflowError: The engine never ran the batch as one step.
+    """
     selector = build_selector(config)
     if isinstance(selector, AutoSelector):
         raise ConfigError(
@@ -69,7 +75,11 @@ def _traced(config: Config, folder: str, every: int) -> Config:
 
 
 def _seconds(steps: Sequence[MeasuredStep], split: bool, engine: str) -> list[float]:
-    """Of steps that were not traced."""
+    """Return the seconds of the steps of that kind that were not traced.
+
+    Raises:
+        DynaflowError: There are none after the first.
+    """
     found = [s.seconds for s in steps if s.split is split and not s.timelines][1:]
     if not found:
         raise DynaflowError(f"{engine} ran the batch {'split' if split else 'un-split'} as one step once or never")

@@ -1,9 +1,9 @@
 """A PlanComparison as SVG: timelines one above the other on one time axis, a row per stream.
 
 Contract
-- A colour per micro-batch, network operators hatched, a name where there is room for it; every bar has a `<title>`
-  with the whole truth, which browsers show as a tooltip.
-- What was measured and what was simulated is said beside each; text stays text, and nothing outside is referred to.
+- Each micro-batch has a colour, network operators are hatched, and a bar has its name where there is room for it.
+  Every bar has a `<title>` with all details, which browsers show as a tooltip.
+- Each row says whether it was measured or simulated. Text stays text, and the picture refers to nothing outside.
 - Equal comparisons give equal files.
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from dynaflow_serving.bench.pages import assert_installed, svg
 from dynaflow_serving.core.plan import ActionKind, range_text
 from dynaflow_serving.core.timeline import Span, Timeline
-from dynaflow_serving.picture.comparison import PlanComparison, Shown
+from dynaflow_serving.picture.comparison import PlanComparison, ShownTimeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,13 +46,22 @@ CHARACTER = 0.6  # width of a character relative to its height
 
 
 def assert_can_draw(*also: str) -> None:
-    """Raises `DynaflowError` if matplotlib, or a package of `also`, is not installed."""
+    """Check that matplotlib and the packages of `also` are installed.
+
+    Raises:
+        DynaflowError: One is missing.
+    """
     assert_installed("a picture", "matplotlib", *also)
 
 
 def draw(comparison: PlanComparison, title: str = "", caption: str = "") -> str:
-    """The `<svg>` element. title: what is shown; caption: where it was measured, and what to know about it. Neither is
-    needed where a page says it."""
+    """Return the `<svg>` element.
+
+    Args:
+        comparison: The timelines.
+        title: What is shown; not needed where a page says it.
+        caption: Where it was measured, and what to know about it; likewise.
+    """
     from matplotlib.figure import Figure
 
     panels = comparison.shown
@@ -84,8 +93,8 @@ def draw(comparison: PlanComparison, title: str = "", caption: str = "") -> str:
     return _with_titles(svg(figure), titles)
 
 
-def summary(shown: Shown) -> str:
-    """`1.23 ms (of runs of 1.2 - 1.4), streams overlap 41% of it, 80% of the network time hidden`."""
+def summary(shown: ShownTimeline) -> str:
+    """Return `1.23 ms (of runs of 1.2 - 1.4), streams overlap 41% of it, 80% of the network time hidden`."""
     timeline = shown.timeline
     scale, unit = _unit(timeline.makespan)
     parts = [f"{timeline.makespan * scale:.3g} {unit}"]
@@ -100,7 +109,15 @@ def summary(shown: Shown) -> str:
 
 @dataclass
 class _Panel:
-    """One timeline; `points` is the width of its axes, `until` the end of the time axis in seconds."""
+    """Draws one timeline.
+
+    Attributes:
+        axes: Where it is drawn.
+        timeline: What is drawn.
+        until: The end of the time axis, in seconds.
+        points: The width of the axes.
+        prefix: The beginning of the bars' ids.
+    """
 
     axes: Axes
     timeline: Timeline
@@ -126,7 +143,7 @@ class _Panel:
             self._bar(span, streams.index(span.action.stream))
 
     def scale_axis(self, scale: float, unit: str) -> None:
-        """Ticks in `unit`, one for each inch or two; without a unit, none."""
+        """Draw ticks in `unit`, one for each inch or two; without a unit, none."""
         from matplotlib.ticker import MaxNLocator
 
         if not unit:
@@ -161,7 +178,8 @@ class _Panel:
         scale, unit = _unit(span.end - span.start)
         at, at_unit = _unit(self.timeline.makespan)
         parts = range(span.action.start, span.action.stop)
-        whose = f", micro-batch{'es' * (len(parts) > 1)} {', '.join(map(str, parts))}" if len(parts) else ""
+        noun = "micro-batches" if len(parts) > 1 else "micro-batch"
+        whose = f", {noun} {', '.join(map(str, parts))}" if len(parts) else ""
         kind = "simulated" if self.timeline.simulated else "measured"
         what = "network operator" if self.timeline.is_network(span) else span.action.kind.value
         return (
@@ -178,7 +196,10 @@ def _colours(span: Span) -> tuple[str, str]:
 
 
 def _label(span: Span, width: float, height: float) -> tuple[str, bool]:
-    """The longest name that fits into `width` x `height` points, and whether it does so across; "" if none does."""
+    """Return the longest name that fits into `width` x `height` points, and whether it does so across.
+
+    The name is "" if none fits.
+    """
     names = _names(span)
     for name in names:
         if len(name) * FONT * CHARACTER + 3 <= width:
@@ -189,7 +210,7 @@ def _label(span: Span, width: float, height: float) -> tuple[str, bool]:
 
 
 def _names(span: Span) -> list[str]:
-    """From the whole to the shortest: `layers.3.attention.0 @1`, `3.attention.0`, `attention`."""
+    """Return the names from the longest to the shortest: `layers.3.attention.0 @1`, `3.attention.0`, `attention`."""
     action = span.action
     if action.kind is ActionKind.MERGE:
         return ["merge"]
@@ -220,7 +241,7 @@ def _legend(figure: Figure, comparison: PlanComparison, place: tuple[float, floa
 
 
 def _unit(seconds: float) -> tuple[float, str]:
-    """(factor, unit) for times of about `seconds`."""
+    """Return the factor and the unit for times of about `seconds`."""
     return (1e6, "us") if seconds < 1e-3 else (1e3, "ms") if seconds < 10 else (1.0, "s")
 
 

@@ -1,9 +1,9 @@
 """The strategy that an engine runs for operator times: the split of another strategy, its micro-batches in turn.
 
 Contract
-- Named by the path of this file, since it is for measuring and in no list of strategies.
-- It has the other strategy's annotations, so it schedules the same Program, and its cuts; every second step is not
-  split, to compare with. All ranks count the same steps.
+- A config names it by the path of this file, since it is for measuring and in no list of strategies.
+- It has the other strategy's annotations and cuts, so it schedules the same Program.
+- Every second step is not split, to compare with. All ranks count the same steps.
 """
 
 from __future__ import annotations

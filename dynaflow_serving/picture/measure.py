@@ -1,8 +1,8 @@
 """A plan on this machine: measured, and predicted from the times of its operators.
 
 Contract
-- Plan, micro-batches in turn and un-split step run in turn, round after round, after a round that is not counted: what
-  disturbs the machine meets all three.
+- The plan, the micro-batches in turn and the un-split step take turns, after a round that is not counted. So a
+  disturbance of the machine meets all three.
 - On a CPU every stream gets one thread, so that streams and not the threads of one operator share the cores.
 - Embedded examples have no process group: their network operators are stand-ins, which a picture must say.
 """
@@ -34,9 +34,18 @@ def measured_and_predicted(
     enter: Callable[[int], Any] = no_context,
     runs: int = RUNS,
 ) -> PlanComparison:
-    """Run `args` (the program's inputs without constants) under the plan of `split`, `runs` times.
+    """Measure a plan beside the same micro-batches in turn and beside the un-split step.
 
-    Raises `ScheduleError` and `PlanError`, as `PlanCache.prepare` does."""
+    Args:
+        plan_cache: Makes the plan.
+        split: The cut of the batch.
+        args: The Program's inputs without its constants.
+        enter: Enters the context of a micro-batch.
+        runs: How often each of the three is run.
+
+    Raises:
+        ScheduleError, PlanError: As `PlanCache.prepare` raises them.
+    """
     reference = PlanCache(plan_cache.captured, FixedStrategy(Sequential()), plan_cache.executor, plan_cache.zero_copy)
     planned: list[Timeline] = []
     sequential: list[Timeline] = []
@@ -66,7 +75,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def example_inputs(program: Program, constants: int, tokens: int, width: int) -> list[Any]:
-    """Inputs of an embedded example: random numbers, [tokens, width], and the number of tokens."""
+    """Return the inputs of an embedded example: random numbers, [tokens, width], and the number of tokens.
+
+    Args:
+        program: The example's Program.
+        constants: The number of its inputs that are constants, the last ones.
+        tokens: The number of tokens.
+        width: The elements of a token.
+    """
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
     taken = program.inputs[: len(program.inputs) - constants]
     return [tokens if program.values[name].scope is Scope.TOKENS else x for name in taken]

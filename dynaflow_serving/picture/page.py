@@ -1,7 +1,7 @@
 """Comparisons as one self-contained HTML page.
 
 Contract
-- `render` is a pure function of what it is given, and the page refers to nothing outside of itself.
+- `render` is a pure function of its arguments, and the page refers to nothing outside of itself.
 - Every figure says whether it was measured or simulated.
 """
 
@@ -14,24 +14,31 @@ from typing import Any
 
 from dynaflow_serving.bench.pages import templates
 from dynaflow_serving.core.grid import grid
-from dynaflow_serving.picture.comparison import PlanComparison, Shown, operator_times
+from dynaflow_serving.picture.comparison import PlanComparison, ShownTimeline, operator_times
 from dynaflow_serving.picture.figure import draw
 
 
 @dataclass(frozen=True)
 class Caption:
-    """title: what was run; notes: where, and what to know about it."""
+    """The title says what was run; the notes say where, and what to know about it."""
 
     title: str
     notes: tuple[str, ...]
 
     @property
     def text(self) -> str:
+        """The notes as sentences."""
         return ". ".join(self.notes) + "."
 
 
 def render(comparisons: Sequence[PlanComparison], caption: Caption, command: str) -> str:
-    """The page; one part per program."""
+    """Return the page.
+
+    Args:
+        comparisons: One per Program, each for a part of the page.
+        caption: The title and the notes.
+        command: The command that the user typed.
+    """
     from markupsafe import Markup
 
     environment = templates(Path(__file__).parent)
@@ -52,7 +59,7 @@ def render(comparisons: Sequence[PlanComparison], caption: Caption, command: str
     return page
 
 
-def _figures(shown: Shown, unsplit: Shown | None) -> dict[str, Any]:
+def _figures(shown: ShownTimeline, unsplit: ShownTimeline | None) -> dict[str, Any]:
     timeline = shown.timeline
     several = len(timeline.plan.streams) > 1
     network = any(map(timeline.is_network, timeline.spans))
@@ -67,7 +74,7 @@ def _figures(shown: Shown, unsplit: Shown | None) -> dict[str, Any]:
 
 
 def _operators(comparison: PlanComparison) -> list[dict[str, Any]]:
-    """Per operator of the Program: its seconds per micro-batch, in turn and under the plan."""
+    """Return each operator of the Program with its seconds per micro-batch, in turn and under the plan."""
     planned = operator_times([comparison.measured])
     together = {
         name: f"in {s.action.kernel or s.action.operators[0]} {s.action.start}..{s.action.stop - 1}"

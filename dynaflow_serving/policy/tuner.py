@@ -33,7 +33,7 @@ from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.session.step import Trial as StepTrial
-from dynaflow_serving.simulate.cost import Measured
+from dynaflow_serving.simulate.cost import MeasuredCosts
 from dynaflow_serving.simulate.engine import simulate
 from dynaflow_serving.strategies.sequential import Sequential
 
@@ -192,7 +192,7 @@ class Tuner:
         seconds = profile.outside
         for plan_cache, operators in profile.ran:
             plan = plan_cache.prepare(signature).plan
-            seconds += simulate(plan, Measured(plan_cache.captured.program, operators).demands(plan)).makespan
+            seconds += simulate(plan, MeasuredCosts(plan_cache.captured.program, operators).demands(plan)).makespan
         return seconds
 
     def _replaces(self, signature: Signature) -> bool:

@@ -1,13 +1,13 @@
 """A plan's time on hardware that is not at hand: `dynaflow simulate`.
 
-`device`, `cost` and `model` say what is simulated, `engine` runs it, `scenario` compares schedules. Every figure is
-simulated.
+`device`, `model`, `kernel_models` and `cost` describe the hardware and the work, `engine` runs a plan on it, and
+`scenario` compares schedules. Every figure is simulated.
 """
 
 from __future__ import annotations
 
 from dynaflow_serving.simulate.catalogue import find, names
-from dynaflow_serving.simulate.cost import Demand, Measured, Roofline
+from dynaflow_serving.simulate.cost import Demand, MeasuredCosts, RooflineCosts
 from dynaflow_serving.simulate.device import Device, Link, Topology
 from dynaflow_serving.simulate.engine import Simulation, simulate
 from dynaflow_serving.simulate.model import Shape, decoder
@@ -17,8 +17,8 @@ __all__ = [
     "Demand",
     "Device",
     "Link",
-    "Measured",
-    "Roofline",
+    "MeasuredCosts",
+    "RooflineCosts",
     "Shape",
     "SimulatedSchedule",
     "Simulation",

@@ -1,8 +1,8 @@
 """Devices, links and model shapes by name, or from a user's YAML file.
 
 Contract
-- `find(Kind, name)` gives what is shipped under `name`, or what the YAML file `name` (one mapping of fields) holds.
-- An unknown name, field or value is one `ConfigError` that says what is valid.
+- `find(Kind, name)` returns the shipped entry called `name`, or the content of the YAML file `name` (one mapping).
+- An unknown name, field or value is one `ConfigError` that lists the valid ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dynaflow_serving.errors import ConfigError, unknown_name
 
 
 class Entry(BaseModel):
-    """One kind of thing that is found by name."""
+    """The base of each kind of thing that is found by name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,11 +34,16 @@ E = TypeVar("E", bound=Entry)
 
 
 def names(cls: type[Entry]) -> list[str]:
+    """Return the names of the shipped entries of a kind."""
     return list(_shipped(cls.shipped))
 
 
 def find(cls: type[E], name: str) -> E:
-    """The `cls` called `name`, or read from the YAML file of that path. Raises `ConfigError`."""
+    """Return the entry called `name`, or the one in the YAML file of that path.
+
+    Raises:
+        ConfigError: There is none, or its fields are not valid.
+    """
     if Path(name).suffix in (".yaml", ".yml"):
         fields = read_mapping(name, cls.kind, f"of fields. Valid: {', '.join(cls.model_fields)}.")
         return _parse(cls, {"name": Path(name).stem, **fields}, name)

@@ -1,4 +1,4 @@
-"""Seconds of a collective: the standard latency-bandwidth formulas, the fastest algorithm that the link allows.
+"""The seconds of a collective: the standard latency-bandwidth formulas, with the fastest algorithm of the link.
 
 Contract
 - With n ranks, S bytes, a hop of a seconds and B bytes a second (Thakur, Rabenseifner, Gropp 2005; NCCL's trees):
@@ -6,8 +6,8 @@ Contract
       on direct links too      one-shot a + (n-1) S/B          two-shot 2a + 2(n-1)/n S/B
     all_gather, reduce_scatter ring (n-1) a + (n-1)/n S/B      direct a + (n-1)/n S/B
     all_to_all                 a + (n-1)/n S/B
-- A group over several nodes goes level by level (in the node, between nodes on 1/node of the bytes, in the node);
-  an all_to_all uses both links at a time.
+- A group over several nodes goes level by level: in the node, between nodes on 1/node of the bytes, in the node. An
+  all_to_all uses both links at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,21 @@ from dynaflow_serving.errors import ConfigError, unknown_name
 from dynaflow_serving.simulate.device import Link, Topology
 
 KINDS = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter")
-Seconds = tuple[float, float]  # of latency, of transfer
+Seconds = tuple[float, float]  # (latency, transfer)
 
 
 def transfer(kind: str, size: float, ranks: int, topology: Topology) -> Seconds:
-    """(latency, transfer) of `kind` over `ranks` adjacent ranks; `size` in bytes as in `cost.Collective`."""
+    """Return the latency and the transfer of a collective over adjacent ranks.
+
+    Args:
+        kind: A name in `KINDS`.
+        size: Bytes of the full tensor; for all_to_all those that a rank sends.
+        ranks: The number of ranks.
+        topology: Their links.
+
+    Raises:
+        ConfigError: The kind is unknown.
+    """
     if kind not in KINDS:
         raise ConfigError(unknown_name("collective", kind, KINDS))
     inside = min(ranks, topology.per_node)
@@ -40,7 +50,7 @@ def transfer(kind: str, size: float, ranks: int, topology: Topology) -> Seconds:
 
 
 def flat(kind: str, size: float, n: int, link: Link) -> Seconds:
-    """Over one kind of link."""
+    """Return the latency and the transfer of a collective over `n` ranks that one kind of link joins."""
     if n == 1:
         return 0.0, 0.0
     a, full = link.latency_us * 1e-6, size / link.bandwidth

@@ -1,10 +1,10 @@
-"""What a plan is simulated on: a device, the link between the devices of a node, the network between nodes.
+"""The hardware of a simulation: a device, the link between the devices of a node, the network between nodes.
 
 Contract
-- All ranks are alike and run the same Plan, so one of them is simulated: group sizes only enter the cost of
+- All ranks are alike and run the same Plan, so one of them is simulated. Group sizes only enter the cost of
   collectives, and thousands of ranks take no longer to simulate than two.
-- What this symmetry leaves out: stragglers, congestion of the network by others, and unequal load, except for the
-  factor `imbalance` on the experts' rows.
+- This symmetry leaves out stragglers, congestion of the network by others, and unequal load, except for the factor
+  `imbalance` on the experts' rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dynaflow_serving.simulate.catalogue import Entry, find
 
 
 class Device(Entry):
+    """An accelerator."""
+
     kind: ClassVar[str] = "device"
     shipped: ClassVar[str] = "devices.yaml"
 
@@ -33,16 +35,18 @@ class Device(Entry):
 
     @property
     def flops(self) -> float:
-        """Reachable, per second."""
+        """The reachable operations per second."""
         return self.tflops * 1e12 * self.compute_efficiency
 
     @property
     def bandwidth(self) -> float:
-        """Reachable, bytes per second."""
+        """The reachable bytes per second."""
         return self.memory_gb_s * 1e9 * self.memory_efficiency
 
 
 class Link(Entry):
+    """A link between devices or nodes."""
+
     kind: ClassVar[str] = "link"
     shipped: ClassVar[str] = "links.yaml"
 
@@ -54,15 +58,15 @@ class Link(Entry):
 
     @property
     def bandwidth(self) -> float:
-        """Reachable, bytes per second."""
+        """The reachable bytes per second."""
         return self.gb_s * 1e9 * self.efficiency
 
 
 class Topology(BaseModel):
-    """Ranks 0 to `world` - 1; `per_node` adjacent ones share `link`, groups that are larger go over `network` too.
+    """The ranks 0 to `world` - 1, of which `per_node` adjacent ones share `link`; larger groups use `network` too.
 
-    Tensor-parallel groups are `tp` adjacent ranks, `dp` such groups each with a batch of its own; experts are spread
-    over `ep` adjacent ranks (1: cut like the dense layers, by `tp`).
+    A tensor-parallel group is `tp` adjacent ranks. There are `dp` such groups, each with a batch of its own. Experts
+    are spread over `ep` adjacent ranks; with 1 they are cut like the dense layers, by `tp`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,6 +93,7 @@ class Topology(BaseModel):
 
     @property
     def world(self) -> int:
+        """The number of ranks."""
         return self.tp * self.dp
 
     @property

@@ -1,17 +1,18 @@
 """The discrete-event run of a plan: streams in order, events, and a device that concurrent operators share.
 
 Contract
-- The order is the plan's own: a stream's actions one after another, a WAIT holds its stream until the RECORD.
-- Operators that run at a time share the device: none runs faster than alone, no resource is used beyond 1. Who asks
-  for little of a crowded resource gets it, the others share the rest alike (max-min fair, per resource). So a
-  memory-bound operator beside a compute-bound one slows neither much, two alike take twice as long.
-- Hence: critical path <= makespan <= sum of all operators alone and of the host's issuing, and the makespan is not
+- The order is the plan's own: a stream runs its actions one after another, and a WAIT holds its stream until the
+  RECORD.
+- Operators that run at a time share the device: none runs faster than alone, and no resource is used beyond 1. An
+  operator that asks for little of a crowded resource gets it; the others share the rest alike (max-min fair). So a
+  memory-bound operator beside a compute-bound one slows neither much, and two alike take twice as long.
+- Hence critical path <= makespan <= the sum of all operators alone and of the host's issuing, and the makespan is not
   under the busy time of any resource.
 - More bandwidth never slows an operator, nor a plan on one stream. With several streams it may: an operator that ends
   sooner lets its successor in beside a critical one (as in Graham's anomalies; real devices do it too).
 
-Actions
-    until all streams are at their end: start what can start, fix the rates, advance to the next end of a phase
+Algorithm
+    until all streams are at their end: start all that can start, fix the rates, advance to the next end of a phase
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Shares = Mapping[Resource, float]
 
 @dataclass(frozen=True)
 class Simulation(Timeline):
-    """What `simulate` found; everything in seconds, everything simulated."""
+    """The result of `simulate`: a timeline of which everything is simulated, in seconds."""
 
     ended: float  # when the host and all streams were done
     busy: dict[Resource, float]  # device-seconds used of each resource
@@ -45,6 +46,8 @@ class Simulation(Timeline):
 
 @dataclass(slots=True)
 class _Running:
+    """An action that has started and not ended."""
+
     index: int
     demand: Demand
     start: float
@@ -67,7 +70,11 @@ class _State:
     running: dict[str, _Running] = field(default_factory=dict)
 
     def start_ready(self) -> float:
-        """Start all that can start now; returns when the host issues the next action of an idle stream (inf: none)."""
+        """Start all that can start now.
+
+        Returns:
+            When the host issues the next action of an idle stream; inf if there is none.
+        """
         moved, wake = True, float("inf")
         while moved:
             moved, wake = False, float("inf")
@@ -90,7 +97,15 @@ class _State:
 
 
 def simulate(plan: Plan, demands: Sequence[Demand | None]) -> Simulation:
-    """Run `plan`, one demand per action (`CostModel.demands`). Raises `PlanError` for a plan that never ends."""
+    """Run a plan.
+
+    Args:
+        plan: The plan.
+        demands: One demand per action, as `CostModel.demands` returns them.
+
+    Raises:
+        PlanError: The plan never ends.
+    """
     queues = {s: [i for i, action in enumerate(plan.actions) if action.stream == s][::-1] for s in plan.streams}
     state = _State(plan, demands, queues, list(_issue_times(demands)))
     spans: list[Span] = []
@@ -114,18 +129,27 @@ def simulate(plan: Plan, demands: Sequence[Demand | None]) -> Simulation:
                 del running[stream]
                 spans.append(Span(r.index, plan.actions[r.index], r.start, state.now))
     if stuck := [plan.actions[q[-1]] for q in queues.values() if q]:
-        held = ", ".join(f"stream {s.stream!r} for event e{s.event}" for s in stuck)
-        raise PlanError(f"the plan never ends: {held} wait for what is not recorded")
+        held = ", ".join(f"stream {action.stream!r} for event e{action.event}" for action in stuck)
+        raise PlanError(f"the plan never ends: {held} wait for an event that is not recorded")
     path, length = _critical(plan, demands, state.issued)
     busy = {r: sum(d.seconds * d.shares.get(r, 0.0) for d in demands if d is not None) for r in Resource}
     spans.sort(key=lambda s: (s.start, s.index))
     on_network = [i for i, d in enumerate(demands) if d is not None and Resource.NETWORK in d.shares]
     network = frozenset(name for i in on_network for name in plan.actions[i].operators)
-    return Simulation(plan, tuple(spans), network, True, state.now, busy, path, length)
+    return Simulation(
+        plan=plan,
+        spans=tuple(spans),
+        network=network,
+        simulated=True,
+        ended=state.now,
+        busy=busy,
+        critical=path,
+        critical_path=length,
+    )
 
 
 def share(wanted: Sequence[Shares]) -> list[float]:
-    """How fast operators that want these shares run together, each relative to alone (0 to 1)."""
+    """Return how fast operators that want these shares run together, each relative to alone (0 to 1)."""
     rates = [1.0] * len(wanted)
     while True:
         load = {r: sum(x * w.get(r, 0.0) for x, w in zip(rates, wanted)) for r in Resource}
@@ -138,7 +162,7 @@ def share(wanted: Sequence[Shares]) -> list[float]:
 
 
 def _water_level(amounts: Iterable[float]) -> float:
-    """The most that each may take, so that a resource of 1 is used up: sum(min(amount, level)) == 1."""
+    """Return the most that each may take, so that a resource of 1 is used up: sum(min(amount, level)) == 1."""
     rest, amounts = 1.0, sorted(amounts)
     for i, amount in enumerate(amounts):
         fair = rest / (len(amounts) - i)
@@ -149,6 +173,7 @@ def _water_level(amounts: Iterable[float]) -> float:
 
 
 def _issue_times(demands: Sequence[Demand | None]) -> Iterable[float]:
+    """Yield when the host has issued each action."""
     now = 0.0
     for demand in demands:
         now += demand.issue if demand is not None else 0.0
@@ -156,7 +181,7 @@ def _issue_times(demands: Sequence[Demand | None]) -> Iterable[float]:
 
 
 def _critical(plan: Plan, demands: Sequence[Demand | None], issued: Sequence[float]) -> tuple[tuple[int, ...], float]:
-    """(actions, length) of the longest chain through streams and events, with nothing shared."""
+    """Return the actions and the length of the longest chain through streams and events, with nothing shared."""
     end: list[float] = []
     via: list[int] = []
     last: dict[str, int] = {}

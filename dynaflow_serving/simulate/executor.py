@@ -1,8 +1,8 @@
 """The executor that runs no tensor: it returns the Simulation that the plan would have.
 
 Contract
-- It is bound and called like every other executor, so a PlanCache drives it: what is simulated is time only, while the
-  strategy's split, the recording, the lowering and the proof are the real ones.
+- It is bound and called like every other executor, so a PlanCache drives it. Only time is simulated: the strategy's
+  split, the recording, the lowering and the verification are the real ones.
 - Its program's only argument is the `Batch`, its only result the `Simulation`.
 """
 
@@ -16,16 +16,19 @@ from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.tracing import Tracer
-from dynaflow_serving.simulate.cost import Roofline, loads
+from dynaflow_serving.simulate.cost import RooflineCosts
 from dynaflow_serving.simulate.device import Topology
 from dynaflow_serving.simulate.engine import Simulation, simulate
-from dynaflow_serving.simulate.model import Model
+from dynaflow_serving.simulate.kernel_models import workloads
+from dynaflow_serving.simulate.model import DecoderModel
 
 
 class SimulatedExecutor(Executor):
+    """Runs a plan in the simulator, on the kernels of a decoder."""
+
     name = "simulated"
 
-    def __init__(self, model: Model, topology: Topology, graphs: bool = True) -> None:
+    def __init__(self, model: DecoderModel, topology: Topology, graphs: bool = True) -> None:
         super().__init__()
         self._model, self._topology, self._graphs = model, topology, graphs
 
@@ -34,8 +37,13 @@ class SimulatedExecutor(Executor):
     ) -> BoundPlan:
         def run(args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> list[Simulation]:
             batch: Batch = args[0]
-            work, widths = self._model.work, self._model.widths
-            costs = Roofline(self._topology, work, widths, loads(batch, bounds), self._graphs)
+            costs = RooflineCosts(
+                topology=self._topology,
+                work=self._model.work,
+                widths=self._model.widths,
+                workloads=workloads(batch, bounds),
+                graphs=self._graphs,
+            )
             return [simulate(plan, costs.demands(plan))]
 
         return BoundPlan(plan, run, tracer=tracer)

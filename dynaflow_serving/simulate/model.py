@@ -1,18 +1,19 @@
 """A decoder as a Program, with the kernels of its operators on one of many ranks.
 
 Contract
-- The Program is what capture would give: cut at attention, collectives and the MoE's parts, with the same tags, so
-  that strategies do on it what they do on the real model. Embedding, head and sampling are outside of it.
+- The Program is the one that capture would make: cut at attention, collectives and the MoE's parts, with the same tags.
+  So strategies do the same on it as on the real model. Embedding, head and sampling are outside of it.
 - Per layer, TP > 1 adds the all-reduces and EP > 1 dispatch and combine:
     dense  qkv  attention  o_proj  [all_reduce.0]  mlp  [all_reduce.1]
     MoE    qkv  attention  o_proj  [all_reduce.0]  gate  [dispatch]  experts  [combine]  [shared_expert]
            [all_gather with EP, all_reduce.1 without]
 - With EP each of the `tp` ranks of a group sends its share of the tokens to the experts, and a token once to each
-  rank that has experts of it; rows are spread evenly over experts, times `Topology.imbalance`.
+  rank that has experts of it. Rows are spread evenly over experts, times `Topology.imbalance`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,11 +23,13 @@ from pydantic import Field
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.simulate.catalogue import Entry
-from dynaflow_serving.simulate.cost import Attention, Collective, Gemm, Kernel, Streaming
 from dynaflow_serving.simulate.device import Topology
+from dynaflow_serving.simulate.kernel_models import Attention, Collective, Gemm, KernelModel, Streaming
 
 
 class Shape(Entry):
+    """The sizes of a model."""
+
     kind: ClassVar[str] = "model"
     shipped: ClassVar[str] = "models.yaml"
 
@@ -47,39 +50,51 @@ class Shape(Entry):
 
 
 @dataclass
-class Model:
-    """A Program and what its operators do: `work` per operator, `widths` in elements per token of every value."""
+class DecoderModel:
+    """A decoder on one rank.
+
+    Attributes:
+        program: Its layers.
+        work: The kernels of each operator.
+        widths: The elements per token of each value.
+    """
 
     program: Program
-    work: dict[str, tuple[Kernel, ...]]
+    work: dict[str, tuple[KernelModel, ...]]
     widths: dict[str, int]
 
 
-def decoder(shape: Shape, topology: Topology) -> Model:
-    """The layers of `shape` on one rank. Raises `ConfigError` where heads or experts cannot be spread evenly."""
-    for what, size, parts in (
-        ("attention heads", shape.heads, topology.tp),
-        ("experts", shape.experts, topology.ep if shape.experts else 1),
-    ):
-        if size % parts:
-            raise ConfigError(f"{shape.name}: {size} {what} cannot be spread evenly over {parts} ranks")
+def decoder(shape: Shape, topology: Topology) -> DecoderModel:
+    """Return the layers of a model on one rank.
+
+    Raises:
+        ConfigError: Heads or experts cannot be spread evenly.
+    """
+    if shape.heads % topology.tp:
+        raise ConfigError(
+            f"{shape.name}: {shape.heads} attention heads cannot be spread evenly over {topology.tp} ranks"
+        )
     if topology.ep > 1 and not shape.experts:
         raise ConfigError(f"{shape.name} has no experts: ep must be 1, not {topology.ep}")
+    if shape.experts % topology.ep:
+        raise ConfigError(f"{shape.name}: {shape.experts} experts cannot be spread evenly over {topology.ep} ranks")
     return _Decoder(shape, topology).build()
 
 
 @dataclass
 class _Decoder:
+    """Builds the Program layer by layer; each method returns the names of the values that the next one reads."""
+
     shape: Shape
     topology: Topology
     values: dict[str, Value] = field(default_factory=dict)
     weights: list[str] = field(default_factory=list)
     operators: list[Operator] = field(default_factory=list)
-    work: dict[str, tuple[Kernel, ...]] = field(default_factory=dict)
+    work: dict[str, tuple[KernelModel, ...]] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     layer: str = ""
 
-    def build(self) -> Model:
+    def build(self) -> DecoderModel:
         hidden = self.shape.hidden
         x, y = self.value("x", hidden), ""  # the residual stream, and what is still to be added to it
         for i in range(self.shape.layers):
@@ -89,7 +104,7 @@ class _Decoder:
         self.layer = ""
         (out,) = self._add("norm", [x, y], {"out": hidden}, [Streaming(4 * hidden)], weight=True)
         inputs = ("x", *self.weights)
-        return Model(Program(inputs, (out,), self.values, tuple(self.operators)), self.work, self.widths)
+        return DecoderModel(Program(inputs, (out,), self.values, tuple(self.operators)), self.work, self.widths)
 
     # -- one layer -----------------------------------------------------------------------------------
     def _attention(self, x: str, y: str) -> tuple[str, str]:
@@ -101,7 +116,7 @@ class _Decoder:
         if s.latent:  # the widths of latents, for requests that decode: absorbed projections
             cache, decode = s.latent, 2 * s.latent
             up = Gemm(s.query_latent or hidden, queries), Gemm(s.latent, heads * 2 * value_dim)
-            gemms: list[Kernel] = [Gemm(hidden, s.latent + s.query_latent), *up]
+            gemms: list[KernelModel] = [Gemm(hidden, s.latent + s.query_latent), *up]
         else:
             cache, decode = kv_heads * (s.head_dim + value_dim), s.head_dim + value_dim
             gemms = [Gemm(hidden, queries + cache)]
@@ -117,7 +132,7 @@ class _Decoder:
         return x, self._reduce("all_reduce.0", o)
 
     def _mlp(self, x: str, y: str) -> tuple[str, str]:
-        width = -(-self.shape.intermediate // self.topology.tp)
+        width = math.ceil(self.shape.intermediate / self.topology.tp)
         kernels = [Streaming(4 * self.shape.hidden), *self._gated(width)]
         m, x = self._add("mlp", [x, y], {"m": self.shape.hidden, "x": self.shape.hidden}, kernels, weight=True)
         return x, self._reduce("all_reduce.1", m)
@@ -127,9 +142,9 @@ class _Decoder:
         hidden, spread = s.hidden, t.ep > 1
         share = 1 / t.tp if spread else 1.0  # of the group's tokens that this rank sends to experts
         cut = 1 if spread else t.tp
-        gate: list[Kernel] = [Streaming(4 * hidden), Gemm(hidden, s.experts), Streaming(2 * s.experts)]
+        gate: list[KernelModel] = [Streaming(4 * hidden), Gemm(hidden, s.experts), Streaming(2 * s.experts)]
         h, x = self._add("gate", [x, y], {"h": hidden, "x": hidden}, gate, weight=True)
-        width = -(-(s.expert_intermediate or s.intermediate) // cut)
+        width = math.ceil((s.expert_intermediate or s.intermediate) / cut)
         rows = s.experts_per_token * share * (t.imbalance if spread else 1.0)
         permute = Streaming(2 * hidden * rows)
         routed = [permute, *self._gated(width, rows, s.experts // t.ep), permute]
@@ -151,7 +166,7 @@ class _Decoder:
             return x, m
         return x, m if spread else self._reduce("all_reduce.1", m)
 
-    def _gated(self, width: int, rows: float = 1.0, groups: int = 1) -> list[Kernel]:
+    def _gated(self, width: int, rows: float = 1.0, groups: int = 1) -> list[KernelModel]:
         hidden = self.shape.hidden
         gate_up, down = Gemm(hidden, 2 * width, rows, groups), Gemm(width, hidden, rows, groups)
         return [gate_up, Streaming(3 * width * rows), down]
@@ -165,14 +180,14 @@ class _Decoder:
 
     # -- parts of the Program ------------------------------------------------------------------------
     def value(self, name: str, width: int) -> str:
-        """Width 0: what a rank receives from others has no token axis of its own batch."""
+        """Add a value; with width 0 it comes from other ranks and has no token axis of this rank's batch."""
         scope = Scope.BATCH if width else Scope.LOCAL
         self.values[name] = Value(name=name, scope=scope, axis=0 if width else None)
         self.widths[name] = width
         return name
 
     def _add(
-        self, name: str, inputs: Sequence[str], outputs: dict[str, int], kernels: Sequence[Kernel],
+        self, name: str, inputs: Sequence[str], outputs: dict[str, int], kernels: Sequence[KernelModel],
         resource: Resource = Resource.COMPUTE, tag: str = "", group: str = "",
         weight: bool = False, state: bool = False,
     ) -> list[str]:  # fmt: skip

@@ -1,7 +1,7 @@
 """A Timeline as text: a line per stream, for terminals.
 
 Contract
-- It says `simulated` or `measured`, and has no figures that the Timeline does not have.
+- The text says `simulated` or `measured`, and has no figures that the Timeline does not have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ LAYERS_SHOWN = 3
 
 
 def strip(timeline: Timeline) -> str:
-    """The first layers as text, a line per stream: the micro-batch that runs (`*`: merged ones), `.` where idle."""
+    """Draw the first layers as text.
+
+    A stream has a line. A character is the micro-batch that runs, `*` for several merged ones, `.` for none.
+    """
     layers = tuple(f"layers.{i}." for i in range(LAYERS_SHOWN))
     shown = [s for s in timeline.spans if any(o.startswith(layers) for o in s.action.operators)]
     until = max((s.end for s in shown), default=timeline.makespan)

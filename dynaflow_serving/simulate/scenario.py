@@ -177,8 +177,8 @@ def compare(
         result: Simulation = plan_cache.run([batch], split)[0]
         return result
 
-    plain = timeline(Sequential(), whole(batch, ""))
-    found = [SimulatedSchedule("un-split", (sum(batch.tokens),), plain, 1.0)]
+    unsplit = timeline(Sequential(), whole(batch, ""))
+    found = [SimulatedSchedule("un-split", (sum(batch.tokens),), unsplit, 1.0)]
     in_turn: set[tuple[int, ...]] = set()
     for strategy in strategies:
         split = PlanCache(CapturedProgram(model.program, {}), FixedStrategy(strategy), executor).decide(batch)
@@ -187,7 +187,7 @@ def compare(
         if len(tokens) > 1 and split.bounds not in in_turn:
             in_turn.add(split.bounds)
             t = timeline(Sequential(), split)
-            found.append(SimulatedSchedule("sequential", tokens, t, plain.makespan / t.makespan))
+            found.append(SimulatedSchedule("sequential", tokens, t, unsplit.makespan / t.makespan))
         t = timeline(strategy, split)
-        found.append(SimulatedSchedule(strategy.name, tokens, t, plain.makespan / t.makespan, reason))
+        found.append(SimulatedSchedule(strategy.name, tokens, t, unsplit.makespan / t.makespan, reason))
     return found

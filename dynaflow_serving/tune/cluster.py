@@ -22,7 +22,7 @@ from typing import Any
 
 from dynaflow_serving.errors import DynaflowError
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.tune.offline import TuningError, TuningJob, run, shares
+from dynaflow_serving.tune.offline import TuningError, TuningJob, make_shares, tune_in_child
 
 LOCAL = "local"  # the address of a cluster that is started for this, on this machine
 END_SECONDS = 20.0
@@ -33,26 +33,41 @@ Tell = Callable[[str, str], None]  # (share, what becomes of it)
 
 @dataclass(frozen=True)
 class MeasuredShare:
-    """What one worker has measured."""
+    """A share of the candidates as one worker has measured it.
+
+    Attributes:
+        job: The share.
+        table: Its table.
+        host: The worker's host.
+        node: The id of the worker's node in the cluster.
+        pid: The worker's process.
+        seconds: The time that it took, with the start of the engine.
+    """
 
     job: TuningJob
     table: Table
     host: str
-    node: str  # of the cluster
+    node: str
     pid: int
     seconds: float
 
 
 def tune_on_cluster(job: TuningJob, address: str, tell: Tell = lambda share, what: None) -> list[MeasuredShare]:
-    """`job` in shares, on all workers of the cluster at `address`.
+    """Measure a job in shares, on all workers of a cluster.
 
-    Raises `TuningError` without Ray, without the cluster, for a cluster without room, and for a share that fails.
+    Args:
+        job: What to tune.
+        address: The address of the cluster, `auto`, or `LOCAL`.
+        tell: Told of each share what becomes of it.
+
+    Raises:
+        TuningError: Ray or the cluster is missing, the cluster has no room, or a share failed.
     """
     with _cluster(address) as ray:
         needs = {"CPU": job.tensor_parallel}
         if job.engine and ray.cluster_resources().get("GPU"):
             needs["GPU"] = job.tensor_parallel
-        jobs = shares(job, _room(ray, needs))
+        jobs = make_shares(job, _room(ray, needs))
         options = {"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0)}
         task = ray.remote(_measure).options(**options, max_retries=0, scheduling_strategy="SPREAD")
         running = {}
@@ -70,26 +85,36 @@ def tune_on_cluster(job: TuningJob, address: str, tell: Tell = lambda share, wha
 
 
 def _collect(ray: Any, running: dict[Any, tuple[str, TuningJob]], tell: Tell) -> list[MeasuredShare]:
-    """The shares in their order; takes those that are done out of `running`."""
+    """Return the shares in their order; take those that are done out of `running`.
+
+    Raises:
+        TuningError: A share failed.
+    """
     found: dict[str, MeasuredShare] = {}
     names = [name for name, _ in running.values()]
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
         name, job = running.pop(done)
-        what = f"{name} ({', '.join(job.selector.measured)}) has failed"
+        failed = f"{name} ({', '.join(job.selector.measured)}) has failed"
         try:
             answer = ray.get(done)
         except ray.exceptions.RayError as error:
-            raise TuningError(f"{what}: {error}") from None
+            raise TuningError(f"{failed}: {error}") from None
         if "error" in answer:
-            raise TuningError(f"{what} on {answer['host']}: {answer['error']}")
+            raise TuningError(f"{failed} on {answer['host']}: {answer['error']}")
         share = found[name] = MeasuredShare(job, Table.model_validate(answer.pop("table")), **answer)
         tell(name, f"measured on {share.host} (process {share.pid}) in {share.seconds:.1f} s")
     return [found[name] for name in names]
 
 
 def _measure(job: TuningJob, name: str, threads: str | None) -> dict[str, Any]:
-    """The task. threads: `OMP_NUM_THREADS` as it is where engines will serve; Ray's own would be another machine."""
+    """Measure one share; this is the task that runs in the cluster.
+
+    Args:
+        job: The share.
+        name: Its name in messages.
+        threads: `OMP_NUM_THREADS` where engines will serve; with Ray's own the figures would be of another machine.
+    """
     import ray
 
     os.environ.pop(THREADS, None)
@@ -99,7 +124,7 @@ def _measure(job: TuningJob, name: str, threads: str | None) -> dict[str, Any]:
     logs = Path(tempfile.mkdtemp(prefix="dynaflow-tune-"))
     started = time.perf_counter()
     try:
-        table = run(job, name, logs / "engine.log")
+        table = tune_in_child(job, name, logs / "engine.log")
     except DynaflowError as error:
         return {**answer, "error": str(error)}
     shutil.rmtree(logs)
@@ -109,7 +134,11 @@ def _measure(job: TuningJob, name: str, threads: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _cluster(address: str) -> Iterator[Any]:
-    """Ray, connected. Raises `TuningError`."""
+    """Yield Ray, connected to the cluster.
+
+    Raises:
+        TuningError: Ray or the cluster is missing.
+    """
     try:
         import ray
     except ImportError:
@@ -117,7 +146,7 @@ def _cluster(address: str) -> Iterator[Any]:
             "--ray needs Ray, on this machine and on every node: pip install 'dynaflow-serving[ray]'"
         ) from None
     if address == LOCAL:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster for one command is nobody's to count
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # do not report a cluster that lives for one command
     try:
         ray.init(
             address=address,
@@ -137,7 +166,11 @@ def _cluster(address: str) -> Iterator[Any]:
 
 
 def _room(ray: Any, needs: Mapping[str, int]) -> int:
-    """How many tasks that need so much of each resource the cluster's nodes can run at a time."""
+    """Return how many tasks that need so much of each resource the cluster's nodes can run at a time.
+
+    Raises:
+        TuningError: No node can run one.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min(int(node.get(name, 0) // count) for name, count in needs.items()) for node in nodes)
     if not room:

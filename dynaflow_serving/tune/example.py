@@ -1,9 +1,9 @@
 """An embedded example behind the interface of an engine's driver, so that `dynaflow tune` treats both alike.
 
 Contract
-- It runs on the CPU of this machine. Its steps are runs of the example's Program on as many rows as the batch has
-  tokens; it has no KV cache, so context is ignored.
-- It tunes at its start, and serves nothing.
+- The example runs on the CPU of this machine. A step runs its Program on as many rows as the batch has tokens. There is
+  no KV cache, so context is ignored.
+- The driver tunes at its start, and serves nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LIMITS = Limits(tokens=2048, requests=16, length=2048, cached=1 << 20)
 
 
 class Example:
-    """`name` under `config`."""
+    """An embedded example under a config, with steps as an engine has them."""
 
     def __init__(self, name: str, config: dict[str, Any]) -> None:
         loaded = load(config)
@@ -54,6 +54,8 @@ class Example:
 
 
 class ExampleDriver:
+    """An `EngineDriver` of an embedded example."""
+
     def __init__(self) -> None:
         self.example: Example | None = None
         self.policy: Table | None = None

@@ -2,9 +2,9 @@
 
 Contract
 - A `TuningJob` runs in a child process that tunes at its start: an engine as it would serve, or an embedded example.
-  What depends on the machine (the engine's defaults, environment) is settled where the job runs.
-- `shares` deals the candidates out to several jobs. Each measures its own against its own un-split steps. All have the
-  key of a process with all candidates, so that `merge` can put the tables together.
+  The settings that depend on the machine (the engine's defaults, environment) are decided where the job runs.
+- `make_shares` deals the candidates out to several jobs. Each measures its own against its own un-split steps. All have
+  the key of a process with all candidates, so that `merge_tables` can put the tables together.
 - A merged table holds all trials. The tuner's own rule concludes from them, with the noise of the noisiest share that
   has timed a candidate.
 """
@@ -33,22 +33,34 @@ EXAMPLE_DRIVER = "dynaflow_serving.tune.example:ExampleDriver"
 
 
 class TuningError(DynaflowError):
-    """A table cannot be measured, or not put together."""
+    """A table cannot be measured, or cannot be put together."""
 
 
 @dataclass(frozen=True)
 class TuningJob:
-    """What is tuned, and how its engine is started. `None` is the engine's own default."""
+    """What is tuned, and how its engine is started; None stands for the engine's own default.
 
-    target: str  # embedded example, model directory or Hugging Face name
-    config: dict[str, Any]  # content of a config file with strategy 'auto'
-    engine: str = ""  # "" for an embedded example
+    Attributes:
+        target: An embedded example, a model directory or a Hugging Face name.
+        config: The content of a config file with strategy 'auto'.
+        engine: The engine's name; "" for an embedded example.
+        tensor_parallel: The number of ranks.
+        dtype: The dtype of the model.
+        compiled: Whether the engine compiles its graph.
+        max_model_len: The most tokens of a request.
+        max_batched_tokens: The most tokens of a step.
+        local: Whether the model is on this machine.
+    """
+
+    target: str
+    config: dict[str, Any]
+    engine: str = ""
     tensor_parallel: int = 1
     dtype: str | None = None
     compiled: bool | None = None
     max_model_len: int | None = None
     max_batched_tokens: int | None = None
-    local: bool = True  # whether the model is on this machine
+    local: bool = True
 
     @property
     def selector(self) -> AutoSelector:
@@ -84,7 +96,11 @@ class TuningJob:
         return self.with_options(**{name: value for name, value in choices.items() if value is not None})
 
     def with_options(self, **options: Any) -> TuningJob:
-        """The same with other options of the strategy. Raises `ConfigError`."""
+        """Return the job with other options of the strategy.
+
+        Raises:
+            ConfigError: An option is not valid.
+        """
         config = Config(**self.config)
         changed = config.model_copy(update={"options": {**config.options, **options}})
         build_selector(changed)  # raises for options that are not valid
@@ -132,10 +148,17 @@ def for_engine(job: TuningJob, engine: str) -> TuningJob:
     return replace(job, target=model, local=local, engine=engine)
 
 
-def run(job: TuningJob, name: str, log: Path) -> Table:
-    """Tune in a child process, called `name` in messages; its output goes to `log`, and a table beside that.
+def tune_in_child(job: TuningJob, name: str, log: Path) -> Table:
+    """Tune in a child process.
 
-    Raises `EngineProcessError` for a child that fails, `TuningError` for an engine that does not tune.
+    Args:
+        job: What to tune.
+        name: The name of the child in messages.
+        log: The file for its output; the engine writes its table beside it.
+
+    Raises:
+        EngineProcessError: The child failed.
+        TuningError: The engine did not tune.
     """
     job = job.with_options(retune=True, table=str(log.with_suffix(".json")))
     if job.engine:
@@ -157,8 +180,8 @@ def run(job: TuningJob, name: str, log: Path) -> Table:
 
 def _engine(job: TuningJob, name: str, log: Path) -> tuple[EngineProcess, EngineSettings]:
     entry = find_engine(job.engine)
-    # Nothing is chosen that the engine's own server would not choose: the table is to hold for that. What the benchmark
-    # sets on a CPU is for two engines that share it.
+    # Every choice is the one of the engine's own server, since the table is to hold for that. The variables that the
+    # benchmark sets on a CPU are for two engines that share it, so they are left out.
     compiled = entry.compiled(True if job.compiled is None and not entry.fixed_graph else job.compiled)
     environment = entry.environment(job.tensor_parallel, gpu=True, compiled=compiled, local_model=job.local)
     settings = EngineSettings(
@@ -175,15 +198,22 @@ def _engine(job: TuningJob, name: str, log: Path) -> tuple[EngineProcess, Engine
     return EngineProcess(name, entry.driver, environment, log), settings
 
 
-def shares(job: TuningJob, most: int) -> list[TuningJob]:
-    """`job` as at most `most` jobs, each with some of its candidates."""
+def make_shares(job: TuningJob, most: int) -> list[TuningJob]:
+    """Return at most `most` jobs, each with some of the job's candidates."""
     labels = job.selector.measured
     count = min(most, len(labels))
     return [job.with_options(only=list(labels[i::count])) for i in range(count)]
 
 
-def merge(measured: Sequence[tuple[TuningJob, Table]]) -> Table:
-    """One table from the shares'. Raises `TuningError` if they were not measured under one key."""
+def merge_tables(measured: Sequence[tuple[TuningJob, Table]]) -> Table:
+    """Return one table that holds the trials of all shares.
+
+    Args:
+        measured: Each share with its table.
+
+    Raises:
+        TuningError: The shares were not measured under one key.
+    """
     (first, table), *others = measured
     for _, other in others:
         if found := differences(table.key, other.key, "in one share", "in another"):

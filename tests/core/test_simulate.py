@@ -14,7 +14,7 @@ from dynaflow_serving.planning.happens_before import contains, happens_before
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.simulate import (
     Demand,
-    Measured,
+    MeasuredCosts,
     simulate,
 )
 from dynaflow_serving.simulate.engine import share
@@ -128,16 +128,16 @@ def test_the_timeline_of_two_overlapped_micro_batches() -> None:
     program = program_of(PAIR)
     seconds = {("work", 0): 3.0, ("work", 1): 3.0, ("send", 0): 2.0, ("send", 1): 2.0}
     one = in_turn(program, 2)
-    assert simulate(one, Measured(program, seconds).demands(one)).makespan == 10
+    assert simulate(one, MeasuredCosts(program, seconds).demands(one)).makespan == 10
     plan = overlapped(program)
-    t = simulate(plan, Measured(program, seconds).demands(plan))
+    t = simulate(plan, MeasuredCosts(program, seconds).demands(plan))
     assert [(s.action.operators[0], s.action.start, s.start, s.end) for s in t.spans] == [
         ("work", 0, 0, 3), ("send", 0, 3, 5), ("work", 1, 3, 6), ("send", 1, 6, 8)
     ]  # fmt: skip
     assert (t.makespan, t.critical_path, t.overlapped, t.exposed_network, t.overlap) == (8, 8, 2, 2, 0.25)
     assert [plan.actions[i].operators[0] for i in t.critical] == ["work", "work", "send"]
     assert t.busy == {Resource.COMPUTE: 6, Resource.MEMORY: 0, Resource.NETWORK: 4}
-    slowed = simulate(plan, Measured(program, seconds, network_compute=0.5).demands(plan))
+    slowed = simulate(plan, MeasuredCosts(program, seconds, network_compute=0.5).demands(plan))
     assert slowed.makespan == 9  # work@1 runs at half speed for the 2 seconds of send@0
 
 
@@ -163,8 +163,10 @@ def test_more_bandwidth_can_slow_a_plan_with_streams_but_never_its_operators() -
 def test_a_plan_that_waits_for_ever_is_an_error() -> None:
     program = program_of(PAIR)
     plan = without(overlapped(program), ActionKind.RECORD, "compute")
-    demands = Measured(program, {(o, mb): 1.0 for o in ("work", "send") for mb in (0, 1)}).demands(plan)
-    with pytest.raises(PlanError, match=r"never ends: .*stream 'network' for event e0 wait for what is not recorded"):
+    demands = MeasuredCosts(program, {(o, mb): 1.0 for o in ("work", "send") for mb in (0, 1)}).demands(plan)
+    with pytest.raises(
+        PlanError, match=r"never ends: .*stream 'network' for event e0 wait for an event that is not recorded"
+    ):
         simulate(plan, demands)
 
 
@@ -177,4 +179,4 @@ def test_the_host_holds_back_what_no_graph_replays() -> None:
 def test_measured_costs_say_what_is_missing() -> None:
     program = program_of(PAIR)
     with pytest.raises(ConfigError, match="no measured seconds for work@0"):
-        Measured(program, {}).demands(in_turn(program, 1))
+        MeasuredCosts(program, {}).demands(in_turn(program, 1))

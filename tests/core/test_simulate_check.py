@@ -154,7 +154,7 @@ def test_what_the_real_executors_measure_can_be_predicted(
 def test_the_papers_table(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of its rows, which are quick; the others differ in numbers only."""
     paper = benchmark("simulate_paper")
-    chosen = [f for f in paper.FIGURES if f[0].startswith(("naive", "DBO, DeepSeek-V2-Lite, PCIe"))]
+    chosen = [f for f in paper.FIGURES if f.what.startswith(("naive", "DBO, DeepSeek-V2-Lite, PCIe"))]
     assert len(chosen) == 2
     monkeypatch.setattr(paper, "FIGURES", chosen)
     monkeypatch.setattr(paper, "HEAVY", ("8x1024",))

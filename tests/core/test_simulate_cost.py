@@ -16,7 +16,7 @@ from dynaflow_serving.simulate import (
     find,
 )
 from dynaflow_serving.simulate.collectives import KINDS, transfer
-from dynaflow_serving.simulate.cost import Attention, Collective, Gemm, Load, Streaming, loads
+from dynaflow_serving.simulate.kernel_models import Attention, Collective, Gemm, Streaming, Workload, workloads
 
 
 def test_collectives_by_hand() -> None:
@@ -55,7 +55,7 @@ def test_a_faster_link_never_slows_a_collective(kind: str, size: float, nodes: i
     field=st.sampled_from(("tflops", "memory_gb_s", "compute_efficiency", "memory_efficiency")),
 )  # fmt: skip
 def test_a_better_device_never_slows_a_kernel(requests: list[tuple[int, int]], faster: float, field: str) -> None:
-    slow, load = place(tp=4), Load(tuple(requests))
+    slow, load = place(tp=4), Workload(tuple(requests))
     better = min(1.0, getattr(slow.device, field) * faster) if "eff" in field else getattr(slow.device, field) * faster
     fast = slow.model_copy(update={"device": slow.device.model_copy(update={field: better})})
     for kernel in (
@@ -71,21 +71,21 @@ def test_a_better_device_never_slows_a_kernel(requests: list[tuple[int, int]], f
 def test_roofline_regimes() -> None:
     where = place()
     device = where.device
-    large = Gemm(8192, 8192).use(Load(((16384, 0),)), where)
+    large = Gemm(8192, 8192).use(Workload(((16384, 0),)), where)
     assert large.seconds == pytest.approx(2 * 16384 * 8192**2 / device.flops, rel=0.05)  # full waves
-    small = Gemm(8192, 8192).use(Load(((1, 0),)), where)
+    small = Gemm(8192, 8192).use(Workload(((1, 0),)), where)
     assert small.seconds == pytest.approx(2 * 8192**2 / device.bandwidth, rel=0.01)  # the weight is read once
-    full, spill = (Gemm(4096, 256 * 33).use(Load(((rows, 0),)), where) for rows in (512, 513))
+    full, spill = (Gemm(4096, 256 * 33).use(Workload(((rows, 0),)), where) for rows in (512, 513))
     assert spill.seconds > 1.2 * full.seconds  # one row more, another wave
-    decode = Attention(32, 256, 256, 2048).use(Load(((1, 8192),) * 64), where)
+    decode = Attention(32, 256, 256, 2048).use(Workload(((1, 8192),) * 64), where)
     assert decode.memory == decode.seconds > decode.compute
-    prefill = Attention(32, 256, 256, 2048).use(Load(((8192, 0),)), where)
+    prefill = Attention(32, 256, 256, 2048).use(Workload(((8192, 0),)), where)
     assert prefill.compute == prefill.seconds > prefill.memory
-    few, many = (Gemm(2048, 1408, 0.75, 64).use(Load(((n, 0),)), where) for n in (1, 4096))
+    few, many = (Gemm(2048, 1408, 0.75, 64).use(Workload(((n, 0),)), where) for n in (1, 4096))
     assert few.seconds < many.seconds / 10  # few experts are chosen, few weights read
 
 
 def test_loads_of_a_request_that_straddles() -> None:
     batch = Batch((4, 1), (10, 20))
-    assert loads(batch, (0, 3, 5)) == (Load(((3, 10),)), Load(((1, 13), (1, 20))))
-    assert loads(Batch((2, 2)), (0, 4)) == (Load(((2, 0), (2, 0))),)
+    assert workloads(batch, (0, 3, 5)) == (Workload(((3, 10),)), Workload(((1, 13), (1, 20))))
+    assert workloads(Batch((2, 2)), (0, 4)) == (Workload(((2, 0), (2, 0))),)

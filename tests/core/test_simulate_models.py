@@ -20,7 +20,7 @@ from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.simulate import (
     Device,
     Link,
-    Roofline,
+    RooflineCosts,
     Shape,
     compare,
     decoder,
@@ -29,7 +29,7 @@ from dynaflow_serving.simulate import (
     parse_requests,
     simulate,
 )
-from dynaflow_serving.simulate.cost import loads
+from dynaflow_serving.simulate.kernel_models import workloads
 from dynaflow_serving.simulate.picture import WIDTH, strip
 from dynaflow_serving.strategies import get_strategy, strategy_names
 
@@ -58,8 +58,8 @@ def test_models_are_programs_that_every_strategy_takes(model: str) -> None:
             for n in range(1 if strategy.schedules_unsplit else 2, strategy.max_micro_batches + 1):
                 plan = lower(strategy.record(program, n), name)
                 verify(program, plan)
-                part = loads(Batch((64,) * n, (32,) * n), [64 * i for i in range(n + 1)])
-                costs = Roofline(place(**size), described.work, described.widths, part)
+                part = workloads(Batch((64,) * n, (32,) * n), [64 * i for i in range(n + 1)])
+                costs = RooflineCosts(place(**size), described.work, described.widths, part)
                 assert simulate(plan, costs.demands(plan)).makespan > 0
 
 
@@ -100,8 +100,8 @@ def test_thousands_of_ranks_are_one_simulation() -> None:
 
 def test_a_merge_that_copies_costs_and_one_in_place_does_not() -> None:
     described = decoder(find(Shape, "llama-3-8b").model_copy(update={"layers": 1}), place())
-    part = loads(Batch((64, 64)), (0, 64, 128))
-    costs = Roofline(place(), described.work, described.widths, part)
+    part = workloads(Batch((64, 64)), (0, 64, 128))
+    costs = RooflineCosts(place(), described.work, described.widths, part)
     recorded = get_strategy("nanoflow")().record(described.program, 2)
     demands = {}
     for zero_copy in (True, False):

@@ -20,7 +20,7 @@ from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy.bucket import Bucket
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.tune.cluster import tune_on_cluster
-from dynaflow_serving.tune.offline import TuningError, TuningJob, merge, run, shares
+from dynaflow_serving.tune.offline import TuningError, TuningJob, make_shares, merge_tables, tune_in_child
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is in the ray session only")
 LABELS = ("nanoflow x2", "nanoflow x3", "comm_overlap x2", "comm_overlap x3", "dual_batch x2")
@@ -46,15 +46,15 @@ def table(*decisions: Decision, seconds: float = 1.0, **key: str) -> Table:
 
 
 def test_every_candidate_is_in_one_share() -> None:
-    parts = shares(job(), 2)
+    parts = make_shares(job(), 2)
     assert [part.selector.measured for part in parts] == [LABELS[0::2], LABELS[1::2]]
     assert all(part.selector.candidates == LABELS for part in parts)  # the plans, annotations and key of one process
-    assert [part.selector.measured for part in shares(job(), 9)] == [(label,) for label in LABELS]
+    assert [part.selector.measured for part in make_shares(job(), 9)] == [(label,) for label in LABELS]
 
 
 def test_the_best_of_all_shares_is_adopted() -> None:
-    first, second = shares(job(candidates=["nanoflow", "dual_batch"], micro_batches=[2]), 2)
-    merged = merge(
+    first, second = make_shares(job(candidates=["nanoflow", "dual_batch"], micro_batches=[2]), 2)
+    merged = merge_tables(
         [
             (first, table(decided(LARGE, 0.01, Trial(candidate="nanoflow x2", ratios=[1.1, 1.2, 1.1])), seconds=3)),
             (second, table(decided(LARGE, 0.05, Trial(candidate="dual_batch x2", ratios=[1.3, 1.4, 1.3])), seconds=2)),
@@ -68,30 +68,30 @@ def test_the_best_of_all_shares_is_adopted() -> None:
 
 
 def test_a_gain_within_the_noise_of_any_share_is_none() -> None:
-    first, second = shares(job(candidates=["nanoflow", "dual_batch"], micro_batches=[2]), 2)
+    first, second = make_shares(job(candidates=["nanoflow", "dual_batch"], micro_batches=[2]), 2)
     won = Trial(candidate="nanoflow x2", ratios=[1.1, 1.1, 1.1])
     lost = Trial(candidate="dual_batch x2", ratios=[0.9, 0.9, 0.9])
     parts = [(first, table(decided(LARGE, 0.01, won))), (second, table(decided(LARGE, 0.2, lost)))]
-    (decision,) = merge(parts).decisions
+    (decision,) = merge_tables(parts).decisions
     assert not decision.candidate and decision.noise == 0.2
     assert decision.reason.startswith("nanoflow x2: gain 10.0%") and "20.0%" in decision.reason
     assert won.verdict == ""  # the share's own table is left as it was
 
 
 def test_the_noise_of_a_share_that_timed_nothing_does_not_count() -> None:
-    first, second = shares(job(candidates=["nanoflow", "dual_batch"], micro_batches=[2]), 2)
+    first, second = make_shares(job(candidates=["nanoflow", "dual_batch"], micro_batches=[2]), 2)
     won = Trial(candidate="nanoflow x2", ratios=[1.1, 1.1, 1.1])
     pruned = Trial(candidate="dual_batch x2", predicted=0.5, verdict="predicted to be slower (0.50x)")
     parts = [(first, table(decided(LARGE, 0.01, won))), (second, table(decided(LARGE, 0.2, pruned)))]
-    (decision,) = merge(parts).decisions
+    (decision,) = merge_tables(parts).decisions
     assert decision.candidate == "nanoflow x2" and decision.noise == 0.01
     assert decision.trials[1].verdict == pruned.verdict
 
 
 def test_what_one_share_has_not_tried_is_said() -> None:
-    first, second = shares(job(candidates=["nanoflow", "dual_batch"], micro_batches=[2]), 2)
+    first, second = make_shares(job(candidates=["nanoflow", "dual_batch"], micro_batches=[2]), 2)
     trial = Trial(candidate="nanoflow x2", ratios=[1.1, 1.1, 1.1])
-    merged = merge(
+    merged = merge_tables(
         [
             (first, table(decided(LARGE, 0.01, trial), decided(SMALL, None, reason="not tuned: budget"))),
             (second, table(decided(LARGE, None, reason="not tried: slow"), decided(SMALL, None, reason="not tried"))),
@@ -103,9 +103,9 @@ def test_what_one_share_has_not_tried_is_said() -> None:
 
 
 def test_shares_of_different_machines_are_an_error() -> None:
-    first, second = shares(job(), 2)
+    first, second = make_shares(job(), 2)
     with pytest.raises(TuningError, match="device: 'H100' in one share, 'H200' in another"):
-        merge([(first, table()), (second, table(device="H200"))])
+        merge_tables([(first, table()), (second, table(device="H200"))])
 
 
 # -- the command --------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_two_workers_measure_the_candidates_of_one_table(cluster: str) -> None:
     told: list[str] = []
     found = tune_on_cluster(job(budget_seconds=20), cluster, lambda share, what: told.append(f"{share}: {what}"))
     assert len({share.pid for share in found}) == len({share.node for share in found}) == 2
-    merged = merge([(share.job, share.table) for share in found])
+    merged = merge_tables([(share.job, share.table) for share in found])
     assert [t.candidate for t in merged.decisions[0].trials] == list(LABELS)
     assert all(d.reason for d in merged.decisions)
     assert merged.key == found[0].table.key
@@ -276,4 +276,4 @@ def test_a_share_of_no_candidate_is_refused() -> None:
 
 def test_a_child_that_fails_names_its_log(tmp_path: Path) -> None:
     with pytest.raises(EngineProcessError, match=r"tune\.log"):
-        run(job("no_example"), "llama", tmp_path / "tune.log")
+        tune_in_child(job("no_example"), "llama", tmp_path / "tune.log")
