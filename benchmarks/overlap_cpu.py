@@ -9,6 +9,7 @@ body's forward pass are
 - sequential: N micro-batches one after the other, which wait for every collective in line;
 - overlapped: the same micro-batches under the strategy;
 - communication and compute alone: the sequential run's collectives, and its operators without the collectives.
+
 overlap efficiency = (sequential - overlapped) / min(compute, communication): 1 where all that can be hidden is hidden.
 --training adds forward and backward passes. The forward pass runs in two micro-batches. The backward pass is not split;
 its collectives run under compute that does not need them.

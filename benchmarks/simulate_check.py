@@ -1,8 +1,8 @@
 """Is the simulator right about what was measured? `python benchmarks/simulate_check.py FILE.json`.
 
-`benchmarks/overlap_cpu.py` writes FILE. A row has the `program` and the `plan` as text, the measured milliseconds of
-each operator and micro-batch in the sequential run (`operators`), and the measured `overlapped_ms`. The simulator gets
-the plan and the operators' times, nothing else, and predicts `overlapped_ms`. The script prints for each row the
+`benchmarks/overlap_cpu.py` writes FILE. A row has the `program` and the `plan` as text, and the measured
+`overlapped_ms`. `operators` has the milliseconds of each operator and micro-batch in the sequential run. The simulator
+gets the plan and the operators' times, nothing else, and predicts `overlapped_ms`. The script prints for each row the
 prediction (simulated), the measurement, their ratio, and whether that is within 15 %. The exit code is 1 if one is not.
 
 `--network-compute SHARE` is the share of compute that a network operator takes from its neighbours.

@@ -182,7 +182,10 @@ FIGURES = (
         high=1.29,
         simulate=nanoflow_best,
         assumptions=f"Llama-3-8B, Qwen3-32B, Llama-3-70B; TP 4 on H100, TP 8 on B200; {GRID}",
-        reason="only the layers' step time, and a link that reaches 80 %; the paper's models and batches are unknown here",
+        reason=(
+            "step time of the layers only, and a link that reaches 80 %; the paper's models and batches are not known "
+            "here"
+        ),
     ),
     PaperFigure(
         what="NanoFlow, SGLang: best",

@@ -1,10 +1,11 @@
 """All GPU benchmarks, in under 8 minutes: `python -m benchmarks.gpu --json DIR [--quick]`.
 
-**Contract**
-- DIR gets one file per section with raw rows (all samples), the limits measured in the same run and the machine;
-  it is written as soon as the section ends. What did not run, and every loss, is printed and in the files.
-- Exit code 0; 1 if a section has no rows; 2 without a CUDA device.
-- Unmeasured: tested on a CPU with tiny shapes and a fake timer.
+Contract
+- DIR gets one file per section, as soon as the section ends. It has the raw rows with all samples, the limits measured
+  in the same run, and the machine.
+- Every section that did not run and every loss are printed and in the files.
+- The exit code is 0, or 1 if a section has no rows, or 2 without a CUDA device.
+- The code is unmeasured on a GPU: its tests run on a CPU with tiny shapes and a fake timer.
 
 The engine has a benchmark of its own, which runs the real vLLM with and without DynaFlow, in turn:
 
@@ -26,8 +27,8 @@ from rich.console import Console
 from benchmarks.gpu import corun, models, stack
 from benchmarks.gpu.corun import MakeExecutor
 from benchmarks.gpu.limits import Limits, measure
-from benchmarks.gpu.report import Row, losses, table
-from benchmarks.gpu.timing import CudaTimer, Outcome, Section, Timer, run_sections
+from benchmarks.gpu.report import ResultRow, losses, table
+from benchmarks.gpu.timing import CudaTimer, Section, SectionOutcome, Timer, run_sections
 from dynaflow_serving.executor import get_executor
 
 SECONDS, QUICK_SECONDS = 380.0, 110.0  # the last section may overrun: compilation, the samples it cannot do without
@@ -38,8 +39,8 @@ VLLM = next(line.strip() for line in (__doc__ or "").splitlines() if "dynaflow b
 def sections(timer: Timer, limits: Limits, make_executor: MakeExecutor, device: str, quick: bool) -> list[Section]:
     layers = 2 if quick else stack.LAYERS
 
-    def of(make: Callable[[], stack.Case]) -> Callable[[float], list[Row]]:
-        def run(seconds: float) -> list[Row]:
+    def of(make: Callable[[], stack.StackCase]) -> Callable[[float], list[ResultRow]]:
+        def run(seconds: float) -> list[ResultRow]:
             try:
                 return stack.rows(timer, seconds, limits, make_executor, make())
             finally:
@@ -50,7 +51,7 @@ def sections(timer: Timer, limits: Limits, make_executor: MakeExecutor, device: 
 
         return run
 
-    def kernels(seconds: float) -> list[Row]:
+    def kernels(seconds: float) -> list[ResultRow]:
         from benchmarks.gpu.kernels import rows
 
         return rows(seconds, timer, limits, device=device, dtype=DTYPE)
@@ -73,8 +74,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def publish(outcomes: Iterator[Outcome], limits: Limits, folder: Path, console: Console) -> int:
-    """Write and print what comes; returns the exit code."""
+def publish(outcomes: Iterator[SectionOutcome], limits: Limits, folder: Path, console: Console) -> int:
+    """Write and print each outcome as it comes; return the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     shared = {"machine": machine(), "limits": vars(limits)}
     lost: list[str] = []

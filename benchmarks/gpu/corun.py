@@ -1,12 +1,12 @@
 """(a) Two operators that need different things of the device: one after the other, on two streams, with an SM share.
 
-A matrix product (bound by arithmetic) runs beside copy, SiLU-mul and RMS norm (bound by memory), each sized to take as
-long alone, and beside another matrix product, where nothing is to be won. All variants are plans of one Program, run
-by the product's executor; the memory-bound operator is the one that gets the SM share.
+A matrix product (bound by arithmetic) runs beside copy, SiLU-mul and RMS norm (bound by memory), each of which takes as
+long alone. It also runs beside another matrix product, where nothing is to be won. All variants are plans of one
+Program, which the package's executor runs; the memory-bound operator is the one that gets the SM share.
 
-**Contract**
-- Every variant computes the same, with the same kernels; the limit of what overlaps is that of the sum of the work.
-- Unmeasured: tested on a CPU with the sequential executor and a fake timer.
+Contract
+- Every variant computes the same, with the same kernels. Overlapped operators have the limit of their summed work.
+- The code is unmeasured on a GPU: its tests run on a CPU with the sequential executor and a fake timer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.limits import Limits, Work
-from benchmarks.gpu.report import Row, rows_of
+from benchmarks.gpu.report import ResultRow, rows_of
 from benchmarks.gpu.timing import Timer, time_in_turn
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import ExecutorOptions, StreamOptions
@@ -41,7 +41,7 @@ HIDDEN, ROWS = 4096, 8192  # of the product [ROWS, HIDDEN] x [HIDDEN, HIDDEN]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """What runs beside the product. `passes`: how often it reads or writes its input's bytes."""
+    """The operator beside the product; `passes` says how often it reads or writes its input's bytes."""
 
     run: Callable[..., torch.Tensor]
     passes: float
@@ -75,9 +75,9 @@ class CoRun(OpScheduler):
 
 def program() -> Program:
     values = {v: Value(v, Scope.BATCH, 0) for v in ("a", "x", "y", "z")} | {"w": Value("w", Scope.SHARED)}
-    neighbour = Operator("neighbour", Resource.MEMORY, ("x", "w"), ("z",))
-    product = Operator("product", Resource.COMPUTE, ("a", "w"), ("y",))
-    return Program(("a", "x", "w"), ("y", "z"), values, (neighbour, product))
+    neighbour = Operator(name="neighbour", resource=Resource.MEMORY, inputs=("x", "w"), outputs=("z",))
+    product = Operator(name="product", resource=Resource.COMPUTE, inputs=("a", "w"), outputs=("y",))
+    return Program(inputs=("a", "x", "w"), outputs=("y", "z"), values=values, operators=(neighbour, product))
 
 
 def rows(
@@ -89,7 +89,7 @@ def rows(
     dtype: torch.dtype,
     hidden: int = HIDDEN,
     tokens: int = ROWS,
-) -> list[Row]:
+) -> list[ResultRow]:
     a = torch.randn(tokens, hidden, device=device).to(dtype)
     w = torch.randn(hidden, hidden, device=device).to(dtype)
     product = Work(2 * tokens * hidden**2, 2 * a.nbytes + w.nbytes)
@@ -114,7 +114,7 @@ def rows(
 
 def _variants(
     capture: CapturedProgram, args: list[Any], make_executor: MakeExecutor
-) -> tuple[dict[str, Callable[[], Any]], dict[str, Row]]:
+) -> tuple[dict[str, Callable[[], Any]], dict[str, ResultRow]]:
     wanted: dict[str, tuple[str, ExecutorOptions]] = {
         SEQUENTIAL: (COMPUTE_STREAM, ExecutorOptions()),
         STREAMS: ("side", ExecutorOptions()),
@@ -123,7 +123,7 @@ def _variants(
         options = ExecutorOptions(streams={"side": StreamOptions(sm_share=share)})
         wanted[f"{STREAMS}, SM share {share}"] = ("side", options)
     calls: dict[str, Callable[[], Any]] = {}
-    facts: dict[str, Row] = {}
+    facts: dict[str, ResultRow] = {}
     for variant, (side, options) in wanted.items():
         try:
             plan_cache = PlanCache(capture, FixedStrategy(CoRun(side)), make_executor(options))

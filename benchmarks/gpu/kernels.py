@@ -1,15 +1,15 @@
 """Every replacement kernel against torch eager and torch.compile: `python -m benchmarks.gpu.kernels [--json FILE]`.
 
 Contract
-- A case is one kernel at one shape of a served model, its variants: the Triton kernel, plain PyTorch, and the same
+- A case is one kernel at one shape of a served model. Its variants are the Triton kernel, plain PyTorch, and the same
   compiled by Inductor. All compute the same; the outputs are compared before anything is timed.
-- Bytes are those that the operation cannot do without, each input read and each output written once, so the
-  bandwidth shown is what the operation achieves, not what the variant moves. Small cases stay in the L2 cache between
-  calls and may exceed the memory's bandwidth.
+- The bytes of a case are those that the operation cannot do without: each input is read and each output written once.
+  So the bandwidth is the operation's, whatever the variant moves.
+- Small cases stay in the L2 cache between calls and may exceed the memory's bandwidth.
 - Every variant is replayed from a CUDA graph, as an engine does at small sizes: launches from Python are not timed.
-- `reduce_add_rms_norm` holds all ranks' partial sums on this one device: its figures by number of CTAs tell how many
-  saturate the memory here, and nothing about NVLink. The collectives need several GPUs and are not in here.
-- Unmeasured: tested on a CPU with triton's interpreter and a fake timer.
+- `reduce_add_rms_norm` holds all ranks' partial sums on this one device. Its figures tell how many CTAs saturate the
+  memory here, and nothing about NVLink. The collectives need several GPUs and are not in here.
+- The code is unmeasured on a GPU: its tests run on a CPU with Triton's interpreter and a fake timer.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu.limits import Limits, Work, measure
-from benchmarks.gpu.report import Row, losses, rows_of, table
-from benchmarks.gpu.timing import CudaTimer, Measured, Timer, time_in_turn
+from benchmarks.gpu.report import ResultRow, losses, rows_of, table
+from benchmarks.gpu.timing import CudaTimer, Timer, VariantTimes, time_in_turn
 from dynaflow_serving.kernels import KERNELS, get_kernel
 
 EAGER, COMPILED = "torch eager", "torch.compile"
@@ -39,7 +39,7 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     name: str
     kernels: dict[str, Callable[[], Any]]  # variant -> the kernel
     plain: Callable[..., Any]
@@ -49,8 +49,8 @@ class Case:
 
 def cases(
     device: str, dtype: torch.dtype, tokens: Sequence[int] = TOKENS, hidden: int = 4096, intermediate: int = 14336
-) -> Iterator[Case]:
-    """At Llama-3-8B's sizes, and for MoE DeepSeek-V2-Lite's 64 experts of which a token has 6."""
+) -> Iterator[KernelCase]:
+    """Yield the cases at Llama-3-8B's sizes, and for MoE at DeepSeek-V2-Lite's 64 experts of which a token has 6."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -64,22 +64,22 @@ def cases(
         yield _reduce(n, [random(n, hidden) for _ in range(RANKS)], residual, weight)
 
 
-def _moe(tokens: int, hidden: torch.Tensor, experts: int, topk: int) -> Iterator[Case]:
+def _moe(tokens: int, hidden: torch.Tensor, experts: int, topk: int) -> Iterator[KernelCase]:
     scores, ids = torch.rand(tokens, experts, device=hidden.device).topk(topk)
     permute = get_kernel("moe_permute", experts=experts)
     rows, positions, _ = permute(hidden, ids)
-    yield Case(
-        f"moe_permute, {tokens} tokens",
-        {"triton": partial(permute, hidden, ids)},
-        partial(_permute, experts=experts),
-        (hidden, ids),
-        hidden.nbytes + rows.nbytes,
+    yield KernelCase(
+        name=f"moe_permute, {tokens} tokens",
+        kernels={"triton": partial(permute, hidden, ids)},
+        plain=partial(_permute, experts=experts),
+        arguments=(hidden, ids),
+        bytes=hidden.nbytes + rows.nbytes,
     )
     yield _case("moe_unpermute", tokens, (rows, positions, scores), hidden.nbytes + rows.nbytes)
 
 
-def _reduce(tokens: int, partials: list[torch.Tensor], residual: torch.Tensor, weight: torch.Tensor) -> Case:
-    """With tables made once, as between GPUs: making them copies from the host."""
+def _reduce(tokens: int, partials: list[torch.Tensor], residual: torch.Tensor, weight: torch.Tensor) -> KernelCase:
+    """Return the case with tables that are made once, as between GPUs: making them copies from the host."""
     from dynaflow_serving.kernels.reduce_rms_norm import addresses, launch, reduce_add_rms_norm_reference
 
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
@@ -89,14 +89,17 @@ def _reduce(tokens: int, partials: list[torch.Tensor], residual: torch.Tensor, w
         launch(tables, residual, weight, 1e-6, range(tokens), ctas)
         return total, normed
 
-    kernels = {f"triton, {c} CTAs": partial(call, c) for c in CTAS}
-    size = (RANKS + 3) * residual.nbytes
-    name = f"reduce_add_rms_norm, {RANKS} partial sums, {tokens} tokens"
-    return Case(name, kernels, reduce_add_rms_norm_reference, (partials, residual, weight), size)
+    return KernelCase(
+        name=f"reduce_add_rms_norm, {RANKS} partial sums, {tokens} tokens",
+        kernels={f"triton, {c} CTAs": partial(call, c) for c in CTAS},
+        plain=reduce_add_rms_norm_reference,
+        arguments=(partials, residual, weight),
+        bytes=(RANKS + 3) * residual.nbytes,
+    )
 
 
 def _permute(hidden: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How one writes it in torch for speed; the kernel's reference is written for clarity, and waits for the GPU."""
+    """Permute as one writes it in torch for speed; the kernel's reference is for clarity, and waits for the GPU."""
     ordered, order = ids.flatten().sort(stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(experts + 1, device=ids.device), out_int32=True)
     positions = torch.empty_like(order, dtype=torch.int32)
@@ -104,9 +107,14 @@ def _permute(hidden: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[tor
     return hidden[order // ids.shape[1]], positions.view_as(ids), offsets
 
 
-def _case(name: str, tokens: int, arguments: tuple[Any, ...], size: int) -> Case:
-    kernels = {"triton": partial(get_kernel(name), *arguments)}
-    return Case(f"{name}, {tokens} tokens", kernels, KERNELS[name].reference, arguments, size)
+def _case(name: str, tokens: int, arguments: tuple[Any, ...], size: int) -> KernelCase:
+    return KernelCase(
+        name=f"{name}, {tokens} tokens",
+        kernels={"triton": partial(get_kernel(name), *arguments)},
+        plain=KERNELS[name].reference,
+        arguments=arguments,
+        bytes=size,
+    )
 
 
 def rows(
@@ -117,10 +125,20 @@ def rows(
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     **sizes: Any,
-) -> list[Row]:
-    """The raw rows, within about `seconds` (Inductor's compilation beside). `sizes`: as `cases` takes them.
+) -> list[ResultRow]:
+    """Time all cases within about `seconds`, besides Inductor's compilation, and return the raw rows.
 
-    Raises `RuntimeError` without a CUDA device, and where a kernel's result is not the plain one's.
+    Args:
+        seconds: The time for all cases.
+        timer: Measures the calls; None for CUDA events.
+        limits: The device's limits; None to measure them.
+        compiler: Compiles the plain variant.
+        device: Where the kernels run.
+        dtype: The dtype of their arguments.
+        sizes: Keyword arguments of `cases`.
+
+    Raises:
+        RuntimeError: There is no CUDA device, or a kernel's result is not the plain one's.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("the kernels are timed on a CUDA device, and none is visible")
@@ -144,7 +162,7 @@ def rows(
 
 
 class Graphed:
-    """`call`, captured by the first and replayed by every other call of this object. Unmeasured."""
+    """`call`, captured by the first and replayed by every other call of this object."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
@@ -164,7 +182,7 @@ class Graphed:
         self._graph.replay()
 
 
-def _rows(case: Case, measured: Measured, limits: Limits) -> list[Row]:
+def _rows(case: KernelCase, measured: VariantTimes, limits: Limits) -> list[ResultRow]:
     limit = limits.milliseconds([Work(0, case.bytes)], overlapped=False)
     against = {name: (EAGER, COMPILED) for name in case.kernels}
     found = rows_of(case.name, measured, dict.fromkeys(measured.samples, limit), against)
@@ -175,7 +193,7 @@ def _rows(case: Case, measured: Measured, limits: Limits) -> list[Row]:
     return found
 
 
-def _compare(case: Case, dtype: torch.dtype) -> None:
+def _compare(case: KernelCase, dtype: torch.dtype) -> None:
     """Raise `RuntimeError` unless every kernel's result is the plain one's, to a few roundings."""
     for name, kernel in case.kernels.items():
         try:

@@ -1,10 +1,10 @@
-"""What this device can do at most, measured in the same run, and the time below which some work cannot take.
+"""The physical limits of this device, measured in the same run, and the least time that some work can take.
 
 Contract
-- Bandwidth: a copy of a buffer far larger than the caches, read and write counted. Rate: one large square matrix
-  product. Medians; the raw figures go into the results.
+- The bandwidth is that of a copy of a buffer far larger than the caches, with reads and writes counted. The rate is
+  that of one large square matrix product. Both are medians.
 - A limit counts weights and cached keys and values once and no activations, so it is a lower bound, never an estimate.
-- Unmeasured: tested on a CPU with a fake timer.
+- The code is unmeasured on a GPU: its tests run on a CPU with a fake timer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.gpu.timing import Timer, time_in_turn
 
 @dataclass(frozen=True)
 class Work:
-    """One operator, or several of a kind: operations and bytes of memory that it cannot do without."""
+    """The operations and the bytes of memory that one operator, or several of a kind, cannot do without."""
 
     flops: float
     bytes: float
@@ -27,18 +27,37 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
+    """What a device can do at most."""
+
     bytes_per_s: float
     flops_per_s: float
 
     def milliseconds(self, work: Sequence[Work], overlapped: bool) -> float:
-        """Of all `work`: each at its own limit one after the other, or (overlapped) memory and arithmetic at once."""
+        """Return the least time of all work.
+
+        Args:
+            work: The operators.
+            overlapped: Whether memory and arithmetic run at once, or each operator at its own limit one after another.
+        """
         flops, transfer = [w.flops / self.flops_per_s for w in work], [w.bytes / self.bytes_per_s for w in work]
         seconds = max(sum(flops), sum(transfer)) if overlapped else sum(map(max, flops, transfer))
         return 1e3 * seconds
 
 
 def measure(timer: Timer, seconds: float, device: str, dtype: torch.dtype, side: int = 8192, mib: int = 1024) -> Limits:
-    """side: of the square matrices. mib: size of the buffer that is copied."""
+    """Measure the limits.
+
+    Args:
+        timer: Measures the calls.
+        seconds: The time for it.
+        device: The device.
+        dtype: The dtype of the product.
+        side: The side of the square matrices.
+        mib: The size of the buffer that is copied.
+
+    Raises:
+        RuntimeError: One of the two cannot run.
+    """
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(mib << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,14 +1,14 @@
 """Layer stacks at the shapes of served models, with attention over ragged prompts and a KV cache.
 
-**Contract**
-- Tokens of a step are a flat [tokens, hidden] tensor; which of them belong together, and to which slots of the cache,
-  is per-micro-batch context (`Context`), made before the step and entered by `enter`, as engines do.
+Contract
+- The tokens of a step are a flat [tokens, hidden] tensor. A context per micro-batch (`Context`) says which tokens
+  belong together, and to which slots of the cache. It is made before the step and entered by `enter`, as in engines.
 - Attention and the routed experts are custom operators: the same kernels in every variant, opaque to Dynamo.
-- Which experts a token goes to is an input, random and uniform: were it computed, a rounding difference between two
-  variants could flip a near-tie, and they would neither compute nor cost the same.
-- A decode request attends to its whole context in the cache, a prompt to itself. No rotary embedding: it changes no
-  shape and is of no weight in the time.
-- Random weights and inputs: figures are of time, never of quality.
+- The experts of a token are an input, random and uniform. If they were computed, a rounding difference between two
+  variants could flip a near-tie, and the two would neither compute nor cost the same.
+- A decode request attends to all of its context in the cache, a prompt to itself. There is no rotary embedding, which
+  changes no shape and takes next to no time.
+- Weights and inputs are random: figures are of time, never of quality.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ class Shape:
 
 
 SHAPES = {
-    "dense": Shape(4096, 32, 8, 128, 14336),  # Llama-3-8B
-    "moe": Shape(2048, 16, 16, 128, 1408, experts=64, top_k=6, shared=2816),  # DeepSeek-V2-Lite, with plain attention
-    "dit": Shape(3072, 24, 24, 128, 12288),  # FLUX.1's dual-stream blocks, without modulation
+    # Llama-3-8B
+    "dense": Shape(hidden=4096, heads=32, kv_heads=8, head=128, intermediate=14336),
+    # DeepSeek-V2-Lite, with plain attention
+    "moe": Shape(hidden=2048, heads=16, kv_heads=16, head=128, intermediate=1408, experts=64, top_k=6, shared=2816),
+    # FLUX.1's dual-stream blocks, without modulation
+    "dit": Shape(hidden=3072, heads=24, kv_heads=24, head=128, intermediate=12288),
 }
 
 
 @dataclass(frozen=True)
-class Run:
+class RequestRun:
     """Adjacent requests of one kind: all decode with one context length, or a single prompt (context 0)."""
 
     tokens: tuple[int, int]  # within the micro-batch
@@ -63,9 +66,9 @@ class Run:
 
 @dataclass
 class Context:
-    """What the attention operator reads beside its arguments."""
+    """The data that the attention operator reads beside its arguments."""
 
-    runs: tuple[Run, ...] = ()
+    runs: tuple[RequestRun, ...] = ()
     keys: list[torch.Tensor] = field(default_factory=list)  # per layer [slots, length, kv_heads, head]
     values: list[torch.Tensor] = field(default_factory=list)
 
@@ -74,7 +77,7 @@ CONTEXT = Context()
 
 
 def make_cache(shape: Shape, layers: int, batch: Batch, device: str, dtype: torch.dtype) -> None:
-    """A slot per request, long enough for this step, filled with random keys and values."""
+    """Make a slot per request, long enough for this step, filled with random keys and values."""
     length = max(t + c for t, c in zip(batch.tokens, batch.context, strict=True))
     size = (len(batch.tokens), length, shape.kv_heads, shape.head)
     CONTEXT.keys, CONTEXT.values = (
@@ -82,8 +85,12 @@ def make_cache(shape: Shape, layers: int, batch: Batch, device: str, dtype: torc
     )
 
 
-def contexts(batch: Batch, split: Split) -> list[tuple[Run, ...]]:
-    """The runs of every micro-batch. Raises `ValueError` for a cut inside a request and for a prompt with context."""
+def contexts(batch: Batch, split: Split) -> list[tuple[RequestRun, ...]]:
+    """Return the runs of every micro-batch.
+
+    Raises:
+        ValueError: A cut is inside a request, or a prompt has context.
+    """
     result = []
     for part in split.micro_batches:
         requests = range(*part.requests)
@@ -95,7 +102,7 @@ def contexts(batch: Batch, split: Split) -> list[tuple[Run, ...]]:
             tokens = sum(batch.tokens[r] for r in members)
             if context > 0 and tokens != len(members):
                 raise ValueError("a request with context decodes one token in these stacks")
-            runs.append(Run((at, at + tokens), (members[0], members[-1] + 1), max(0, context)))
+            runs.append(RequestRun((at, at + tokens), (members[0], members[-1] + 1), max(0, context)))
             at += tokens
         result.append(tuple(runs))
     return result
@@ -103,7 +110,14 @@ def contexts(batch: Batch, split: Split) -> list[tuple[Run, ...]]:
 
 @torch.library.custom_op("dynaflow_bench::attention", mutates_args=())
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
-    """q: [tokens, heads * head]; k, v: [tokens, kv_heads * head], which go into the cache of `layer`."""
+    """Attend over ragged requests.
+
+    Args:
+        q: [tokens, heads * head]
+        k: [tokens, kv_heads * head], which go into the cache of the layer.
+        v: As `k`.
+        layer: The number of the layer.
+    """
     keys, values = CONTEXT.keys[layer], CONTEXT.values[layer]
     kv_heads, head = keys.shape[2:]
     group = q.shape[1] // (kv_heads * head)

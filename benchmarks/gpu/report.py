@@ -1,8 +1,8 @@
 """Rows of results, as JSON and as a table that shows losses as plainly as wins.
 
 Contract
-- A row is plain data: what was timed, all samples, their median, min and max, the physical limit beside it, and the
-  speed-up against each baseline, by rounds. A variant without a figure is a row with its error.
+- A row is plain data: the variant's name, all samples, their spread, the physical limit beside it, and the speed-up
+  against each baseline, by rounds. A variant without a figure is a row with its error.
 - A loss is a variant with a median speed-up under 1; `losses` lists all of them.
 """
 
@@ -14,23 +14,31 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from benchmarks.gpu.timing import Measured
+from benchmarks.gpu.timing import VariantTimes
 from dynaflow_serving.core.measurement import Spread
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
 def rows_of(
     case: str,
-    measured: Measured,
+    measured: VariantTimes,
     limits: Mapping[str, float],
     against: Mapping[str, Sequence[str]],
-    facts: Mapping[str, Row] | None = None,
-) -> list[Row]:
-    """limits: milliseconds per variant. against: variant -> its baselines. facts: more to keep, per variant."""
+    facts: Mapping[str, ResultRow] | None = None,
+) -> list[ResultRow]:
+    """Return a row per variant.
+
+    Args:
+        case: The name of the case.
+        measured: The times of its variants.
+        limits: The physical limit of each variant, in milliseconds.
+        against: The baselines of each variant.
+        facts: More entries of each variant's row.
+    """
     rows = []
     for name in (*measured.samples, *measured.failed):
-        row: Row = {"case": case, "variant": name, **(facts or {}).get(name, {})}
+        row: ResultRow = {"case": case, "variant": name, **(facts or {}).get(name, {})}
         if name in measured.failed:
             row["error"] = measured.failed[name]
         else:
@@ -44,7 +52,7 @@ def rows_of(
     return rows
 
 
-def table(title: str, rows: Iterable[Row]) -> Table:
+def table(title: str, rows: Iterable[ResultRow]) -> Table:
     result = Table(title=title, title_justify="left", box=box.SIMPLE)
     for column in ("case", "variant"):
         result.add_column(column, overflow="fold")
@@ -66,8 +74,8 @@ def table(title: str, rows: Iterable[Row]) -> Table:
     return result
 
 
-def losses(rows: Iterable[Row]) -> list[str]:
-    """One line per variant and baseline that it is slower than."""
+def losses(rows: Iterable[ResultRow]) -> list[str]:
+    """Return one line per variant and baseline that it is slower than."""
     return [
         f"{row['case']}: {row['variant']} is slower than {baseline}: {_ratio(speedup)}"
         for row in rows

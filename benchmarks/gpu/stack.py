@@ -1,20 +1,20 @@
 """(b) Layer stacks under the strategies for one GPU, each against the same kernels without overlap.
 
-Every case is captured and run by the product (partition, PlanCache, executor), in three modes: eager operators,
+Every case is captured and run as in an engine (capture, PlanCache, executor). There are three modes: eager operators,
 operators compiled by Inductor, and these in one CUDA graph per plan (`graph: whole`).
 
-| variant | what it is |
+| variant | meaning |
 |---|---|
 | model | the module called as it is; in mode inductor, `torch.compile(model)` with static shapes |
 | un-split plan | the same operators under the plan of an un-split step |
-| S, one stream | the plan of strategy S with everything on the compute stream: what splitting alone costs |
+| S, one stream | the plan of strategy S with everything on the compute stream: the cost of splitting alone |
 | S | the plan of strategy S |
 
-**Contract**
-- A variant's result is compared with the model's before it is timed and after (in mode graph: of a replay); the
-  largest difference is in its row, and more than `TOLERANCE` of the largest value is an error instead of a figure.
+Contract
+- A variant's result is compared with the model's before it is timed and after; in mode graph the latter is a replay.
+- The largest difference is in its row. More than `TOLERANCE` of the largest value is an error instead of a figure.
 - In mode graph, a plan that was not captured is an error.
-- Unmeasured: tested on a CPU with tiny shapes, the sequential executor and a fake timer.
+- The code is unmeasured on a GPU: its tests run on a CPU with tiny shapes, the sequential executor and a fake timer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import fx, nn
 from benchmarks.gpu import models
 from benchmarks.gpu.corun import MakeExecutor
 from benchmarks.gpu.limits import Limits, Work
-from benchmarks.gpu.report import Row, rows_of
+from benchmarks.gpu.report import ResultRow, rows_of
 from benchmarks.gpu.timing import Section, Timer, run_sections, time_in_turn
 from dynaflow_serving.capture.examples import capture_model
 from dynaflow_serving.capture.fx import add_into_variants
@@ -80,7 +80,7 @@ CONTENDERS: dict[str, dict[str, Contender]] = {
     "dense": _contenders(
         Contender("prefill_decode", {"min_tokens": 1}, "prefill_decode"),
         Contender("prefill_decode", _ALL, "prefill_decode all"),
-        Contender("prefill_decode", _ALL, "prefill_decode all", {"decode": StreamOptions(sm_share=0.25)}),
+        Contender("prefill_decode", _ALL, title="prefill_decode all", streams={"decode": StreamOptions(sm_share=0.25)}),
         Contender("nanoflow", {"min_tokens": 1}, "nanoflow"),
     ),
     "moe": _contenders(
@@ -109,7 +109,7 @@ class OneStream(OpScheduler):
 
 
 @dataclass
-class Case:
+class StackCase:
     """A model with one step's batch, and the least work that it is."""
 
     kind: str
@@ -121,13 +121,14 @@ class Case:
 
 def decoder_case(
     kind: str, device: str, dtype: torch.dtype, layers: int, shape: models.Shape | None = None, batch: Batch = MIXED
-) -> Case:
+) -> StackCase:
     shape = shape or models.SHAPES[kind]
     models.make_cache(shape, layers, batch, device, dtype)
     x = torch.randn(sum(batch.tokens), shape.hidden, device=device, dtype=dtype)
     inputs = (x, models.random_routing(shape, len(x), device)) if shape.experts else (x,)
     work = models.decoder_work(shape, layers, batch, x.element_size())
-    return Case(kind, _stack(kind, shape, device, dtype, layers), inputs, batch, work)
+    model = _stack(kind, shape, device, dtype, layers)
+    return StackCase(kind=kind, model=model, inputs=inputs, batch=batch, work=work)
 
 
 def dit_case(
@@ -137,10 +138,11 @@ def dit_case(
     shape: models.Shape = models.SHAPES["dit"],
     image: int = IMAGE,
     text: int = TEXT,
-) -> Case:
+) -> StackCase:
     x, y = (torch.randn(SAMPLES, n, shape.hidden, device=device, dtype=dtype) for n in (image, text))
     work = models.dit_work(shape, layers, SAMPLES, image, text, x.element_size())
-    return Case("dit", _stack("dit", shape, device, dtype, layers), (x, y), Batch((1,) * SAMPLES), work)
+    model = _stack("dit", shape, device, dtype, layers)
+    return StackCase(kind="dit", model=model, inputs=(x, y), batch=Batch((1,) * SAMPLES), work=work)
 
 
 def _stack(kind: str, shape: models.Shape, device: str, dtype: torch.dtype, layers: int) -> nn.Module:
@@ -149,8 +151,8 @@ def _stack(kind: str, shape: models.Shape, device: str, dtype: torch.dtype, laye
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One variant of a mode: what runs, and what it is compared with."""
+class PlanVariant:
+    """One variant of a mode: its strategy, its options, and the baselines that it is compared with."""
 
     strategy: OpScheduler
     options: ExecutorOptions
@@ -158,22 +160,29 @@ class Entry:
     overlapped: bool
 
 
-def line_up(case: Case, graph: Literal["off", "whole"]) -> dict[str, Entry]:
-    """The plans of a mode by name, baselines first."""
-    entries = {UNSPLIT: Entry(get_strategy("sequential")(), ExecutorOptions(graph=graph), (MODEL,), False)}
+def line_up(case: StackCase, graph: Literal["off", "whole"]) -> dict[str, PlanVariant]:
+    """Return the plans of a mode by name, baselines first."""
+    options = ExecutorOptions(graph=graph)
+    entries = {UNSPLIT: PlanVariant(get_strategy("sequential")(), options, against=(MODEL,), overlapped=False)}
     for name, contender in CONTENDERS[case.kind].items():
         strategy, alone = contender.build(), f"{contender.title}, one stream"
         if alone not in entries and len(strategy.split(case.batch).micro_batches) > 1:
-            entries[alone] = Entry(OneStream(strategy), ExecutorOptions(graph=graph), (UNSPLIT,), False)
+            entries[alone] = PlanVariant(OneStream(strategy), options, against=(UNSPLIT,), overlapped=False)
         against = (alone, UNSPLIT) if alone in entries else (UNSPLIT,)
-        entries[name] = Entry(strategy, ExecutorOptions(graph=graph, streams=contender.streams), against, True)
+        streams = ExecutorOptions(graph=graph, streams=contender.streams)
+        entries[name] = PlanVariant(strategy, streams, against=against, overlapped=True)
     return entries
 
 
 def rows(
-    timer: Timer, seconds: float, limits: Limits, make_executor: MakeExecutor, case: Case, modes: Sequence[str] = MODES
-) -> list[Row]:
-    """All modes of one case."""
+    timer: Timer,
+    seconds: float,
+    limits: Limits,
+    make_executor: MakeExecutor,
+    case: StackCase,
+    modes: Sequence[str] = MODES,
+) -> list[ResultRow]:
+    """Return the rows of all modes of one case."""
     with torch.no_grad():
         models.CONTEXT.runs = _runs(case, whole(case.batch, ""))[0]
         expected = _flat(case.model(*case.inputs))
@@ -182,7 +191,7 @@ def rows(
         pieces = functools.cache(lambda: compiled(capture))
         bench = functools.partial(_mode, timer, limits, make_executor, case, expected)
         sections = [Section(m, 1.0, functools.partial(bench, m, capture if m == "eager" else pieces)) for m in modes]
-        result: list[Row] = []
+        result: list[ResultRow] = []
         for outcome in run_sections(sections, seconds):
             result += outcome.rows
             if outcome.error:
@@ -194,17 +203,17 @@ def _mode(
     timer: Timer,
     limits: Limits,
     make_executor: MakeExecutor,
-    case: Case,
+    case: StackCase,
     expected: list[torch.Tensor],
     mode: str,
     capture: CapturedProgram | Callable[[], CapturedProgram],
     seconds: float,
-) -> list[Row]:
+) -> list[ResultRow]:
     began = time.perf_counter()
     capture = capture if isinstance(capture, CapturedProgram) else capture()
     entries = line_up(case, "whole" if mode == "graph" else "off")
     calls: dict[str, Callable[[], Any]] = {} if mode == "graph" else {MODEL: _plain(case, mode)}
-    facts: dict[str, Row] = {}
+    facts: dict[str, ResultRow] = {}
     executors: dict[str, Executor] = {}
     failed: dict[str, str] = {}
     for name, entry in entries.items():
@@ -234,8 +243,12 @@ def _mode(
     return rows_of(f"{case.kind}, {mode}", measured, bound, {n: e.against for n, e in entries.items()}, facts)
 
 
-def _check(call: Callable[[], Any], expected: list[torch.Tensor], facts: Row) -> None:
-    """Raise `ValueError` unless the result is the model's."""
+def _check(call: Callable[[], Any], expected: list[torch.Tensor], facts: ResultRow) -> None:
+    """Compare a result with the model's.
+
+    Raises:
+        ValueError: They differ by more than `TOLERANCE`.
+    """
     differences = [(f - e).abs().max() / e.abs().max() for f, e in zip(_flat(call()), expected, strict=True)]
     difference = float(torch.stack(differences).max())  # NaN if one is, and NaN is no result
     facts["max_difference"] = max(difference, facts.get("max_difference", 0.0))
@@ -243,7 +256,7 @@ def _check(call: Callable[[], Any], expected: list[torch.Tensor], facts: Row) ->
         raise ValueError(f"its result differs from the model's by {difference:.3f} of the largest value")
 
 
-def _plain(case: Case, mode: str) -> Callable[[], Any]:
+def _plain(case: StackCase, mode: str) -> Callable[[], Any]:
     """The model itself, on inputs that `capture_model` has not marked as dynamic."""
     runs, inputs = models.CONTEXT.runs, [x.clone() for x in case.inputs]
     model: Callable[..., Any] = case.model if mode == "eager" else torch.compile(case.model, dynamic=False)
@@ -255,14 +268,14 @@ def _plain(case: Case, mode: str) -> Callable[[], Any]:
     return call
 
 
-def _runs(case: Case, split: Split) -> list[tuple[models.Run, ...]]:
+def _runs(case: StackCase, split: Split) -> list[tuple[models.RequestRun, ...]]:
     return models.contexts(case.batch, split) if case.batch.context else [()] * len(split.micro_batches)
 
 
 def _planned(
-    case: Case, capture: CapturedProgram, strategy: OpScheduler, executor: Executor
-) -> tuple[Callable[[], Any], Row]:
-    """One step of `case` under `strategy`, and what there is to say about its plan."""
+    case: StackCase, capture: CapturedProgram, strategy: OpScheduler, executor: Executor
+) -> tuple[Callable[[], Any], ResultRow]:
+    """Return a call that runs one step of the case under the strategy, and the facts of its plan."""
     plan_cache = PlanCache(capture, FixedStrategy(strategy), executor)
     split = plan_cache.decide(case.batch)
     runs, values = _runs(case, split), capture.program.values
@@ -279,7 +292,7 @@ def _planned(
 
 
 def compiled(capture: CapturedProgram) -> CapturedProgram:
-    """`capture` with every operator without tags compiled by Inductor; what is merged is copied."""
+    """Return `capture` with every operator without tags compiled by Inductor; merged values are copied."""
     from torch._inductor.compile_fx import compile_fx
 
     result = dataclasses.replace(capture, functions=dict(capture.functions), into={}, buffers={})
@@ -292,7 +305,7 @@ def compiled(capture: CapturedProgram) -> CapturedProgram:
 
 
 def _ported(call: Callable[..., Any], outputs: int, *args: Any) -> Any:
-    """One output bare, several as a tuple, whatever the piece returned."""
+    """Return one output bare and several as a tuple, whatever the piece returned."""
     out = call(*args)
     return out[0] if outputs == 1 and isinstance(out, tuple | list) else out
 

@@ -1,10 +1,10 @@
-"""Timing of variants against each other, and the time that a whole suite may take. Pure logic: no device in here.
+"""Timing of variants against each other, and the time that a suite may take. Pure logic: no device in here.
 
 Contract
-- Variants are timed in turn (a b c, c b a, a b c ...), so that a drift of the machine cancels; no round mixes
-  warm-up with measurement. A ratio is taken within a round, never between medians of different rounds.
+- Variants take turns (a b c, c b a, a b c ...), so that a drift of the machine cancels. No round mixes warm-up with
+  measurement. A ratio is taken within a round, never between medians of different rounds.
 - A variant that fails is left out with its error as its result; the others go on.
-- A section gets its share of what is left, so a slow one takes from those after it, never from the total.
+- A section gets its share of the time that is left, so a slow one takes from those after it, never from the total.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ROUNDS = (5, 60)  # at least, even if the time is over; at most
 
 class Timer(Protocol):
     def milliseconds(self, call: Callable[[], Any], calls: int) -> float:
-        """Of one call: the mean of `calls` in a row, on the device."""
+        """Return the time of one call on the device: the mean of `calls` in a row."""
 
 
 class CudaTimer:
-    """CUDA events around the calls on the current stream; the calls must join their streams to it. Unmeasured."""
+    """CUDA events around the calls on the current stream; the calls must join their streams to it."""
 
     def milliseconds(self, call: Callable[[], Any], calls: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -45,24 +45,24 @@ class CudaTimer:
 
 
 @dataclass
-class Measured:
+class VariantTimes:
     """Milliseconds per round and variant; sample i of every variant is of round i."""
 
     samples: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def speedup(self, variant: str, baseline: str) -> Spread:
-        """Time of `baseline` over time of `variant`, round by round: above 1 `variant` is faster."""
+        """Return the time of `baseline` over that of `variant`, round by round: above 1 `variant` is faster."""
         pairs = zip(self.samples[baseline], self.samples[variant], strict=True)
         return Spread.of_ratios(b / v for b, v in pairs)
 
 
 def time_in_turn(
     variants: Mapping[str, Callable[[], Any]], timer: Timer, seconds: float, clock: Clock = time.perf_counter
-) -> Measured:
+) -> VariantTimes:
     """Time `variants` against each other for about `seconds`, warm-up included."""
     began = clock()
-    measured, calls = Measured(), dict[str, int]()
+    measured, calls = VariantTimes(), dict[str, int]()
     for name, call in variants.items():
         try:
             timer.milliseconds(call, WARM_UP)
@@ -83,7 +83,7 @@ def time_in_turn(
 
 @dataclass(frozen=True)
 class Section:
-    """`run(seconds)` returns its rows; `weight`: its share of the time beside the others'."""
+    """A part of the suite: `run(seconds)` returns its rows, and `weight` is its share of the time."""
 
     name: str
     weight: float
@@ -91,20 +91,27 @@ class Section:
 
 
 @dataclass
-class Outcome:
+class SectionOutcome:
+    """The rows of a section, or why there are none."""
+
     section: str
     seconds: float
     rows: list[dict[str, Any]] = field(default_factory=list)
-    error: str = ""  # why there are no rows
+    error: str = ""
 
 
-def run_sections(sections: Sequence[Section], seconds: float, clock: Clock = time.perf_counter) -> Iterator[Outcome]:
-    """Run them one after the other within `seconds`; a section whose time is gone is not run, which its error says."""
+def run_sections(
+    sections: Sequence[Section], seconds: float, clock: Clock = time.perf_counter
+) -> Iterator[SectionOutcome]:
+    """Run the sections one after the other within `seconds`.
+
+    A section whose time is gone is not run, and its error says so.
+    """
     began = clock()
     for i, section in enumerate(sections):
         start = clock()
         left = seconds - (start - began)
-        outcome = Outcome(section.name, 0.0)
+        outcome = SectionOutcome(section.name, 0.0)
         if left <= 0:
             outcome.error = f"not run: the {seconds:.0f} s of the suite were used up by the sections before it"
         else:

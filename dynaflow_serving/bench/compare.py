@@ -149,7 +149,8 @@ def compare(benchmark: OfflineBenchmark, progress: Progress) -> OfflineResult:
     with contextlib.ExitStack() as stack:
         engines = {}
         for name in SIDES:  # both processes first: while one starts its engine, the other imports
-            engines[name] = EngineProcess(name, benchmark.driver, benchmark.environment, benchmark.logs / f"{name}.log")
+            log = benchmark.logs / f"{name}.log"
+            engines[name] = EngineProcess(name, benchmark.driver, benchmark.environment, log=log)
             stack.callback(engines[name].kill)
         for name, dynaflow in ((BASELINE, None), (DYNAFLOW, benchmark.dynaflow)):
             progress(f"start {name} engine")

@@ -3,8 +3,8 @@
 Contract
 - The stock engine keeps SGLang's defaults, graphs included; DynaFlow is asked for through `json_model_override_args`
   only.
-- On a CPU both engines get the same KV capacity, one thread per rank, and schedulers that sleep when idle: one engine
-  rests while the other is timed.
+- On a CPU both engines get the same KV capacity and one thread per rank. Their schedulers sleep when idle, since one
+  engine rests while the other is timed.
 - A plugin that SGLang failed to load (it logs such errors and goes on) is an `InactiveError` here.
 - `Engine.collective_rpc` brings back no results: reports come in a file per rank.
 """

@@ -3,9 +3,9 @@
 Contract
 - Text file: its Program and its Plan are read and the Plan is verified. A wrong Plan ends with exit code 1 and the
   grid that marks the action.
-- YAML config or .py strategy: its schedule is recorded, lowered and verified on the embedded examples for 2 to 4
-  micro-batches, or for the number that the strategy itself splits into. Where a strategy chooses among candidates
-  (`auto`), each of them is verified.
+- YAML config or .py strategy: its schedule is recorded, lowered and verified on the embedded examples. This is done for
+  2 to 4 micro-batches, or for the number that the strategy itself splits into. Where a strategy chooses among
+  candidates (`auto`), each of them is verified.
 - Reproducer (.pt, written by shadow mode): its plans are verified. The command shows what differs, and the kernels that
   the plans put in place of operators. That outputs differ is why the file exists: exit code 1 is for wrong plans only.
 """

@@ -3,7 +3,7 @@
 Contract
 - All times are seconds. `alone` and `measured` were measured. `predicted` was simulated from `alone` and nothing else,
   so it contains no contention, no hand-off between threads and no time of the host.
-- Among several runs the one with the median makespan is shown, with the least and the greatest makespan: a picture of
+- Among several runs the one with the median makespan is shown, with the least and the greatest makespan. A picture of
   medians would be a picture of no run. The times of single operators are medians over the runs.
 """
 

@@ -1,8 +1,8 @@
 """The plans that a config's strategy makes of the embedded examples, for `dynaflow check`.
 
 Contract
-- Each plan is recorded, lowered and verified as it would be in an engine, for each number of micro-batches that the
-  strategy can be asked for.
+- Each plan is recorded, lowered and verified as in an engine, for each number of micro-batches that the strategy can be
+  asked for.
 - A strategy that fails ends nothing: its entry holds the error, and the next entry follows.
 """
 
@@ -48,7 +48,9 @@ def plans_of_examples(config: Config) -> Iterator[ExamplePlan]:
                 plan = _verified_plan(strategy, program, micro_batches)
             except DynaflowError as e:
                 error = e
-            yield ExamplePlan(example, strategy.name, micro_batches, plan, error)
+            yield ExamplePlan(
+                example=example, strategy=strategy.name, micro_batches=micro_batches, plan=plan, error=error
+            )
 
 
 def _verified_plan(strategy: OpScheduler, program: Program, micro_batches: int) -> Plan:

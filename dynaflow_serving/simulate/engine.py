@@ -6,10 +6,10 @@ Contract
 - Operators that run at a time share the device: none runs faster than alone, and no resource is used beyond 1. An
   operator that asks for little of a crowded resource gets it; the others share the rest alike (max-min fair). So a
   memory-bound operator beside a compute-bound one slows neither much, and two alike take twice as long.
-- Hence critical path <= makespan <= the sum of all operators alone and of the host's issuing, and the makespan is not
-  under the busy time of any resource.
-- More bandwidth never slows an operator, nor a plan on one stream. With several streams it may: an operator that ends
-  sooner lets its successor in beside a critical one (as in Graham's anomalies; real devices do it too).
+- Hence critical path <= makespan <= the sum of all operators alone and of the host's issuing. The makespan is not under
+  the busy time of any resource.
+- More bandwidth never slows an operator, nor a plan on one stream. It may slow a plan with several streams: an operator
+  that ends sooner lets its successor in beside a critical one (Graham's anomalies, which real devices have too).
 
 Algorithm
     until all streams are at their end: start all that can start, fix the rates, advance to the next end of a phase

@@ -7,8 +7,8 @@ Contract
     dense  qkv  attention  o_proj  [all_reduce.0]  mlp  [all_reduce.1]
     MoE    qkv  attention  o_proj  [all_reduce.0]  gate  [dispatch]  experts  [combine]  [shared_expert]
            [all_gather with EP, all_reduce.1 without]
-- With EP each of the `tp` ranks of a group sends its share of the tokens to the experts, and a token once to each
-  rank that has experts of it. Rows are spread evenly over experts, times `Topology.imbalance`.
+- With EP each of the `tp` ranks of a group sends its share of the tokens to the experts. A token goes once to each rank
+  that has experts of it. Rows are spread evenly over experts, times `Topology.imbalance`.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ class _Decoder:
         outputs = {"q": queries + cache} | ({"x": hidden} if y else {})
         q, *rest = self._add("qkv", [x, *filter(None, [y])], outputs, [norm, *gemms, rope], weight=True)
         x = rest[0] if rest else x
+        attention = Attention(heads, width=s.head_dim + value_dim, decode_width=decode, cache=cache)
         (a,) = self._add(
-            "attention", [q], {"a": heads * value_dim}, [Attention(heads, s.head_dim + value_dim, decode, cache)],
+            "attention", [q], {"a": heads * value_dim}, [attention],
             Resource.MEMORY, "attention", state=True,
         )  # fmt: skip
         (o,) = self._add("o_proj", [a], {"o": hidden}, [Gemm(heads * value_dim, hidden)], weight=True)
@@ -168,7 +169,8 @@ class _Decoder:
 
     def _gated(self, width: int, rows: float = 1.0, groups: int = 1) -> list[KernelModel]:
         hidden = self.shape.hidden
-        gate_up, down = Gemm(hidden, 2 * width, rows, groups), Gemm(width, hidden, rows, groups)
+        gate_up = Gemm(k=hidden, n=2 * width, rows=rows, groups=groups)
+        down = Gemm(k=width, n=hidden, rows=rows, groups=groups)
         return [gate_up, Streaming(3 * width * rows), down]
 
     def _reduce(self, name: str, value: str) -> str:

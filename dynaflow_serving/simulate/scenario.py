@@ -178,7 +178,7 @@ def compare(
         return result
 
     unsplit = timeline(Sequential(), whole(batch, ""))
-    found = [SimulatedSchedule("un-split", (sum(batch.tokens),), unsplit, 1.0)]
+    found = [SimulatedSchedule("un-split", (sum(batch.tokens),), unsplit, speed_up=1.0)]
     in_turn: set[tuple[int, ...]] = set()
     for strategy in strategies:
         split = PlanCache(CapturedProgram(model.program, {}), FixedStrategy(strategy), executor).decide(batch)
@@ -187,7 +187,8 @@ def compare(
         if len(tokens) > 1 and split.bounds not in in_turn:
             in_turn.add(split.bounds)
             t = timeline(Sequential(), split)
-            found.append(SimulatedSchedule("sequential", tokens, t, unsplit.makespan / t.makespan))
+            found.append(SimulatedSchedule("sequential", tokens, t, speed_up=unsplit.makespan / t.makespan))
         t = timeline(strategy, split)
-        found.append(SimulatedSchedule(strategy.name, tokens, t, unsplit.makespan / t.makespan, reason))
+        speed_up = unsplit.makespan / t.makespan
+        found.append(SimulatedSchedule(strategy.name, tokens, t, speed_up=speed_up, reason=reason))
     return found

@@ -1,9 +1,9 @@
 """Tuning on a Ray cluster: one task per share of the candidates.
 
 Contract
-- A task starts an engine, or an example, of its own with the devices that Ray gives it: a CPU per rank, and a GPU per
-  rank where the cluster has GPUs.
-- All shares succeed, or none counts: the first that fails ends the others, and the error names its host and its log.
+- A task starts an engine, or an example, of its own with the devices that Ray gives it. These are a CPU per rank, and a
+  GPU per rank where the cluster has GPUs.
+- All shares succeed, or none counts. The first that fails ends the others, and the error names its host and its log.
 - Ray is imported inside functions.
 """
 

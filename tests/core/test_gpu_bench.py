@@ -27,7 +27,7 @@ DENSE = models.Shape(32, 4, 2, 8, 48)
 MOE = models.Shape(32, 4, 4, 8, 16, experts=4, top_k=2, shared=24)
 
 
-def case_of(kind: str) -> stack.Case:
+def case_of(kind: str) -> stack.StackCase:
     torch.manual_seed(0)
     if kind == "dit":
         return stack.dit_case("cpu", torch.float32, 2, DENSE, image=6, text=3)
@@ -75,9 +75,9 @@ def test_routed_experts_equal_a_loop_over_tokens() -> None:
 def test_contexts_of_micro_batches() -> None:
     split = cut_at_tokens(BATCH, [3, 8])
     assert models.contexts(BATCH, split) == [
-        (models.Run((0, 3), (0, 3), 7),),
-        (models.Run((0, 5), (3, 4), 0),),
-        (models.Run((0, 4), (4, 5), 0),),
+        (models.RequestRun((0, 3), (0, 3), 7),),
+        (models.RequestRun((0, 5), (3, 4), 0),),
+        (models.RequestRun((0, 4), (4, 5), 0),),
     ]
     with pytest.raises(ValueError, match="between requests only"):
         models.contexts(BATCH, cut_at_tokens(BATCH, [5]))
@@ -127,7 +127,7 @@ def test_every_variant_computes_what_the_model_does(kind: str) -> None:
 def test_a_wrong_result_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = stack._planned
 
-    def wrong(case: stack.Case, capture: Any, strategy: Any, executor: Any) -> Any:
+    def wrong(case: stack.StackCase, capture: Any, strategy: Any, executor: Any) -> Any:
         call, facts = planned(case, capture, strategy, executor)
         return ((lambda: [out * 1.2 for out in call()]) if strategy.name == "nanoflow" else call), facts
 

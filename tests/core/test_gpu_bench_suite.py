@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks.gpu import __main__ as suite
 from benchmarks.gpu import corun
 from benchmarks.gpu.report import rows_of
-from benchmarks.gpu.timing import Measured, Outcome
+from benchmarks.gpu.timing import SectionOutcome, VariantTimes
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.executor import CPUExecutor, Executor
 
@@ -57,13 +57,13 @@ def test_without_cuda_the_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_results_are_written_section_by_section(tmp_path: Path) -> None:
-    measured = Measured({"base": [1.0], "slow": [2.0]})
+    measured = VariantTimes({"base": [1.0], "slow": [2.0]})
     rows = rows_of("case", measured, {"base": 0.1, "slow": 0.1}, {"slow": ("base",)})
 
     def outcomes() -> Any:
-        yield Outcome("first", 1.5, rows)
+        yield SectionOutcome("first", 1.5, rows)
         assert json.loads((tmp_path / "first.json").read_text())["rows"] == rows  # before the second has begun
-        yield Outcome("second", 0.1, error="not run: no time")
+        yield SectionOutcome("second", 0.1, error="not run: no time")
 
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     assert suite.publish(outcomes(), LIMITS, tmp_path, console) == 1
@@ -73,7 +73,7 @@ def test_results_are_written_section_by_section(tmp_path: Path) -> None:
     second = json.loads((tmp_path / "second.json").read_text())
     assert second["error"] == "not run: no time" and "rows" not in second
     assert second["limits"] == {"bytes_per_s": 1e12, "flops_per_s": 1e14}
-    assert suite.publish(iter([Outcome("first", 1.5, rows)]), LIMITS, tmp_path, console) == 0
+    assert suite.publish(iter([SectionOutcome("first", 1.5, rows)]), LIMITS, tmp_path, console) == 0
 
 
 def test_the_suite_fits_its_time_and_names_the_engine_benchmark() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.gpu.limits import Limits, Work, measure
 from benchmarks.gpu.report import losses, rows_of, table
-from benchmarks.gpu.timing import ROUNDS, WARM_UP, Measured, Section, run_sections, time_in_turn
+from benchmarks.gpu.timing import ROUNDS, WARM_UP, Section, VariantTimes, run_sections, time_in_turn
 from dynaflow_serving.core.measurement import Spread
 
 
@@ -51,9 +51,9 @@ def test_more_time_is_more_rounds_within_limits(cost: float, seconds: float) -> 
 
 def test_speedups_are_of_rounds_so_drift_cancels() -> None:
     drift = [1.0, 2.0, 4.0, 8.0, 16.0]
-    measured = Measured({"base": [3 * d for d in drift], "new": [2 * d for d in drift]})
+    measured = VariantTimes({"base": [3 * d for d in drift], "new": [2 * d for d in drift]})
     assert measured.speedup("new", "base") == Spread(1.5, 1.5, 1.5)
-    uneven = Measured({"base": [1.0, 10.0, 100.0], "new": [2.0, 5.0, 100.0]})  # the medians' ratio would be 2
+    uneven = VariantTimes({"base": [1.0, 10.0, 100.0], "new": [2.0, 5.0, 100.0]})  # the medians' ratio would be 2
     assert uneven.speedup("new", "base") == Spread(1.0, 0.5, 2.0)
     assert Spread.of_values([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
 
@@ -124,7 +124,9 @@ def test_limits_are_in_milliseconds() -> None:
 
 
 def test_losses_are_listed_and_rows_are_plain_data() -> None:
-    measured = Measured({"base": [2.0, 2.0, 2.0], "win": [1.0, 1.0, 1.0], "loss": [4.0, 2.5, 2.4]}, {"dead": "no SMs"})
+    measured = VariantTimes(
+        {"base": [2.0, 2.0, 2.0], "win": [1.0, 1.0, 1.0], "loss": [4.0, 2.5, 2.4]}, {"dead": "no SMs"}
+    )
     against = dict.fromkeys(("win", "loss", "dead"), ("base", "dead"))
     rows = rows_of("case", measured, dict.fromkeys(("base", "win", "loss"), 0.5), against, {"win": {"plan": "abc"}})
     assert json.loads(json.dumps(rows)) == rows

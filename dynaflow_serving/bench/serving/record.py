@@ -4,7 +4,7 @@ Contract
 - A figure is the median over the counted pairs, with the least and the greatest. The gain is taken within each pair;
   above 1 DynaFlow is better: DynaFlow over baseline for throughput, baseline over DynaFlow for latency.
 - A figure is won or lost only if all pairs agree; else it is within the noise.
-- `failures` says why the comparison shows nothing: no step was split, the baseline is not stock, requests failed, or
+- `failures` says why the comparison shows nothing: no step was split, the baseline is not stock, or requests failed, or
   the two passes of a pair had other numbers of tokens.
 - The object holds the warm-up passes too; their pair is 0.
 """
