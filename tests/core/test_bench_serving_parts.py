@@ -14,7 +14,7 @@ from dynaflow_serving.bench.serving.record import LOSS, METRICS, NOISE, WIN, fig
 from dynaflow_serving.bench.serving.report import number, spread
 from dynaflow_serving.bench.serving.run import ServedPass
 from dynaflow_serving.bench.serving.server_metrics import (
-    StepCounts,
+    ServedSteps,
     read_metrics,
     reason_not_engaged,
     reason_not_stock,
@@ -79,21 +79,21 @@ def test_metrics() -> None:
     found = read_metrics(PROMETHEUS)
     assert {s.name for s in found} == {"dynaflow_steps_total", "dynaflow_overlap_ratio"}
     steps = steps_between([], found)
-    assert steps == StepCounts({"nanoflow": 7}, {"one request": 3, "a micro-batch would have under 9 tokens": 1})
+    assert steps == ServedSteps({"nanoflow": 7}, {"one request": 3, "a micro-batch would have under 9 tokens": 1})
     later = read_metrics(PROMETHEUS.replace('reason=""} 7', 'reason=""} 9'))
-    assert steps_between(found, later) == StepCounts({"nanoflow": 2}, {})
+    assert steps_between(found, later) == ServedSteps({"nanoflow": 2}, {})
     assert reason_not_stock([]) == "" and "dynaflow_overlap_ratio" in reason_not_stock(found)
     assert read_metrics("vllm:x_total{reason='dynaflow_steps_total'} 1".replace("'", '"')) == []
 
 
 def test_engagement() -> None:
-    idle = StepCounts({}, {"auto: not split is faster": 5})
-    assert reason_not_engaged("nanoflow", StepCounts({"nanoflow": 1}, {})) == ""
+    idle = ServedSteps({}, {"auto: not split is faster": 5})
+    assert reason_not_engaged("nanoflow", ServedSteps({"nanoflow": 1}, {})) == ""
     assert "split no step" in reason_not_engaged("nanoflow", idle) and "5 because: auto" in reason_not_engaged(
         "nanoflow", idle
     )
     assert reason_not_engaged("auto", idle) == ""
-    assert "counted no step" in reason_not_engaged("auto", StepCounts({}, {}))
+    assert "counted no step" in reason_not_engaged("auto", ServedSteps({}, {}))
 
 
 def test_the_middle_of_two_gains_favours_no_side() -> None:
@@ -103,8 +103,10 @@ def test_the_middle_of_two_gains_favours_no_side() -> None:
         PassFigures(**figures, output_tokens_per_s=speed, latencies={"ttft median": speed or None})
         for speed in (4.0, 2.0, 8.0)
     )
-    passes = [ServedPass(0, pair, "baseline", stock, StepCounts({}, {}), []) for pair in (1, 2)]
-    passes += [ServedPass(0, pair, "dynaflow", ours, StepCounts({}, {}), []) for pair, ours in ((1, half), (2, double))]
+    passes = [ServedPass(0, pair, "baseline", stock, ServedSteps({}, {}), []) for pair in (1, 2)]
+    passes += [
+        ServedPass(0, pair, "dynaflow", ours, ServedSteps({}, {}), []) for pair, ours in ((1, half), (2, double))
+    ]
     for metric in (m for m in METRICS if m.key in ("output_tokens_per_s", "ttft median")):
         assert figure_of(metric, passes)["gain"] == {"median": 1.0, "min": 0.5, "max": 2.0}
 

@@ -21,7 +21,7 @@ from typing import Any
 from dynaflow_serving.bench.compare import BASELINE, SIDES, Progress
 from dynaflow_serving.bench.serving.loads import Load, ShareGPT, seed_of_pass, sharegpt_for
 from dynaflow_serving.bench.serving.server import Server, free_port, run_beside, terminated_as_exit
-from dynaflow_serving.bench.serving.server_metrics import MetricSample, StepCounts, read_metrics, steps_between
+from dynaflow_serving.bench.serving.server_metrics import MetricSample, ServedSteps, read_metrics, steps_between
 from dynaflow_serving.bench.serving.tool import ClientJob, PassFigures, ServingTool
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.core.measurement import in_turn
@@ -81,7 +81,7 @@ class ServedPass:
     pair: int
     side: str
     figures: PassFigures
-    steps: StepCounts
+    steps: ServedSteps
     metrics: list[MetricSample]
 
 

@@ -42,7 +42,7 @@ def read_metrics(text: str) -> list[MetricSample]:
 
 
 @dataclass(frozen=True)
-class StepCounts:
+class ServedSteps:
     """The steps of a span of time: the split ones by strategy, the un-split ones by reason."""
 
     split: dict[str, int]
@@ -57,7 +57,7 @@ class StepCounts:
         return self.total_split + sum(self.unsplit.values())
 
 
-def steps_between(before: Sequence[MetricSample], after: Sequence[MetricSample]) -> StepCounts:
+def steps_between(before: Sequence[MetricSample], after: Sequence[MetricSample]) -> ServedSteps:
     """Return the steps that were counted between two readings."""
     counts = _counts(after)
     counts.subtract(_counts(before))
@@ -69,20 +69,20 @@ def steps_between(before: Sequence[MetricSample], after: Sequence[MetricSample])
                 unsplit[reason] += count
             else:
                 split[strategy] += count
-    return StepCounts(dict(split), dict(unsplit))
+    return ServedSteps(dict(split), dict(unsplit))
 
 
-def add_counts(parts: Sequence[StepCounts]) -> StepCounts:
+def add_counts(parts: Sequence[ServedSteps]) -> ServedSteps:
     """Return the sum of several spans' steps."""
     split: Counter[str] = Counter()
     unsplit: Counter[str] = Counter()
     for part in parts:
         split.update(part.split)
         unsplit.update(part.unsplit)
-    return StepCounts(dict(split.most_common()), dict(unsplit.most_common()))
+    return ServedSteps(dict(split.most_common()), dict(unsplit.most_common()))
 
 
-def reason_not_engaged(strategy: str, steps: StepCounts) -> str:
+def reason_not_engaged(strategy: str, steps: ServedSteps) -> str:
     """Return why DynaFlow's figures show nothing, from the steps of all counted passes; "" if they do."""
     if not steps.total:
         return (
