@@ -13,8 +13,17 @@ EXECUTORS: dict[str, type[Executor]] = {e.name: e for e in (SequentialExecutor, 
 
 
 def get_executor(name: str, device_type: str = "cpu", options: ExecutorOptions | None = None) -> Executor:
-    """A new executor; `auto` picks the one for `device_type`. Raises `ConfigError`, and `InactiveError` where it cannot
-    run here or cannot honour `options`."""
+    """A new executor.
+
+    Args:
+        name: one of `EXECUTORS`, or `auto` for the one that fits `device_type`.
+        device_type: such as "cpu" or "cuda".
+        options: the executor's part of the config.
+
+    Raises:
+        ConfigError: there is no such executor.
+        InactiveError: it cannot run here, or cannot honour `options`.
+    """
     if name == "auto":
         name = "cuda" if device_type == "cuda" else "cpu"
     if name not in EXECUTORS:

@@ -25,7 +25,7 @@ from dynaflow_serving.executor.tracing import ClockTracer, Tracer
 
 
 class CapturedGraphs(NamedTuple):
-    """Plans that an executor has captured as graphs."""
+    """How many graphs an executor has captured, and the memory that they take."""
 
     graphs: int
     mib: float
@@ -51,7 +51,8 @@ class BoundPlan:
 
 class Executor(abc.ABC):
     name: ClassVar[str]
-    offers: ClassVar[frozenset[str]] = frozenset()  # of "sm_share", "graph"
+    offers: ClassVar[frozenset[str]] = frozenset()
+    """Which of the options "sm_share" and "graph" it honours."""
 
     def __init__(self, options: ExecutorOptions | None = None) -> None:
         """Raises `InactiveError` for options that this executor cannot honour."""
@@ -67,29 +68,36 @@ class Executor(abc.ABC):
 
     def bind(
         self,
-        capture: CapturedProgram,
+        captured: CapturedProgram,
         plan: Plan,
         kernels: Mapping[str, Callable[..., Any]],
         tracer: Tracer | None = None,
     ) -> BoundPlan:
-        """Compile `plan`; `kernels` are the replacements that it names. With a `tracer` (one of `self.tracer()`) each
-        run tells it the time of every action.
+        """Compile `plan`.
 
-        Raises `ConfigError` for options of a stream that the plan does not have, `ScheduleError` for what this
-        executor cannot run.
+        Args:
+            captured: what `plan` is a plan of.
+            plan: a verified plan.
+            kernels: the replacement kernels that `plan` names, by name.
+            tracer: one of `self.tracer()`, which each run tells the time of every action; None takes no time.
+
+        Raises:
+            ConfigError: the options are for a stream that the plan does not have.
+            ScheduleError: this executor cannot run the plan.
         """
         extra = [s for s in plan.streams if s != COMPUTE_STREAM]
         if extra and (missing := self.options.streams.keys() - extra):  # without extra: an un-split step, or no network
             raise ConfigError(f"streams: {unknown_name('stream', min(missing), extra)} (a plan of {plan.strategy})")
-        _check_one_stream(capture, plan)
-        return self._bind(capture, plan, kernels, tracer)
+        _check_one_stream(captured, plan)
+        return self._bind(captured, plan, kernels, tracer)
 
     @abc.abstractmethod
     def _bind(
-        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, captured: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan: ...
 
     def tracer(self) -> Tracer:
+        """A new tracer that `bind` takes."""
         return ClockTracer()
 
     @property
@@ -105,15 +113,18 @@ class Executor(abc.ABC):
         """Stop what the executor has started (threads)."""
 
 
-def _check_one_stream(capture: CapturedProgram, plan: Plan) -> None:
-    """What a suspended computation holds, it allocates and drops in its own time: no plan could wait for that."""
-    stream_of: dict[int, str] = {}
-    for step in plan.actions:
-        if capture.one_stream.intersection(step.operators):
-            stream = stream_of.setdefault(step.start, step.stream)
-            if stream != step.stream:
+def _check_one_stream(captured: CapturedProgram, plan: Plan) -> None:
+    """Raise `ScheduleError` if operators of one suspended computation are on several streams.
+
+    Such a computation allocates and drops tensors in its own time, and no plan could wait for that.
+    """
+    stream_of: dict[int, str] = {}  # by micro-batch
+    for a in plan.actions:
+        if captured.one_stream.intersection(a.operators):
+            stream = stream_of.setdefault(a.start, a.stream)
+            if stream != a.stream:
                 raise ScheduleError(
-                    f"{step.operators[0]}@{step.start} is on stream {step.stream!r}, earlier code of its micro-batch "
+                    f"{a.operators[0]}@{a.start} is on stream {a.stream!r}, earlier code of its micro-batch "
                     f"on {stream!r}: without a graph (capture: eager) the code between annotated calls keeps one "
                     "stream per micro-batch; annotate what is to run elsewhere"
                 )

@@ -1,8 +1,8 @@
 """Every extra stream is a worker thread; the compute stream stays on the caller's thread.
 
 Contract
-- A stream's actions run in order; an event is a lock that RECORD opens and WAIT passes. One hand-off per
-  stream and run, not per operator.
+- A stream's actions run in order; an event is a lock that RECORD opens and WAIT passes. There is one hand-off
+  per stream and run, not per operator.
 - A worker runs in the caller's grad, inference and autocast mode and with its number of intra-op threads.
 - An exception anywhere opens all events, so that every stream ends, and reaches the caller; the
   executor is usable afterwards.
@@ -36,13 +36,14 @@ class Aborted(Exception):
     """Raised in a stream because another one failed."""
 
 
-def event() -> _thread.LockType:
+def closed_event() -> _thread.LockType:
+    """An event that is not recorded yet: a lock that is taken."""
     lock = _thread.allocate_lock()
     lock.acquire()
     return lock
 
 
-class Run:
+class PlanRun:
     """One run of a plan: its events, and the streams that are still busy."""
 
     __slots__ = ("busy", "error", "events")
@@ -52,24 +53,26 @@ class Run:
         self.error: BaseException | None = None
         self.busy: list[_thread.LockType] = []
 
-    def wait(self, lock: _thread.LockType) -> None:
-        lock.acquire()
-        lock.release()  # others may wait for the same event
+    def wait(self, event: _thread.LockType) -> None:
+        event.acquire()
+        event.release()  # others may wait for it too
         if self.error is not None:
             raise Aborted
 
     def fail(self, error: BaseException) -> None:
+        """Keep the first error, and open all events so that every stream goes on to its end."""
         if self.error is None:
             self.error = error
-        for lock in self.events:
+        for event in self.events:
             try:
-                lock.release()
+                event.release()
             except RuntimeError:  # it was open
                 continue
 
     def finish(self) -> None:
-        for lock in self.busy:
-            lock.acquire()
+        """Wait for all streams, and raise what one of them raised."""
+        for done in self.busy:
+            done.acquire()
         error, self.error = self.error, None  # a traceback that leads back to its own error is garbage for the gc
         try:
             if error is not None:
@@ -84,12 +87,13 @@ class Worker:
     def __init__(self, stream: str) -> None:
         self.queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.threads = 0  # intra-op threads, as set in the worker; 0: not yet
-        self.thread = threading.Thread(target=_work, args=(self.queue,), name=f"dynaflow-{stream}", daemon=True)
+        self.thread = threading.Thread(target=_run_jobs, args=(self.queue,), name=f"dynaflow-{stream}", daemon=True)
         self.thread.start()
         weakref.finalize(self, self.queue.put, None)
 
-    def submit(self, run: Run, actions: Callable[[], None]) -> None:
-        done = event()
+    def submit(self, run: PlanRun, actions: Callable[[], None]) -> None:
+        """Run `actions` on this thread, in the modes of the calling one."""
+        done = closed_event()
         run.busy.append(done)
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
@@ -98,8 +102,8 @@ class Worker:
         def job() -> None:
             try:
                 if self.threads != threads:
-                    # OpenMP keeps the size of a team per thread, so it is set here, in the worker, whatever
-                    # torch reports; of torch._C, for vLLM's CPU worker makes the public one a no-op.
+                    # OpenMP keeps the size of a team per thread, so it is set here, in the worker, whatever torch
+                    # reports. It is the function of torch._C because vLLM's CPU worker makes the public one a no-op.
                     torch._C.set_num_threads(threads)
                     self.threads = threads
                 with torch.inference_mode(inference), torch.set_grad_enabled(grad):
@@ -108,7 +112,7 @@ class Worker:
                             actions()
                     else:
                         actions()
-            except BaseException as error:  # handed to the caller by Run.finish
+            except BaseException as error:  # handed to the caller by PlanRun.finish
                 run.fail(error)
             finally:
                 done.release()
@@ -120,7 +124,7 @@ class Worker:
         self.thread.join()
 
 
-def _work(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+def _run_jobs(queue: SimpleQueue[Callable[[], None] | None]) -> None:
     while (job := queue.get()) is not None:
         job()
         del job  # its closure holds the tensors of the run
@@ -138,29 +142,35 @@ class _ThreadEmitter(Emitter):
     def body(self) -> list[str]:
         blocks: dict[str, list[str]] = {s: [] for s in self.plan.streams}
         for i, action in enumerate(self.plan.actions):
-            blocks[action.stream] += self.traced(i, action)
+            blocks[action.stream] += self.timed_lines(i, action)
         if len(blocks) == 1:
             return blocks[COMPUTE_STREAM]
-        events = [f"e{i}" for i in sorted({s.event for s in self.plan.actions if s.event >= 0})]
-        shared = sorted(v for v in self.variables.values() if v not in self.arguments.values())
-        self.names |= {"Run": Run, "event": event}
-        lines = [f"{e} = event()" for e in events]
-        lines += [f"run = Run([{', '.join(events)}])", "wait = run.wait"]
-        lines += [f"{' = '.join(shared)} = None"] if shared else []
-        extra = [s for s in blocks if s != COMPUTE_STREAM]
-        for i, stream in enumerate(extra):
-            assigned = [v for v in shared if any(_assigns(line, v) for line in blocks[stream])]
-            lines += [f"def stream{i}():", *(f"    nonlocal {v}" for v in assigned)]
-            lines += [f"    {line}" for line in blocks[stream]]
-        lines += ["try:"]
-        lines += [f"    w{i}.submit(run, stream{i})" for i in range(len(extra))]
-        lines += [f"    {line}" for line in blocks[COMPUTE_STREAM]]
+        compute = blocks.pop(COMPUTE_STREAM)
+        lines = self._shared_names()
+        for i, (stream, block) in enumerate(blocks.items()):
+            lines.append(f"def stream{i}():")
+            if assigned := _by_number(self.assigned[stream]):
+                lines.append(f"    nonlocal {', '.join(assigned)}")
+            lines += [f"    {line}" for line in block]
+        lines.append("try:")
+        lines += [f"    w{i}.submit(run, stream{i})" for i in range(len(blocks))]
+        lines += [f"    {line}" for line in compute]
         return [*lines, "except BaseException as error:", "    run.fail(error)", "run.finish()"]
 
+    def _shared_names(self) -> list[str]:
+        """The events, the run, and the variables that the nested functions assign or read."""
+        self.globals |= {"PlanRun": PlanRun, "closed_event": closed_event}
+        events = [f"e{i}" for i in sorted({a.event for a in self.plan.actions if a.event >= 0})]
+        lines = [f"{e} = closed_event()" for e in events]
+        lines += [f"run = PlanRun([{', '.join(events)}])", "wait = run.wait"]
+        if variables := _by_number(set(self.variables.values()) - set(self.arguments.values())):
+            lines.append(f"{' = '.join(variables)} = None")
+        return lines
 
-def _assigns(line: str, variable: str) -> bool:
-    left, is_assignment, _ = line.rpartition(" = ")
-    return bool(is_assignment) and variable in left.replace(" = ", ", ").split(", ")
+
+def _by_number(variables: set[str]) -> list[str]:
+    """The variables in the order of their numbers: v2 before v10."""
+    return sorted(variables, key=lambda v: int(v[1:]))
 
 
 class CPUExecutor(Executor):
@@ -171,22 +181,22 @@ class CPUExecutor(Executor):
         self._workers: dict[str, Worker] = {}
 
     def _bind(
-        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, captured: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
         for action in plan.actions:
             for name in action.operators:
-                if action.stream != COMPUTE_STREAM and capture.program.by_name[name].context:
+                if action.stream != COMPUTE_STREAM and captured.program.by_name[name].context:
                     raise ScheduleError(
                         f"{name} reads the engine's per-micro-batch context, which the threads of executor 'cpu' do "
                         f"not share: schedule it on stream {COMPUTE_STREAM!r} (not {action.stream!r}), or use "
                         "executor: cuda or sequential"
                     )
-        emitter = _ThreadEmitter(capture, plan, kernels)
+        emitter = _ThreadEmitter(captured, plan, kernels)
         for i, stream in enumerate(s for s in plan.streams if s != COMPUTE_STREAM):
             if stream not in self._workers:
                 self._workers[stream] = Worker(stream)
-            emitter.names[f"w{i}"] = self._workers[stream]
-        return emitter.build(tracer)
+            emitter.globals[f"w{i}"] = self._workers[stream]
+        return emitter.bind(tracer)
 
     def close(self) -> None:
         for worker in self._workers.values():

@@ -14,7 +14,7 @@ Contract
 - After an exception the current stream waits for all streams of the plan, so that freed memory may be reused.
 - With `graph: whole`, plans are captured (`cuda_graph`).
 - Unmeasured: this code's logic is tested with a recording stand-in for `torch.cuda`; it has not run on a
-  device yet. `tests/gpu` is what to run there.
+  device yet. `tests/gpu` holds the tests to run there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from dynaflow_serving.executor.tracing import EventTracer, Tracer
 
 
 class _StreamEmitter(Emitter):
-    def __init__(self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
-        super().__init__(capture, plan, kernels)
+    """Sets the current stream before the launches of another stream; the caller's is s0."""
+
+    def __init__(self, captured: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(captured, plan, kernels)
         self.stream_names = {s: f"s{i}" for i, s in enumerate(plan.streams)}
         self.active = COMPUTE_STREAM
 
@@ -82,17 +84,17 @@ class CUDAExecutor(Executor):
         return EventTracer(self._cuda)
 
     def _bind(
-        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, captured: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
-        bind = functools.partial(self._emit, capture, kernels, tracer)
+        bind = functools.partial(self._emit, captured, kernels, tracer)
         if self._graphs is None or tracer is not None:  # a replay has no actions that could be timed
             return bind(plan)
-        return self._graphs.bind(capture, plan, bind)
+        return self._graphs.bind(captured, plan, bind)
 
     def _emit(
-        self, capture: CapturedProgram, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None, plan: Plan
+        self, captured: CapturedProgram, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None, plan: Plan
     ) -> BoundPlan:
-        emitter = _StreamEmitter(capture, plan, kernels)
+        emitter = _StreamEmitter(captured, plan, kernels)
         extra = {v: self._streams.stream(s) for s, v in emitter.stream_names.items() if s != COMPUTE_STREAM}
 
         def rejoin(current: Any) -> None:
@@ -100,11 +102,11 @@ class CUDAExecutor(Executor):
                 for stream in extra.values():
                     current.wait_stream(stream)
 
-        emitter.names |= {"set_stream": self._cuda.set_stream, "current_stream": self._cuda.current_stream}
-        emitter.names |= {"rejoin": rejoin, **extra}
-        for i, e in enumerate(sorted({s.event for s in plan.actions if s.event >= 0})):
-            emitter.names[f"e{e}"] = self._streams.event(i)
-        return emitter.build(tracer)
+        emitter.globals |= {"set_stream": self._cuda.set_stream, "current_stream": self._cuda.current_stream}
+        emitter.globals |= {"rejoin": rejoin, **extra}
+        for number, event in enumerate(sorted({a.event for a in plan.actions if a.event >= 0})):
+            emitter.globals[f"e{event}"] = self._streams.event(number)
+        return emitter.bind(tracer)
 
     @property
     def graphs(self) -> CapturedGraphs | None:

@@ -1,10 +1,10 @@
 """Whole-plan CUDA graphs: every stream of a plan, with its forks and joins, in one graph.
 
 Contract
-- One graph per bound plan (a Program and a Split signature) and bucket. A bucket is the exact token offsets, and what
-  else is baked into a graph: shapes and strides of the inputs, addresses of shared ones, autocast.
+- There is one graph per bound plan (a Program and a Split signature) and bucket. A bucket is the exact token offsets,
+  and what else is baked into a graph: shapes and strides of the inputs, addresses of shared ones, autocast.
 - The first run of a bucket is eager (it warms up kernels and autotuners), the second captures, up to `max_graphs`
-  for the executor. All else runs eagerly; how often and why is counted, by name, in `report`.
+  for the executor. All else runs eagerly; `report` counts how often and why.
 - Inputs with a token axis are copied into static whole-batch buffers, one per program input and graph, of which
   the micro-batches are views: no two graphs share one. Inputs that the plan writes are copied back. Outputs are
   copies: the next replay may overwrite what the graph itself produced.
@@ -12,10 +12,10 @@ Contract
   while replays do not overlap: a replay on another stream than the one before waits for that.
 - A captured graph lives until `close`, even if its plan does not: destroying one graph drops the cuBLAS
   workspace of its capture stream, which the others still use (pytorch#193402).
-- Steps are captured in the order of `lanes.reorder`, which is verified anew.
-- Replacement kernels are captured like operators. Not captured: operators with context, unless the integration
-  declares by `CapturedProgram.static_context` that its metadata keeps its addresses and host values; LOCAL inputs,
-  which differ per step; outputs that alias an input or one another (a copy would not); autograd.
+- Actions are captured in the order of `lanes.reorder`, which is verified anew.
+- Replacement kernels are captured like operators. These are not captured: operators with context, unless the
+  integration declares by `CapturedProgram.static_context` that its metadata keeps its addresses and host values;
+  LOCAL inputs, which differ per step; outputs that alias an input or one another (a copy would not); autograd.
 - Collectives are captured like operators, so their communicators must support it, and every rank must reach each
   collective: ranks with one config, plan and batch history decide alike, and a rank whose capture fails runs the same
   collectives eagerly, in the same order. ProcessGroupNCCL is reported to hang at replay (sglang#31852).
@@ -55,19 +55,20 @@ class _Graph:
     plan: Plan
     bounds: tuple[int, ...]
     graph: Any
-    inputs: dict[int, torch.Tensor]  # position among the arguments -> static buffer
+    static_inputs: dict[int, torch.Tensor]  # by position among the arguments
     outputs: list[Any]
     seconds: float
     mib: float
     replays: int = 0
 
     def replay(self, args: Sequence[Any], written: Sequence[int]) -> list[Any]:
-        for i, buffer in self.inputs.items():
+        """The outputs for `args`; `written` are the positions of arguments that the plan writes."""
+        for i, buffer in self.static_inputs.items():
             buffer.copy_(args[i], non_blocking=True)
         self.graph.replay()
         self.replays += 1
         for i in written:
-            args[i].copy_(self.inputs[i], non_blocking=True)
+            args[i].copy_(self.static_inputs[i], non_blocking=True)
         return [o.clone() if isinstance(o, torch.Tensor) else o for o in self.outputs]
 
 
@@ -85,15 +86,15 @@ class WholePlanGraphs:
         self._stream: Any = None  # of all captures
         self._last: Any = None  # stream of the last replay
 
-    def bind(self, capture: CapturedProgram, plan: Plan, bind: Callable[[Plan], BoundPlan]) -> BoundPlan:
-        """`bind` makes the plan's eager form, in the order of its steps."""
+    def bind(self, captured: CapturedProgram, plan: Plan, bind_eagerly: Callable[[Plan], BoundPlan]) -> BoundPlan:
+        """Bind `plan` so that it is captured; `bind_eagerly` makes what is captured, or runs without a graph."""
         ordered = reorder(plan)
-        verify(capture.program, ordered)
-        eager = bind(plan)
-        graphed = _GraphedPlan(self, next(self._plans), capture, plan, eager.run, lambda: bind(ordered).run)
+        verify(captured.program, ordered)
+        eager = bind_eagerly(plan)
+        graphed = _GraphedPlan(self, next(self._plans), captured, plan, eager.run, lambda: bind_eagerly(ordered).run)
         return BoundPlan(plan, graphed, eager.source)
 
-    def run_eagerly(self, plan: Plan, reason: str) -> None:
+    def note_eager_run(self, plan: Plan, reason: str) -> None:
         if reason not in self.eager:
             logger.info("DynaFlow: a plan of %s runs without CUDA graph: %s", plan.strategy, reason)
         self.eager[reason] += 1
@@ -104,11 +105,15 @@ class WholePlanGraphs:
         plan: Plan,
         run: PlanFunction,
         args: Sequence[Any],
-        given: Sequence[int],
+        batched: Sequence[int],
         bounds: Sequence[int],
         enter: Enter,
     ) -> _Graph:
-        """CapturedProgram `run` with static buffers in place of the arguments `given`. Raises what `run` raises."""
+        """Capture `run`, with static buffers in place of the arguments at the positions `batched`.
+
+        Raises:
+            Exception: whatever `run` or the capture raises.
+        """
         cuda = self.cuda
         if self._stream is None:
             self._stream, self._pool = cuda.Stream(), cuda.graph_pool_handle()
@@ -116,7 +121,7 @@ class WholePlanGraphs:
         cuda.empty_cache()
         reserved, started = cuda.memory_reserved(), time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():  # a replay in any mode may write to them
-            buffers = {i: torch.empty_like(args[i]).copy_(args[i]) for i in given}
+            buffers = {i: torch.empty_like(args[i]).copy_(args[i]) for i in batched}
         graph, stream = cuda.CUDAGraph(), cuda.current_stream()
         try:  # thread_local: an allocation in a thread of the engine's must not spoil the capture
             with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -135,7 +140,7 @@ class WholePlanGraphs:
         self._last = stream
 
     def report(self) -> dict[str, Any]:
-        """CapturedGraphs graphs and what ran without one; plain data."""
+        """The graphs, and how many runs had none and why; plain data."""
         captured = [
             {
                 "strategy": g.plan.strategy,
@@ -164,48 +169,51 @@ class _GraphedPlan:
         self,
         owner: WholePlanGraphs,
         number: int,
-        capture: CapturedProgram,
+        captured: CapturedProgram,
         plan: Plan,
         eager: PlanFunction,
-        bind: Callable[[], PlanFunction],
+        bind_ordered: Callable[[], PlanFunction],
     ) -> None:
-        self._owner, self._number, self._plan, self._eager, self._bind = owner, number, plan, eager, bind
+        """`bind_ordered` makes the function to capture: the actions of `plan` in the order of `lanes.reorder`."""
+        self._owner, self._number, self._plan, self._eager = owner, number, plan, eager
+        self._bind_ordered = bind_ordered
         self._ordered: PlanFunction | None = None
-        program = capture.program
-        self._names = program.inputs[: len(program.inputs) - len(capture.constants)]
+        program = captured.program
+        self._names = program.inputs[: len(program.inputs) - len(captured.constants)]
         values = [program.values[v] for v in self._names]
-        storages = {s for o in program.operators for s in o.writes}
+        written_storages = {s for o in program.operators for s in o.writes}
         self._batched = [i for i, v in enumerate(values) if v.scope is Scope.BATCH]
         self._fixed = [i for i, v in enumerate(values) if v.scope is not Scope.BATCH]
-        self._written = [i for i in self._batched if values[i].storage in storages]
-        self._reason = why_not(program, self._names, capture.static_context)
+        self._written = [i for i in self._batched if values[i].storage in written_storages]
+        self._never = why_not(program, self._names, captured.static_context)
         self._seen: dict[Hashable, None] = {}
 
     def __call__(self, args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> list[Any]:
         graph = self._graph(args, bounds, enter)
         if isinstance(graph, str):
-            self._owner.run_eagerly(self._plan, graph)
+            self._owner.note_eager_run(self._plan, graph)
             return self._eager(args, bounds, enter)
         self._owner.order_after_last_replay()
         return graph.replay(args, self._written)
 
     def _graph(self, args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> _Graph | str:
         """The captured graph for these arguments, or why there is none."""
-        if reason := self._reason or self._not_now(args):
+        if reason := self._never or self._not_now(args):
             return reason
         key = self._key(args, bounds)
         if key in self._owner.graphs:
             return self._owner.graphs[key]
         if reason := self._not_yet(key):
             return reason
-        self._ordered = self._ordered or self._bind()
+        self._ordered = self._ordered or self._bind_ordered()
         try:
             return self._owner.capture(key, self._plan, self._ordered, args, self._batched, bounds, enter)
         except Exception as e:  # torch has ended the capture, nothing was launched: the eager form serves the step
-            self._reason = f"capture failed: {type(e).__name__}: {e}"
-            return self._reason
+            self._never = f"capture failed: {type(e).__name__}: {e}"
+            return self._never
 
     def _not_now(self, args: Sequence[Any]) -> str:
+        """Why this run can have no graph; "" if it can."""
         if torch.is_grad_enabled():
             return "autograd is on: a graph records no gradients (use torch.no_grad)"
         if self._owner.cuda.is_current_stream_capturing():
@@ -216,6 +224,7 @@ class _GraphedPlan:
         return ""
 
     def _not_yet(self, key: Hashable) -> str:
+        """Why this bucket is not captured in this run; "" if it is."""
         if key not in self._seen:
             self._seen[key] = None
             if len(self._seen) > REMEMBERED:

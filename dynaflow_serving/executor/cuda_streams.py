@@ -26,6 +26,8 @@ NETWORK_PRIORITY = -1  # a collective should start as soon as its input is there
 
 
 class StreamPool:
+    """Makes streams and events when they are first asked for, and keeps them."""
+
     def __init__(self, cuda: Any, options: Mapping[str, StreamOptions]) -> None:
         """`cuda`: torch.cuda or a stand-in. Raises `InactiveError` for an SM share that torch cannot give."""
         self._cuda, self._options = cuda, options

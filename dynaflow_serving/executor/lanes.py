@@ -8,7 +8,7 @@ main chain to a new lane at every join.
 Contract
 - `reorder` is a permutation of the actions that keeps the order within every stream and each RECORD before its
   WAITs, hence the happens-before relation exactly. Only FREEs may meet another issue order; `verify` the result.
-- The compute stream is issued first; a side stream's actions right before the WAIT that joins them.
+- The compute stream is issued first, and a side stream's actions right before the WAIT that joins them.
 - `lanes` is a model of the rule above, not a measurement: it explains both reports, and is unmeasured here.
 """
 

@@ -28,22 +28,24 @@ def poison(tensor: Any) -> None:
 
 
 class _PoisonEmitter(Emitter):
-    def __init__(self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
-        super().__init__(capture, plan, kernels)
-        self.names["poison"] = poison
-        count = Counter(v.storage for v in self.program.values.values())
-        viewed = {s.instances[0] for s in plan.actions if s.kind is ActionKind.SPLIT}
-        self.owned: set[Instance] = set()
-        for s in plan.actions:
-            if s.kind in (ActionKind.RUN, ActionKind.REPLACE):
-                outputs = {v for n in s.operators for v in self.program.by_name[n].outputs} - set(s.into)
-                self.owned |= {
-                    Instance(v, s.start, s.stop) for v in outputs if count[self.program.values[v].storage] == 1
-                }
-        self.owned -= viewed
+    def __init__(self, captured: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(captured, plan, kernels)
+        self.globals["poison"] = poison
+        self._alone = self._instances_alone_in_their_memory()
+
+    def _instances_alone_in_their_memory(self) -> set[Instance]:
+        """Outputs of operators that have no alias, no view and no buffer of a merge."""
+        aliases = Counter(v.storage for v in self.program.values.values())
+        made: set[Instance] = set()
+        for action in self.plan.actions:
+            if action.kind in (ActionKind.RUN, ActionKind.REPLACE):
+                outputs = {v for n in action.operators for v in self.program.by_name[n].outputs} - set(action.into)
+                unshared = [v for v in outputs if aliases[self.program.values[v].storage] == 1]
+                made |= {Instance(v, action.start, action.stop) for v in unshared}
+        return made - {a.instances[0] for a in self.plan.actions if a.kind is ActionKind.SPLIT}
 
     def free(self, action: Action) -> list[str]:
-        poisoned = [f"poison({self.variables[i]})" for i in action.instances if i in self.owned]
+        poisoned = [f"poison({self.variables[i]})" for i in action.instances if i in self._alone]
         return [*poisoned, *super().free(action)]
 
 
@@ -51,6 +53,6 @@ class SequentialExecutor(Executor):
     name = "sequential"
 
     def _bind(
-        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, captured: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
-        return _PoisonEmitter(capture, plan, kernels).build(tracer)
+        return _PoisonEmitter(captured, plan, kernels).bind(tracer)

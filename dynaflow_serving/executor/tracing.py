@@ -20,14 +20,15 @@ class Tracer(Protocol):
     def stamp(self, stream: Any) -> Any:
         """The time on `stream`, as the executor's generated code names it."""
 
-    def mark(self, action: int, start: Any, end: Any) -> None: ...
+    def mark(self, action: int, start: Any, end: Any) -> None:
+        """Note when action number `action` began and ended."""
 
     def take(self) -> list[tuple[int, float, float]]:
         """(action, start, end) in seconds of the run that has ended; forgets them."""
 
 
 class ClockTracer:
-    """For executors whose operators run on the thread that calls them."""
+    """Takes the time of executors whose operators run on the thread that calls them."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[int, float, float]] = []
@@ -44,9 +45,10 @@ class ClockTracer:
 
 
 class EventTracer:
-    """For CUDA streams: timing events, read when the device has passed them. `cuda`: `torch.cuda`, or a stand-in."""
+    """Takes the time of CUDA streams by events, which are read when the device has passed them."""
 
     def __init__(self, cuda: Any) -> None:
+        """`cuda`: `torch.cuda`, or a stand-in."""
         self._cuda = cuda
         self._marks: list[tuple[int, Any, Any]] = []
 
@@ -68,6 +70,6 @@ class EventTracer:
 
 
 def measured(program: Program, plan: Plan, tracer: Tracer) -> Timeline:
-    """The run that `tracer` has seen last."""
+    """The timeline of the run that `tracer` has seen last."""
     network = frozenset(o.name for o in program.operators if o.resource is Resource.NETWORK)
     return Timeline(plan, spans_of(plan, tracer.take()), network, simulated=False)

@@ -33,7 +33,7 @@ class SimulatedExecutor(Executor):
         self._model, self._topology, self._graphs = model, topology, graphs
 
     def _bind(
-        self, capture: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
+        self, captured: CapturedProgram, plan: Plan, kernels: Mapping[str, Callable[..., Any]], tracer: Tracer | None
     ) -> BoundPlan:
         def run(args: Sequence[Any], bounds: Sequence[int], enter: Enter) -> list[Simulation]:
             batch: Batch = args[0]

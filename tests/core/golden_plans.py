@@ -1,4 +1,4 @@
-"""The files of golden plans, and the cases that have one."""
+"""The files of golden plans and of generated functions, and the cases that have one."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def golden_file(model: str, strategy: str, micro_batches: int) -> Path:
 
 def golden_plan(model: str, strategy: str, micro_batches: int = 2) -> Plan:
     return parse_plan(golden_file(model, strategy, micro_batches).read_text())
+
+
+FUNCTIONS = ("sequential", "cpu", "cuda")  # executors: of each the function for llama under nanoflow
+
+
+def golden_function(executor: str) -> Path:
+    return GOLDEN / f"llama.nanoflow.{executor}.py.txt"

@@ -1,14 +1,24 @@
-"""Plans of the example models, as text that people review: `pytest tests/core --update-golden` rewrites them."""
+"""Plans of the example models, and functions generated for one, as text that people review.
+
+`pytest tests/core --update-golden` rewrites them.
+"""
 
 from __future__ import annotations
 
-import pytest
-from golden_plans import CASES, GOLDEN, golden_file, golden_plan
-from support import example
+import textwrap
 
+import pytest
+import torch
+from cuda_standin import FakeCuda
+from golden_plans import CASES, FUNCTIONS, GOLDEN, golden_file, golden_function, golden_plan
+from support import example, lowered, program_of
+
+from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.core.plan import COMPUTE_STREAM, ActionKind, Plan
 from dynaflow_serving.errors import PlanError
+from dynaflow_serving.executor import codegen, get_executor
+from dynaflow_serving.executor.cuda import CUDAExecutor
 from dynaflow_serving.planning.happens_before import contains, happens_before
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
@@ -28,6 +38,46 @@ def test_golden(model: str, strategy: str, micro_batches: int, request: pytest.F
     assert text == file.read_text(), "the plan has changed; if that is right: pytest tests/core --update-golden"
     assert parse_program(text) == program
     assert parse_plan(text) == plan
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_golden_function(name: str, request: pytest.FixtureRequest) -> None:
+    captured, plan = example("llama"), golden_plan("llama", "nanoflow")
+    executor = CUDAExecutor(cuda=FakeCuda()) if name == "cuda" else get_executor(name)
+    bound = executor.bind(captured, plan, {})
+    executor.close()
+    text, file = bound.source + "\n", golden_function(name)
+    if request.config.getoption("--update-golden", default=False):
+        file.write_text(text)
+    assert text == file.read_text(), "the function has changed; if that is right: pytest tests/core --update-golden"
+    assert bound.run.__code__.co_varnames[:3] == ("args", "bounds", "enter")  # type: ignore[attr-defined]
+
+
+EXAMPLE = """
+value x batch:0
+value y batch:0
+value z batch:0
+inputs x
+op project compute
+  inputs x
+  outputs y
+op all_reduce network
+  inputs y
+  outputs z
+  into z
+outputs z
+"""
+
+
+def test_the_docstring_of_codegen_shows_a_generated_function() -> None:
+    functions = {"project": torch.neg, "all_reduce": torch.neg}
+    into, buffers = {"all_reduce": torch.neg}, {"z": torch.empty}
+    captured = CapturedProgram(program_of(EXAMPLE), functions, into=into, buffers=buffers)
+    launches = [(name, mb, s) for name, s in (("project", "compute"), ("all_reduce", "network")) for mb in (0, 1)]
+    executor = get_executor("cpu")
+    source = executor.bind(captured, lowered(captured.program, 2, *launches), {}).source
+    executor.close()
+    assert textwrap.indent(source, "    ") in str(codegen.__doc__)
 
 
 class Order:
