@@ -182,7 +182,7 @@ def test_static_buffers_are_plain_tensors_in_any_mode(mode: Any) -> None:
             (z,) = run([torch.ones(4, requires_grad=True)], [0, 2, 4], no_context)
             assert z.tolist() == [4.0] * 4 and not z.requires_grad
     (graph,) = e._graphs.graphs.values()
-    assert not any(b.requires_grad or b.is_inference() for b in graph.inputs.values())
+    assert not any(b.requires_grad or b.is_inference() for b in graph.static_inputs.values())
 
 
 def test_what_a_graph_is_fixed_to_makes_a_bucket_of_its_own() -> None:
