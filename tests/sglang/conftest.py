@@ -6,6 +6,7 @@ server in a process of its own, for an Engine takes over its process's signals.
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,9 @@ def one_process():
     return _load("one_process")
 
 
-@pytest.fixture(scope="session")
-def serve():
-    return _load("server").serve
+@pytest.fixture
+def serve(tmp_path):
+    return partial(_load("server").serve, tmp_path / "server.log")
 
 
 @pytest.fixture(scope="session")

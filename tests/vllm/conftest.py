@@ -9,19 +9,18 @@ kernels are interpreted, and an entry point tells vLLM in every process that the
 An engine takes ten seconds to start, so the stock one runs once per model and prompts (`stock_tokens`).
 """
 
+import contextlib
 import gc
 import hashlib
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from dynaflow_serving.bench.serving.server import Server, free_port
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -196,39 +195,25 @@ def start(model_path):
 
 @pytest.fixture
 def server(model_path, tmp_path):
-    """`server(*flags)` -> (base URL, log path) once it answers; stopped afterwards."""
-    running = []
+    """`server(*flags)` -> a `vllm serve` that is healthy; stopped afterwards."""
+    with contextlib.ExitStack() as running:
 
-    def start(*flags):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        log = tmp_path / f"serve{len(running)}.log"
-        environment = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_LOGGING_LEVEL": "INFO",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TEST_MODE3": "",
-        }
-        command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", model_path("llama"), "--served-model-name", "tiny",
-            "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16",
-            "--compilation-config", '{"mode": 2, "backend": "eager"}', *flags,
-        ]  # fmt: skip
-        process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment)
-        running.append(process)
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                return url, log
-            except OSError:
-                time.sleep(1)
-        raise TimeoutError(log.read_text()[-3000:])
+        def start(*flags):
+            port = free_port()
+            environment = {
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+                "VLLM_LOGGING_LEVEL": "INFO",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "TEST_MODE3": "",
+            }
+            command = [
+                str(Path(sys.executable).with_name("vllm")), "serve", model_path("llama"), "--served-model-name",
+                "tiny", "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16",
+                "--compilation-config", '{"mode": 2, "backend": "eager"}', *flags,
+            ]  # fmt: skip
+            started = Server("vllm", command, port, environment, tmp_path / f"serve{port}.log")
+            running.callback(started.stop)
+            started.wait(240)
+            return started
 
-    yield start
-    for process in running:
-        process.terminate()
-    for process in running:
-        process.wait(60)
+        yield start

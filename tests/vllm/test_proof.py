@@ -1,7 +1,6 @@
 """Shadow mode and metrics in real vLLM: wrong strategies are caught, and the counters are on vLLM's own endpoint."""
 
 import time
-import urllib.request
 from importlib.util import find_spec
 
 import pytest
@@ -92,11 +91,11 @@ def by_labels(samples):
     return {(s.name, *(s.labels[label] for label in sorted(s.labels))): s.value for s in ours}
 
 
-def served(url):
-    """The DynaFlow metrics at `url`."""
+def served(running):
+    """The DynaFlow metrics of a server."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    text = running.metrics()
     assert "vllm:num_requests_running" in text
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
     assert len(by_labels(samples)) == sum(s.name.startswith("dynaflow_") for s in samples)  # nothing twice
@@ -109,12 +108,12 @@ def test_metrics_endpoint(server, prompts, tmp_path):
 
     file = tmp_path / "nanoflow.yaml"
     file.write_text("{strategy: nanoflow, options: {min_tokens: 1}}")
-    url, _ = server("--dynaflow", str(file))
-    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    running = server("--dynaflow", str(file))
+    client = OpenAI(base_url=f"{running.url}/v1", api_key="none")
     client.completions.create(model="tiny", prompt=prompts, max_tokens=8, extra_body={"ignore_eos": True})
     client.completions.create(model="tiny", prompt=prompts[1], max_tokens=8, extra_body={"ignore_eos": True})
     time.sleep(1.5)  # the last step is written within a second
-    found = served(url)
+    found = served(running)
     assert found["dynaflow_steps_total", "", "nanoflow"] > 5
     assert found["dynaflow_steps_total", "one request", "none"] >= 7  # decode steps of the second call
     assert found["dynaflow_plans_total",] >= 1
@@ -122,4 +121,4 @@ def test_metrics_endpoint(server, prompts, tmp_path):
 
 @pytest.mark.skipif(V2, reason="the endpoint does not depend on the model runner")
 def test_a_stock_server_has_none(server):
-    assert served(server()[0]) == {}
+    assert served(server()) == {}

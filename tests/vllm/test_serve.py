@@ -10,8 +10,8 @@ def test_served_tokens_equal_offline_stock(server, stock_tokens, prompts, tmp_pa
 
     file = tmp_path / "nanoflow.yaml"
     file.write_text(yaml.safe_dump({"strategy": "nanoflow", "options": {"min_tokens": 1}}))
-    url, log = server("--dynaflow", str(file))
-    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    running = server("--dynaflow", str(file))
+    client = OpenAI(base_url=f"{running.url}/v1", api_key="none")
     answer = client.completions.create(
         model="tiny",
         prompt=prompts,
@@ -21,6 +21,6 @@ def test_served_tokens_equal_offline_stock(server, stock_tokens, prompts, tmp_pa
     )
     tokens = [json.loads(choice.model_dump_json())["token_ids"] for choice in answer.choices]
     assert tokens == stock_tokens("llama")
-    text = log.read_text()
+    text = running.log.read_text()
     assert "DynaFlow is on: strategy nanoflow" in text
     assert "DynaFlow: first split step, 2 micro-batches" in text

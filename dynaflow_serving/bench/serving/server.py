@@ -62,13 +62,14 @@ class Server:
 
     def __init__(self, name: str, command: Sequence[str], port: int, environment: Mapping[str, str], log: Path) -> None:
         self.name, self.command, self.port, self.log = name, list(command), port, log
+        self.url = f"http://{HOST}:{port}"
         self._process = _start(command, environment, log)
 
-    def wait(self, seconds: float = START_SECONDS) -> None:
-        """Wait until the server says that it is healthy.
+    def wait(self, seconds: float = START_SECONDS, path: str = "/health") -> None:
+        """Wait until the server answers at `path`, by default that it is healthy.
 
         Raises:
-            EngineProcessError: The server ended, or was not healthy within `seconds`.
+            EngineProcessError: The server ended, or did not answer within `seconds`.
         """
         end = time.monotonic() + seconds
         while True:
@@ -76,7 +77,7 @@ class Server:
                 how = how_it_ended(self._process)
                 raise EngineProcessError(f"the server {self.name} {how} before it was healthy.\n{excerpt(self.log)}")
             with contextlib.suppress(OSError):  # not listening yet, or not healthy yet
-                self._get("/health")
+                self.get(path)
                 return
             if time.monotonic() > end:
                 raise EngineProcessError(
@@ -91,7 +92,7 @@ class Server:
             EngineProcessError: The server does not answer.
         """
         try:
-            return self._get("/metrics")
+            return self.get("/metrics")
         except OSError as e:
             raise EngineProcessError(
                 f"the server {self.name} does not answer at /metrics ({e}), from which it is known what DynaFlow did.\n"
@@ -106,8 +107,13 @@ class Server:
                 self._process.wait(STOP_SECONDS)
         end_group(self._process)
 
-    def _get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}{path}", timeout=ANSWER_SECONDS) as reply:
+    def get(self, path: str) -> str:
+        """Return the text at `path`.
+
+        Raises:
+            OSError: There is no answer.
+        """
+        with urllib.request.urlopen(self.url + path, timeout=ANSWER_SECONDS) as reply:
             return str(reply.read().decode())
 
 
