@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch.distributed as dist
-from policy_support import Engine, per_token
+from policy_support import BATCH, Engine, per_token
 
-from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.policy.bucket import bucket_of
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.session.ranks import Ranks
-
-BATCH = Batch((8,) * 8)
 
 
 def table(candidate: str) -> Table:

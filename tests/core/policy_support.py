@@ -11,8 +11,10 @@ from support import manual, program_of
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.policy.bucket import bucket_of
 from dynaflow_serving.policy.effects import Facts
 from dynaflow_serving.policy.selector import AutoSelector, build_selector
+from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
 
@@ -38,7 +40,7 @@ op n1 network
   outputs d
 outputs d
 """
-PER_TOKEN, FIXED = "per token", "fixed"
+BATCH = Batch((8,) * 8)
 
 
 class Engine:
@@ -94,3 +96,16 @@ def per_token(tokens: int) -> float:
 def fixed(tokens: int) -> float:
     """Two halves take twice as long as the whole."""
     return 0.01
+
+
+def trial(*ratios: float, name: str = "a") -> Trial:
+    return Trial(candidate=name, ratios=list(ratios))
+
+
+def table_for(*decisions: Decision, **key: str) -> Table:
+    return Table(key=key, decisions=list(decisions))
+
+
+def adopted(batch: Batch = BATCH, candidate: str = "nanoflow x2", noise: float = 0.05) -> Decision:
+    bucket = bucket_of(batch)
+    return Decision(**bucket._asdict(), candidate=candidate, noise=noise, trials=[trial(1.4, name=candidate)])

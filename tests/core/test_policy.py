@@ -12,7 +12,7 @@ import policy_ranks
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_support import Engine, fixed, per_token
+from policy_support import BATCH, Engine, adopted, fixed, per_token, table_for, trial
 from two_ranks import on_two_ranks
 
 from dynaflow_serving.config import Config, load
@@ -25,13 +25,12 @@ from dynaflow_serving.policy.guard import COMPARED, RECHECKED, Guard
 from dynaflow_serving.policy.selector import COMPARING, NOT_DECIDED, SWITCHED_OFF, AutoSelector, build_selector
 from dynaflow_serving.policy.show import as_text, log_lines
 from dynaflow_serving.policy.start import start_policy
-from dynaflow_serving.policy.table import Decision, Table, Trial
+from dynaflow_serving.policy.table import Decision, Table
 from dynaflow_serving.policy.tuner import Tuner, conclude, noise
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.splitting import cut_evenly
 
-BATCH = Batch((8,) * 8)
 HERE = logging.getLogger("test")
 
 
@@ -108,10 +107,6 @@ def test_what_the_budget_does_not_reach_is_not_split_and_says_so() -> None:
     assert second.reason == "not tuned: the budget of 0.05 s was used up" and not second.candidate
 
 
-def trial(*ratios: float, name: str = "a") -> Trial:
-    return Trial(candidate=name, ratios=list(ratios))
-
-
 @pytest.mark.parametrize(
     ("ratios", "plain", "adopted", "why"),
     [
@@ -174,15 +169,6 @@ def test_a_veto_is_a_verdict_and_effects_are_part_of_the_reason() -> None:
 
 
 # -- serving by the table ------------------------------------------------------------------------------
-def table_for(*decisions: Decision, **key: str) -> Table:
-    return Table(key=key, decisions=list(decisions))
-
-
-def adopted(batch: Batch = BATCH, candidate: str = "nanoflow x2", noise: float = 0.05) -> Decision:
-    bucket = bucket_of(batch)
-    return Decision(**bucket._asdict(), candidate=candidate, noise=noise, trials=[trial(1.4, name=candidate)])
-
-
 def test_a_step_is_looked_up_and_all_ranks_look_up_the_same() -> None:
     auto = AutoSelector()
     declined = Decision(**bucket_of(Batch((1, 1)))._asdict(), trials=[trial(0.5)])

@@ -14,7 +14,7 @@ import torch
 from cuda_standin import FakeCuda
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_support import Engine, per_token
+from policy_support import Engine, adopted, per_token, table_for
 from prometheus_client import REGISTRY
 from torch import nn
 
@@ -226,9 +226,8 @@ def test_every_step_is_counted_by_strategy_and_reason(tmp_path: Path) -> None:
     assert metric("plans_total") >= 2 and metric("plan_cache_hits_total") >= 1
 
 
+@pytest.mark.alone
 def test_the_time_saved_is_counted_where_there_is_something_to_compare_with() -> None:
-    from test_policy import adopted, table_for
-
     engine, before = Engine(per_token), metric("time_saved_seconds_total")
     engine.selector.serve_by(table_for(adopted()), engine.session)
     for _ in range(12):
