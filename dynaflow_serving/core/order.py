@@ -1,12 +1,12 @@
 """Which operators must stay in order, for the scheduler and for lowering.
 
 Contract
-- `order_edges`: per micro-batch. Dataflow, and program order between an operator that writes a storage
+- `order_edges` hold within each micro-batch: dataflow, and program order between an operator that writes a storage
   in place and every operator that touches it (through any alias).
-- `state_edges`: between micro-batches. (last writer, toucher) of engine state such as a KV cache; they
-  apply to the pairs in `Split.depends` only.
-- `external_ports` defines what a group of operators reads and writes, `tracked_values` which values have
-  instances, for everybody; the edges are not used by the verifier, which derives what must hold by its own means.
+- `state_edges` hold between micro-batches, for the pairs in `Split.depends` only: an operator that touches an engine
+  state, such as a KV cache, comes after the last one that writes it.
+- `external_ports` defines what a group of operators reads and writes, `tracked_values` which values have instances,
+  for everybody. The verifier does not use the edges: it derives by its own means what must hold.
 """
 
 from __future__ import annotations
@@ -31,35 +31,37 @@ def order_edges(program: Program) -> dict[str, set[str]]:
     """Operator -> operators that must come before it within one micro-batch."""
     producer = {v: o.name for o in program.operators for v in o.outputs}
     before: dict[str, set[str]] = {}
-    writer: dict[str, str] = {}  # storage -> its last writer so far
-    readers: dict[str, list[str]] = defaultdict(list)  # storage -> who touched it since
+    last_writer: dict[str, str] = {}  # by storage
+    touched_since: dict[str, list[str]] = defaultdict(list)  # storage -> the operators after its last writer
     for op in program.operators:
         edges = {producer[v] for v in op.inputs if v in producer}
         for storage in touched(program, op):
-            if storage in writer:
-                edges.add(writer[storage])
+            if storage in last_writer:
+                edges.add(last_writer[storage])
             if storage in op.writes:
-                edges.update(readers.pop(storage, ()))
-                writer[storage] = op.name
+                edges.update(touched_since.pop(storage, ()))
+                last_writer[storage] = op.name
             else:
-                readers[storage].append(op.name)
+                touched_since[storage].append(op.name)
         before[op.name] = edges - {op.name}
     return before
 
 
 def state_edges(program: Program) -> list[tuple[str, str]]:
-    """(last writer, toucher) of one engine state; the pair may be one operator that does both. Writers of
-    one micro-batch are in order among themselves, so who follows the last follows all."""
-    writer = {s: o.name for o in program.operators for s in o.writes if is_state(program, s)}
+    """Pairs (last writer, toucher) of operators that share an engine state; one operator may be both.
+
+    The writers of one micro-batch are in order among themselves, so that who follows the last one follows all.
+    """
+    last_writer = {s: o.name for o in program.operators for s in o.writes if is_state(program, s)}
     return [
-        (writer[storage], op.name)
+        (last_writer[storage], op.name)
         for op in program.operators
-        for storage in sorted(touched(program, op) & writer.keys())
+        for storage in sorted(touched(program, op) & last_writer.keys())
     ]
 
 
 def tracked_values(program: Program) -> set[str]:
-    """The values that a Plan handles per micro-batch: all but sizes, and weights that are inputs."""
+    """The values that a Plan handles per micro-batch: all but numbers of tokens, and weights that are inputs."""
     produced = {v for o in program.operators for v in o.outputs}
     return {
         v.name
@@ -69,8 +71,12 @@ def tracked_values(program: Program) -> set[str]:
 
 
 def external_ports(program: Program, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Inputs and outputs of a group of operators seen as one: inputs in order of first use, outputs
-    (values that anything outside the group reads) in order of production."""
+    """The inputs and outputs of a group of operators seen as one.
+
+    Returns:
+        The inputs in order of first use, and the outputs (the values that something outside the group reads) in order
+        of production. A single operator has its own inputs and outputs.
+    """
     group = [program.by_name[n] for n in names]
     if len(group) == 1:
         return group[0].inputs, group[0].outputs

@@ -1,4 +1,4 @@
-"""The text form of Programs and Plans, read back.
+"""Programs and Plans read back from their text form.
 
 Contract
 - `parse_program(x.to_text()) == x`, `parse_plan` likewise, and the text of what was read is the text again.
@@ -16,19 +16,47 @@ from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.errors import TextError
 
+NumberedLine = tuple[int, str]
+
 
 def parse_program(text: str) -> Program:
-    """Raises `TextError` with the number of the line."""
-    return _read_program(list(_section("program", text)))
+    """The Program in `text`.
+
+    Raises:
+        TextError: a line cannot be read; the message has its number.
+    """
+    (_, head), *lines = _section("program", text)
+    reader = _ProgramReader()
+    for number, line in lines:
+        try:
+            reader.read(line)
+        except (ValueError, IndexError) as e:
+            raise TextError(f"line {number}: cannot read {line!r}: {e}") from None
+    _, _, unsplittable = head.partition("unsplittable: ")
+    return reader.program(unsplittable)
 
 
 def parse_plan(text: str) -> Plan:
-    """Raises `TextError` with the number of the line."""
-    return _read_plan(list(_section("plan", text)))
+    """The Plan in `text`.
+
+    Raises:
+        TextError: a line cannot be read; the message has its number.
+    """
+    (number, head), *lines = _section("plan", text)
+    if not (m := _PLAN.match(head)):
+        raise TextError(f"line {number}: {head!r} is not 'plan NAME program=... micro_batches=... depends=...'")
+    actions = []
+    for number, line in lines:
+        stream, _, action = line.partition("|")
+        try:
+            actions.append(_read_action(stream.strip(), action.strip()))
+        except ValueError as e:
+            raise TextError(f"line {number}: cannot read action {line!r}: {e}") from None
+    return Plan(m["strategy"], m["program"], int(m["micro_batches"]), _read_depends(m["depends"]), tuple(actions))
 
 
-def _section(wanted: str, text: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of the Program or of the Plan in `text`."""
+def _section(wanted: str, text: str) -> Iterator[NumberedLine]:
+    """The lines of the Program or of the Plan in `text`, without comments."""
     section, found = "", False
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -43,85 +71,104 @@ def _section(wanted: str, text: str) -> Iterator[tuple[int, str]]:
         raise TextError(f"no {wanted} found: its text starts with a line '{wanted} ...'")
 
 
-_RANGE = r"@(\d+)(?::(\d+))?"
-_INSTANCE = re.compile(rf"(\S+?){_RANGE}$")
-_PLAN = re.compile(r"plan (\S+) program=(\S+) micro_batches=(\d+) depends=(\S+)$")
-_RUN = re.compile(rf"run (\S+) {_RANGE}(?: into (.+))?$")
-_REPLACE = re.compile(rf"replace (.+) {_RANGE} with (\S+)$")
-_SPLIT_MERGE = re.compile(r"(split|merge) (.+) -> (\S+)$")
-_LIST = re.compile(r"(alloc|free) (.+)$")
-_EVENT = re.compile(r"(record|wait) e(\d+)$")
+# -- plans ---------------------------------------------------------------------------------------------
+_RANGE = r"@(?P<start>\d+)(?::(?P<stop>\d+))?"
+_INSTANCE = re.compile(rf"(?P<value>\S+?){_RANGE}$")
+_PLAN = re.compile(
+    r"plan (?P<strategy>\S+) program=(?P<program>\S+) micro_batches=(?P<micro_batches>\d+) depends=(?P<depends>\S+)$"
+)
+_RUN = re.compile(rf"run (?P<operator>\S+) {_RANGE}(?: into (?P<into>.+))?$")
+_REPLACE = re.compile(rf"replace (?P<operators>.+) {_RANGE} with (?P<kernel>\S+)$")
+_SPLIT = re.compile(r"split (?P<whole>\S+) -> (?P<view>\S+)$")
+_MERGE = re.compile(r"merge (?P<parts>.+) -> (?P<whole>\S+)$")
+_ALLOC_OR_FREE = re.compile(r"(?P<kind>alloc|free) (?P<instances>.+)$")
+_EVENT = re.compile(r"(?P<kind>record|wait) e(?P<event>\d+)$")
 
 
-def _range(start: str, stop: str | None) -> tuple[int, int]:
-    return int(start), int(stop) if stop else int(start) + 1
+def _read_depends(text: str) -> tuple[tuple[int, int], ...]:
+    """Such as `0>1,1>2`, or `-` for none."""
+    if text == "-":
+        return ()
+    pairs = [pair.split(">") for pair in text.split(",")]
+    return tuple((int(earlier), int(later)) for earlier, later in pairs)
 
 
-def _instance(text: str) -> Instance:
-    if not (m := _INSTANCE.match(text)):
-        raise ValueError(f"{text!r} is not an instance such as x@0 or x@0:2")
-    return Instance(m[1], *_range(m[2], m[3]))
+def _read_range(m: re.Match[str]) -> tuple[int, int]:
+    start = int(m["start"])
+    return start, int(m["stop"]) if m["stop"] else start + 1
 
 
-def _action(stream: str, text: str) -> Action:
+def _read_instances(text: str) -> tuple[Instance, ...]:
+    instances = []
+    for word in text.split():
+        if not (m := _INSTANCE.match(word)):
+            raise ValueError(f"{word!r} is not an instance such as x@0 or x@0:2")
+        instances.append(Instance(m["value"], *_read_range(m)))
+    return tuple(instances)
+
+
+def _read_action(stream: str, text: str) -> Action:
     if m := _RUN.match(text):
-        start, stop = _range(m[2], m[3])
-        return Action(ActionKind.RUN, stream, (m[1],), start, stop, into=tuple((m[4] or "").split()))
+        into = tuple((m["into"] or "").split())
+        return Action(ActionKind.RUN, stream, (m["operator"],), *_read_range(m), into=into)
     if m := _REPLACE.match(text):
-        start, stop = _range(m[2], m[3])
-        return Action(ActionKind.REPLACE, stream, tuple(m[1].split(" + ")), start, stop, kernel=m[4])
-    if m := _SPLIT_MERGE.match(text):
-        left, right = tuple(map(_instance, m[2].split())), _instance(m[3])
-        ordered = (*left, right) if m[1] == "split" else (right, *left)
-        return Action(ActionKind(m[1]), stream, instances=ordered)
-    if m := _LIST.match(text):
-        return Action(ActionKind(m[1]), stream, instances=tuple(map(_instance, m[2].split())))
+        operators = tuple(m["operators"].split(" + "))
+        return Action(ActionKind.REPLACE, stream, operators, *_read_range(m), kernel=m["kernel"])
+    if m := _SPLIT.match(text):
+        return Action(ActionKind.SPLIT, stream, instances=_read_instances(f"{m['whole']} {m['view']}"))
+    if m := _MERGE.match(text):
+        return Action(ActionKind.MERGE, stream, instances=_read_instances(f"{m['whole']} {m['parts']}"))
+    if m := _ALLOC_OR_FREE.match(text):
+        return Action(ActionKind(m["kind"]), stream, instances=_read_instances(m["instances"]))
     if m := _EVENT.match(text):
-        return Action(ActionKind(m[1]), stream, event=int(m[2]))
+        return Action(ActionKind(m["kind"]), stream, event=int(m["event"]))
     raise ValueError("an action is one of: " + ", ".join(k.value for k in ActionKind))
 
 
-def _read_plan(lines: list[tuple[int, str]]) -> Plan:
-    number, head = lines[0]
-    if not (m := _PLAN.match(head)):
-        raise TextError(f"line {number}: {head!r} is not 'plan NAME program=... micro_batches=... depends=...'")
-    depends = tuple(tuple(map(int, d.split(">"))) for d in m[4].split(",")) if m[4] != "-" else ()
-    actions = []
-    for number, line in lines[1:]:
-        stream, _, text = line.partition("|")
-        try:
-            actions.append(_action(stream.strip(), text.strip()))
-        except ValueError as e:
-            raise TextError(f"line {number}: cannot read action {line!r}: {e}") from None
-    return Plan(m[1], m[2], int(m[3]), depends, tuple(actions))  # type: ignore[arg-type]
+# -- programs ------------------------------------------------------------------------------------------
+class _ProgramReader:
+    """Takes the lines of a Program one after the other."""
 
+    def __init__(self) -> None:
+        self._values: dict[str, Value] = {}
+        self._ports: dict[str, tuple[str, ...]] = {"inputs": (), "outputs": ()}
+        self._operators: list[dict[str, Any]] = []  # the arguments of each Operator
 
-def _read_program(lines: list[tuple[int, str]]) -> Program:
-    values: dict[str, Value] = {}
-    ports: dict[str, tuple[str, ...]] = {"inputs": (), "outputs": ()}
-    operators: list[dict[str, Any]] = []
-    _, _, unsplittable = lines[0][1].partition("unsplittable: ")
-    for number, line in lines[1:]:
+    def read(self, line: str) -> None:
+        """Raises ValueError or IndexError if `line` cannot be read."""
         word, *rest = line.split()
+        if line.startswith(" "):
+            self._operators[-1][word] = tuple(rest)
+        elif word == "value":
+            self._values[rest[0]] = _read_value(*rest)
+        elif word == "op":
+            self._operators.append(_read_operator(*rest))
+        elif word in self._ports:
+            self._ports[word] = tuple(rest)
+        else:
+            raise ValueError(f"unknown field {word!r}")
+
+    def program(self, unsplittable: str) -> Program:
         try:
-            if line.startswith(" "):
-                operators[-1][word] = tuple(rest)
-            elif word == "value":
-                scope, _, place = rest[1].partition(":")
-                axis, _, rows = place.partition("x")
-                storage = rest[2].removeprefix("storage=") if len(rest) > 2 else ""
-                values[rest[0]] = Value(rest[0], Scope(scope), int(axis) if axis else None, int(rows or 1), storage)
-            elif word == "op":
-                flags = {f.partition("=")[0]: f.partition("=")[2] or True for f in rest[2:]}
-                operators.append({"name": rest[0], "resource": Resource(rest[1]), "inputs": (), "outputs": (), **flags})
-            elif word in ports:
-                ports[word] = tuple(rest)
-            else:
-                raise ValueError(f"unknown field {word!r}")
-        except (ValueError, IndexError) as e:
-            raise TextError(f"line {number}: cannot read {line!r}: {e}") from None
-    try:
-        built = tuple(Operator(**o) for o in operators)
-    except TypeError as e:
-        raise TextError(f"an operator has an unknown field: {e}") from None
-    return Program(ports["inputs"], ports["outputs"], values, built, unsplittable)
+            operators = tuple(Operator(**arguments) for arguments in self._operators)
+        except TypeError as e:
+            raise TextError(f"an operator has an unknown field: {e}") from None
+        return Program(self._ports["inputs"], self._ports["outputs"], self._values, operators, unsplittable)
+
+
+def _read_value(*words: str) -> Value:
+    """Such as `hidden batch:0x2 storage=x`: the name, the scope with token axis and rows per token, the storage."""
+    name, place, *rest = words
+    scope, _, shape = place.partition(":")
+    axis, _, rows = shape.partition("x")
+    storage = rest[0].removeprefix("storage=") if rest else ""
+    return Value(name, Scope(scope), int(axis) if axis else None, int(rows or 1), storage)
+
+
+def _read_operator(*words: str) -> dict[str, Any]:
+    """Such as `layers.0.attention memory group=tp context`; its other fields follow in lines of their own."""
+    arguments: dict[str, Any] = {"name": words[0], "resource": Resource(words[1]), "inputs": (), "outputs": ()}
+    for flag in words[2:]:
+        field, has_value, value = flag.partition("=")
+        arguments[field] = value if has_value else True
+    return arguments

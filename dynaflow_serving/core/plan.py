@@ -1,7 +1,7 @@
 """When and where a Program runs: a flat list of actions, each on a named stream.
 
 Contract
-- Only data. `Plan.to_text` and `parse.parse_plan` round-trip exactly: one line an action.
+- These classes are data only. `Plan.to_text` and `parse.parse_plan` round-trip exactly: one line an action.
 - `str(action)` is its line without the stream, `str(instance)` is what a line calls an instance.
 """
 
@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dynaflow_serving.core.textual import Textual
+from dynaflow_serving.core.program import Textual
 
-COMPUTE_STREAM = "compute"  # the stream of the caller: it forks the others and joins them
+COMPUTE_STREAM = "compute"
+"""The stream of the caller: it forks the others and joins them."""
 
 
 def range_text(start: int, stop: int) -> str:
@@ -22,7 +23,9 @@ def range_text(start: int, stop: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Instance:  # a value for the micro-batches start to stop (excluded): `hidden@1`, `hidden@0:2` in text
+class Instance:
+    """A value for the micro-batches start to stop (excluded): `hidden@1`, `hidden@0:2` in text."""
+
     value: str
     start: int
     stop: int
@@ -37,7 +40,7 @@ class ActionKind(StrEnum):
     SPLIT = "split"  # a view of a wider instance
     ALLOC = "alloc"  # a buffer for an instance whose parts will be written in place
     MERGE = "merge"  # parts -> the whole instance (no copy for parts written into its buffer)
-    RECORD = "record"  # an event, after all earlier steps of the stream
+    RECORD = "record"  # an event, after all earlier actions of the stream
     WAIT = "wait"  # hold the stream until the event
     FREE = "free"  # drop the instances: their memory may be reused from here on
 
@@ -51,10 +54,14 @@ class Action:
     operators: tuple[str, ...] = ()
     start: int = 0
     stop: int = 0
-    kernel: str = ""  # of REPLACE
-    into: tuple[str, ...] = ()  # of RUN: outputs written into the buffer that an ALLOC made
-    instances: tuple[Instance, ...] = ()  # SPLIT: whole, view; MERGE: whole, *parts; ALLOC; FREE
-    event: int = -1  # of RECORD and WAIT
+    kernel: str = ""
+    """The kernel of a REPLACE."""
+    into: tuple[str, ...] = ()
+    """The outputs that a RUN writes into the buffer that an ALLOC made."""
+    instances: tuple[Instance, ...] = ()
+    """SPLIT has the whole, then the view; MERGE the whole, then its parts; ALLOC and FREE any number."""
+    event: int = -1
+    """The event of a RECORD or WAIT."""
 
     def __str__(self) -> str:
         """Such as `run layers.0.attention @0`."""
@@ -76,19 +83,25 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Plan(Textual):  # the physical schedule of one Program for one Split signature
+class Plan(Textual):
+    """The physical schedule of one Program for one Split signature."""
+
     strategy: str
-    program: str  # digest of its Program
+    program: str
+    """The digest of its Program."""
     micro_batches: int
     depends: tuple[tuple[int, int], ...]
+    """As in `Split.depends`."""
     actions: tuple[Action, ...]
+    """In the order in which one thread may issue them."""
 
     @property
     def streams(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((COMPUTE_STREAM, *(s.stream for s in self.actions))))
+        """The compute stream first, the others in the order of use."""
+        return tuple(dict.fromkeys((COMPUTE_STREAM, *(a.stream for a in self.actions))))
 
     def lines(self) -> Iterator[str]:
-        depends = ",".join(f"{a}>{b}" for a, b in self.depends) or "-"
+        depends = ",".join(f"{earlier}>{later}" for earlier, later in self.depends) or "-"
         yield f"plan {self.strategy} program={self.program} micro_batches={self.micro_batches} depends={depends}"
         width = max(len(s) for s in self.streams)
         for action in self.actions:

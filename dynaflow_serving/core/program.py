@@ -1,28 +1,48 @@
-"""What is computed: the operators of one captured graph, and the values between them.
+"""The computation: the operators of one captured graph, and the values between them.
 
 Contract
-- Only data: no torch, no engine, no behaviour beyond validation and look-up.
+- These classes are data only: no torch, no engine, no behaviour beyond validation and look-up.
 - `Program.to_text` and `parse.parse_program` round-trip exactly.
+- Two ranks have the same Program if and only if its `digest` is the same.
 """
 
 from __future__ import annotations
 
+import abc
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from dynaflow_serving.core.textual import Textual
+
+class Textual(abc.ABC):
+    """Data with a text form, and a digest of that which ranks can compare."""
+
+    @abc.abstractmethod
+    def lines(self) -> Iterator[str]:
+        """The text form, line by line."""
+
+    def to_text(self) -> str:
+        return "\n".join(self.lines()) + "\n"
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
 
 
-class Resource(StrEnum):  # what an operator is bound by (paper, section 3)
+class Resource(StrEnum):
+    """What bounds the time of an operator (paper, section 3)."""
+
     COMPUTE = "compute"
     MEMORY = "memory"
     NETWORK = "network"
 
 
-class Scope(StrEnum):  # how a value relates to the batch
-    BATCH = "batch"  # one axis is the token axis: can be cut into views and merged
+class Scope(StrEnum):
+    """How a value relates to the batch."""
+
+    BATCH = "batch"  # one axis is the token axis: the value can be cut into views and merged
     TOKENS = "tokens"  # an integer: the number of tokens, or rows, of the (micro-)batch
     SHARED = "shared"  # the same for all micro-batches: weights, constants
     LOCAL = "local"  # one per micro-batch, neither cut nor merged (a size, a sum over the batch)
@@ -32,9 +52,12 @@ class Scope(StrEnum):  # how a value relates to the batch
 class Value:
     name: str
     scope: Scope
-    axis: int | None = None  # the token axis, for BATCH only
-    rows: int = 1  # how many adjacent rows one token has, for BATCH and TOKENS
-    storage: str = ""  # values with one storage alias one another; "" means its own
+    axis: int | None = None
+    """The token axis, for BATCH only."""
+    rows: int = 1
+    """How many adjacent rows one token has, for BATCH and TOKENS."""
+    storage: str = ""
+    """Values with one storage alias one another. An empty one becomes the value's name: it has no alias."""
 
     def __post_init__(self) -> None:
         if (self.scope is Scope.BATCH) != (self.axis is not None):
@@ -51,11 +74,16 @@ class Operator:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     tags: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()  # storages and engine states written in place
-    reads: tuple[str, ...] = ()  # engine states read that are not among the inputs (a KV cache)
-    group: str = ""  # collectives of one group keep one order on all ranks
-    context: bool = False  # reads the engine's per-micro-batch context: one micro-batch at a time
-    into: tuple[str, ...] = ()  # outputs that it can write straight into a given buffer
+    writes: tuple[str, ...] = ()
+    """Storages and engine states that it writes in place."""
+    reads: tuple[str, ...] = ()
+    """Engine states that it reads and that are not among the inputs (a KV cache)."""
+    group: str = ""
+    """Collectives of one group keep one order on all ranks."""
+    context: bool = False
+    """Whether it reads the engine's per-micro-batch context: it runs for one micro-batch at a time."""
+    into: tuple[str, ...] = ()
+    """Outputs that it can write straight into a given buffer."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +94,8 @@ class Program(Textual):
     outputs: tuple[str, ...]
     values: dict[str, Value]
     operators: tuple[Operator, ...]
-    unsplittable: str = ""  # why this graph cannot be cut into micro-batches; "" if it can
+    unsplittable: str = ""
+    """Why this graph cannot be cut into micro-batches; "" if it can."""
 
     @cached_property
     def by_name(self) -> dict[str, Operator]:
@@ -74,18 +103,33 @@ class Program(Textual):
 
     def lines(self) -> Iterator[str]:
         yield "program" + (f" unsplittable: {self.unsplittable}" if self.unsplittable else "")
-        for v in self.values.values():
-            where = f"batch:{v.axis}" if v.axis is not None else v.scope.value
-            if v.rows > 1:
-                where += f"x{v.rows}" if v.axis is not None else f":x{v.rows}"
-            alias = f" storage={v.storage}" if v.storage != v.name else ""
-            yield f"value {v.name} {where}{alias}"
+        yield from map(_value_line, self.values.values())
         yield f"inputs {' '.join(self.inputs)}"
-        for o in self.operators:
-            group = f" group={o.group}" if o.group else ""
-            context = " context" if o.context else ""
-            yield f"op {o.name} {o.resource.value}{group}{context}"
-            for field in ("tags", "inputs", "outputs", "writes", "reads", "into"):
-                if names := getattr(o, field):
-                    yield f"  {field} {' '.join(names)}"
+        for operator in self.operators:
+            yield from _operator_lines(operator)
         yield f"outputs {' '.join(self.outputs)}"
+
+
+def _value_line(value: Value) -> str:
+    """Such as `value hidden batch:0x2 storage=x`."""
+    words = ["value", value.name, value.scope.value]
+    rows = f"x{value.rows}" if value.rows > 1 else ""
+    if value.axis is not None:
+        words[-1] += f":{value.axis}{rows}"
+    elif rows:
+        words[-1] += f":{rows}"
+    if value.storage != value.name:
+        words.append(f"storage={value.storage}")
+    return " ".join(words)
+
+
+def _operator_lines(operator: Operator) -> Iterator[str]:
+    words = ["op", operator.name, operator.resource.value]
+    if operator.group:
+        words.append(f"group={operator.group}")
+    if operator.context:
+        words.append("context")
+    yield " ".join(words)
+    for field in ("tags", "inputs", "outputs", "writes", "reads", "into"):
+        if names := getattr(operator, field):
+            yield f"  {field} {' '.join(names)}"

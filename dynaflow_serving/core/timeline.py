@@ -2,7 +2,7 @@
 
 Contract
 - One class for both, so that they are compared, drawn and written alike; `simulated` says which it is.
-- What is said about overlap (`overlap`, `hidden_network`) is computed from the spans, never assumed from the plan.
+- The figures about overlap (`overlap`, `hidden_network`) are computed from the spans, never assumed from the plan.
 """
 
 from __future__ import annotations
@@ -19,24 +19,31 @@ from dynaflow_serving.core.plan import Action, Plan
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One action that took time; seconds from the start of the run."""
+    """One action that took time."""
 
-    index: int  # of the action in the plan
+    index: int
+    """The place of the action in the plan."""
     action: Action
     start: float
+    """Seconds from the start of the run, like `end`."""
     end: float
 
 
 @dataclass(frozen=True)
 class Timeline:
+    """One run of a plan."""
+
     plan: Plan
-    spans: tuple[Span, ...]  # by start
-    network: frozenset[str]  # the operators that are network operators
+    spans: tuple[Span, ...]
+    """In the order of their starts."""
+    network: frozenset[str]
+    """The operators that are network operators."""
     simulated: bool
+    """Whether the times are predicted; otherwise they are measured."""
 
     @cached_property
     def makespan(self) -> float:
-        """Seconds."""
+        """Seconds from the start of the run to its last end."""
         return max((s.end for s in self.spans), default=0.0)
 
     @cached_property
@@ -65,18 +72,18 @@ class Timeline:
 
     @cached_property
     def _intervals(self) -> list[tuple[float, float, list[Span]]]:
-        """(start, end, what runs) between adjacent starts and ends; without those in which nothing runs."""
+        """Intervals (start, end, spans that run) between adjacent starts and ends, without the idle ones."""
         times = sorted({t for s in self.spans for t in (s.start, s.end)})
-        found: list[tuple[float, float, list[Span]]] = []
+        intervals: list[tuple[float, float, list[Span]]] = []
         running: list[Span] = []
-        waiting = list(reversed(sorted(self.spans, key=lambda s: s.start)))
+        waiting = sorted(self.spans, key=lambda s: s.start)[::-1]  # the next to start is last
         for start, end in pairwise(times):
             while waiting and waiting[-1].start <= start:
                 running.append(waiting.pop())
             running = [s for s in running if s.end > start]
             if running:
-                found.append((start, end, list(running)))
-        return found
+                intervals.append((start, end, list(running)))
+        return intervals
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for another process."""
@@ -95,7 +102,12 @@ class Timeline:
 
 
 def chrome_trace(timeline: Timeline, facts: dict[str, Any] | None = None) -> dict[str, Any]:
-    """For chrome://tracing or Perfetto: one thread a stream, microseconds; `facts` go with it."""
+    """The run in the format of chrome://tracing and Perfetto: a stream is a thread, times are in microseconds.
+
+    Args:
+        timeline: the run.
+        facts: what else the file says about the run, under "otherData".
+    """
     kind = "simulated" if timeline.simulated else "measured"
     thread = {stream: i for i, stream in enumerate(timeline.plan.streams)}
     names = [
@@ -132,7 +144,7 @@ def chrome_trace(timeline: Timeline, facts: dict[str, Any] | None = None) -> dic
 
 
 def spans_of(plan: Plan, marks: Sequence[tuple[int, float, float]]) -> tuple[Span, ...]:
-    """Spans from (action, start, end) in seconds on any clock: the first start becomes 0."""
+    """The spans of a run, from (action, start, end) in seconds on any clock: the first start becomes 0."""
     zero = min((start for _, start, _ in marks), default=0.0)
     spans = [Span(i, plan.actions[i], start - zero, end - zero) for i, start, end in marks]
     return tuple(sorted(spans, key=lambda s: (s.start, s.index)))

@@ -42,7 +42,7 @@ op use compute
   outputs z
 outputs z
 """
-STEPS = tuple((op, mb, "network" if op == "send" else "compute") for op in ("send", "use") for mb in range(2))
+LAUNCHES = tuple((op, mb, "network" if op == "send" else "compute") for op in ("send", "use") for mb in range(2))
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def executor(cuda: FakeCuda, max_graphs: int = 32) -> CUDAExecutor:
 def chain(text: str = CHAIN, **functions: Any) -> tuple[CapturedProgram, Plan]:
     program = program_of(text)
     functions = {"send": lambda x: x * 3, "use": lambda y: y + 1} | functions
-    return manual(program, **functions), lowered(program, 2, *STEPS)
+    return manual(program, **functions), lowered(program, 2, *LAUNCHES)
 
 
 def replays(cuda: FakeCuda) -> int:

@@ -41,12 +41,12 @@ def test_reordering_keeps_happens_before_and_issues_side_streams_last(seed: int,
     assert closure(ordered) == closure(plan)
     verify(program, ordered)
     assert reorder(ordered) == ordered
-    check_no_side_step_is_early(ordered)
+    check_no_side_action_is_early(ordered)
     SEEN["plans"] += 1
     SEEN["changed"] += ordered != plan
 
 
-def check_no_side_step_is_early(plan: Plan) -> None:
+def check_no_side_action_is_early(plan: Plan) -> None:
     """When a side action is issued, the compute stream can go no further, or has ended."""
     recorded: set[int] = set()
     compute = [s for s in plan.actions if s.stream == COMPUTE_STREAM]

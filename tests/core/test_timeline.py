@@ -28,7 +28,7 @@ STREAMS = ("compute", "network", "side")
 
 @st.composite
 def timelines(draw: st.DrawFn) -> Timeline:
-    """Steps of up to three streams, one after another on each, at whole seconds; some of them of no length."""
+    """Actions of up to three streams, one after another on each, at whole seconds; some of them of no length."""
     actions: list[Action] = []
     marks: list[tuple[int, float, float]] = []
     network = set()

@@ -45,7 +45,7 @@ def test_a_missing_wait_is_rejected_and_would_corrupt_the_result() -> None:
     (right,) = executor.bind(capture, plan, {})([x], [0, 1024], no_context)
     assert torch.equal(right, (x + 1) * 2)
     racy = without(plan, ActionKind.WAIT, "compute")
-    with pytest.raises(PlanError, match=r"does not wait for step|is not joined"):
+    with pytest.raises(PlanError, match=r"does not wait for action|is not joined"):
         verify(capture.program, racy)
     run = executor.bind(capture, racy, {})
     (wrong,) = run([x], [0, 1024], no_context)
