@@ -12,8 +12,8 @@ distance between the first and the third quartile.
 The benchmark also times
 - one hand-off to a worker thread and back with the cpu executor,
 - the lowering and the verification of a program of 1000 operators for two micro-batches,
-- the cost of `strategy: auto` per step: the look-up in the table by number of requests, and all of the begin and the
-  end of an un-split step (look-up, counters, clock).
+- the cost of `strategy: auto` per step: the look-up in the table by number of requests,
+- the begin and the end of an un-split step under it, with look-up, counters and clock.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def body_under(module: torch.nn.Module, strategy: str, **options: Any) -> Body:
 def row(rate: float, times: dict[str, list[float]], body: Body, decision: Any, equal: bool) -> dict[str, Any]:
     """Return the figures of one rate.
 
-    Every second round chooses the best fixed strategy, and all figures are of the other rounds: the luckiest of several
-    that are alike would seem better than it is.
+    Every second round chooses the best fixed strategy, and all figures are of the other rounds. Otherwise the luckiest
+    of several that are alike would seem better than it is.
     """
     ratios = {
         name: [a / b for a, b in zip(times[STOCK], values, strict=True)]

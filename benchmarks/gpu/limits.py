@@ -27,7 +27,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device can do at most."""
+    """The most that a device can do."""
 
     bytes_per_s: float
     flops_per_s: float

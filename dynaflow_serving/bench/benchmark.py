@@ -33,7 +33,7 @@ LENGTH_UNIT = 64  # tokens; the engines' greatest length is a multiple of it
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a comparison of engines and one of servers have in common.
+    """The part that a comparison of engines and one of servers have in common.
 
     Attributes:
         name: The engine's name in `ENGINES`; `engine` is the entry.

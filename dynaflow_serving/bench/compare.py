@@ -88,7 +88,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Engagement:
-    """What DynaFlow did in the timed passes, by its own report.
+    """DynaFlow's steps in the timed passes, by its own report.
 
     Attributes:
         strategy: The strategy's name.

@@ -17,7 +17,7 @@ from dynaflow_serving.bench.settings import EngineSettings, Request
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a started engine says of itself."""
+    """The facts that a started engine reports of itself."""
 
     version: str
     vocabulary: int  # prompts hold token ids below this

@@ -18,7 +18,7 @@ from dynaflow_serving.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class Engine:
-    """What the benchmark must know of an engine beside its own API.
+    """The facts of an engine that the benchmark needs beside its API.
 
     Attributes:
         driver: The `module:class` of a `drivers.EngineDriver`.

@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine is started."""
+    """The settings that an engine is started with."""
 
     model: str
     dtype: str = "auto"

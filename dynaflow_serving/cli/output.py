@@ -1,4 +1,4 @@
-"""What the commands print: plain lines, and the progress of what takes long.
+"""The printing of the commands: plain lines, and the progress of long work.
 
 Contract
 - Lines are printed as they are: no markup, no highlighting, no wrapping.

@@ -29,7 +29,7 @@ LARGE = (1,) * 64 + (100_000,) * 16  # tokens of each request, decode and prefil
 
 @dataclass(frozen=True)
 class ExamplePlan:
-    """What a strategy makes of one example: a verified plan, or the error that kept it from one."""
+    """The result of a strategy on one example: a verified plan, or the error that kept it from one."""
 
     example: str
     strategy: str
@@ -66,7 +66,7 @@ def _variants(config: Config) -> list[tuple[OpScheduler, int]]:
     """Return the strategies to try, each with its number of micro-batches.
 
     These are the candidates of a strategy that chooses among several. Else they are the strategy with each number of
-    `MICRO_BATCHES`, or, where it has no such option, with the number that it splits a large batch into.
+    `MICRO_BATCHES`. Without such an option, the number is the one that the strategy splits a large batch into.
     """
     selector = build_selector(config)
     each = [selector.strategy(candidate) for candidate in selector.candidates]

@@ -1,4 +1,4 @@
-"""What a strategy makes of a model and a batch: the Programs, the split, the Plans and, where asked for, their times.
+"""The explanation of a model and a batch under a strategy: Programs, split, Plans and, where asked for, their times.
 
 Contract
 - An embedded example is planned here. A model is run by its engine for one step of exactly the given batch, and the
@@ -32,7 +32,7 @@ from dynaflow_serving.strategy.splitting import whole
 
 @dataclass(frozen=True)
 class Explanation:
-    """What there is to print and to draw.
+    """Everything that there is to print and to draw.
 
     Attributes:
         model: The model's name in words.
@@ -68,7 +68,7 @@ class Explanation:
         version = f"torch {torch.__version__}"
         notes = [f"Measured on {device_name()}; {self.where}; {version}; the median one of {self.runs} runs"]
         if first.engine_step is not None:
-            notes.append(f"The whole step in the engine, not traced: {first.engine_step}")
+            notes.append(f"The full step in the engine, not traced: {first.engine_step}")
         notes += self.notes
         if any(action.kind is ActionKind.REPLACE for action in first.measured.plan.actions):
             notes.append("A replacement kernel is predicted as the sum of the operators that it replaces")

@@ -1,4 +1,4 @@
-"""How long an action of a plan takes, and what it uses of the device meanwhile: by rooflines, or as measured.
+"""The time of an action of a plan, and its use of the device meanwhile: by rooflines, or as measured.
 
 Contract
 - A `CostModel` gives every action of a plan a `Demand`, or None to those that take no device time (views, frees,

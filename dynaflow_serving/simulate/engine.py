@@ -8,8 +8,8 @@ Contract
   memory-bound operator beside a compute-bound one slows neither much, and two alike take twice as long.
 - Hence critical path <= makespan <= the sum of all operators alone and of the host's issuing. The makespan is not under
   the busy time of any resource.
-- More bandwidth never slows an operator, nor a plan on one stream. It may slow a plan with several streams: an operator
-  that ends sooner lets its successor in beside a critical one (Graham's anomalies, which real devices have too).
+- More bandwidth never slows an operator, nor a plan on one stream. It may slow a plan with several streams, in which an
+  operator that ends sooner lets its successor in beside a critical one. Real devices have such anomalies (Graham) too.
 
 Algorithm
     until all streams are at their end: start all that can start, fix the rates, advance to the next end of a phase

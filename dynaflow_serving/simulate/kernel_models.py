@@ -1,4 +1,4 @@
-"""The kernels of a decoder as rooflines: how long each takes with the device to itself, and what it uses meanwhile.
+"""The kernels of a decoder as rooflines: the time of each with the device to itself, and its use of the device.
 
 Contract
 - Weights are read once per execution, so a split reads them once per micro-batch; activations go by tokens.

@@ -38,7 +38,7 @@ class TuningError(DynaflowError):
 
 @dataclass(frozen=True)
 class TuningJob:
-    """What is tuned, and how its engine is started; None stands for the engine's own default.
+    """The target of tuning, and the settings of its engine; None stands for the engine's own default.
 
     Attributes:
         target: An embedded example, a model directory or a Hugging Face name.
@@ -64,7 +64,11 @@ class TuningJob:
 
     @property
     def selector(self) -> AutoSelector:
-        """Its strategy. Raises `ConfigError` if that decides nothing."""
+        """The selector of its strategy.
+
+        Raises:
+            ConfigError: The strategy decides nothing.
+        """
         selector = build_selector(Config(**self.config))
         if not isinstance(selector, AutoSelector):
             raise ConfigError(

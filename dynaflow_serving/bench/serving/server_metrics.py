@@ -1,8 +1,8 @@
-"""What the two servers say of themselves at /metrics, and whether the comparison shows anything.
+"""The two servers' own metrics at /metrics, and whether the comparison shows anything.
 
 Contract
 - DynaFlow's side counts its steps in `dynaflow_steps_total{strategy, reason}`. The strategy "none" is an un-split step,
-  and `reason` says why. The difference between before and after is what a pass did.
+  and `reason` says why. A pass did the difference between before and after.
 - The baseline has no metric of DynaFlow, before and after each pass: so it is the stock engine.
 - A fixed strategy that split no step in any counted pass compared nothing. The strategy "auto" may decline every
   step, which its counted steps then show.
