@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from dynaflow_serving.core.batch import Batch, Signature
+from dynaflow_serving.core.measurement import in_turn
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import PlanError, ScheduleError
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
@@ -148,8 +149,7 @@ class Tuner:
         for number in range(2 * self.options.pairs):
             if number == self.options.pairs and _lost(trial, noise(plain), self.options.min_gain):
                 break
-            order = (PLAIN, trial.candidate) if number % 2 == 0 else (trial.candidate, PLAIN)
-            seconds = {label: self._seconds(label, batch) for label in order}
+            seconds = {label: self._seconds(label, batch) for label in in_turn((PLAIN, trial.candidate), number)}
             plain.append(seconds[PLAIN])
             trial.ratios.append(seconds[PLAIN] / seconds[trial.candidate])
             if number >= 2 and max(trial.ratios) < 1:
