@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Harnesses that several folders of tests share are imported by their bare names, in processes that tests start too.
 sys.path.append(str(Path(__file__).with_name("shared")))
+
+# A failure can be repeated, and a busy machine causes none.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):

@@ -139,6 +139,7 @@ def measured(strategy: OpScheduler) -> Timeline:
         executor.close()
 
 
+@pytest.mark.alone
 def test_a_network_operator_on_its_own_stream_overlaps_and_on_the_same_stream_it_does_not() -> None:
     """Ideal: c0@0 | c0@1 n0@0 | n0@1 c1@0 | c1@1 n1@0 | n1@1, that is, 3 of 5."""
     overlapped, in_turn = measured(NanoFlow()), measured(Sequential())
