@@ -1,12 +1,13 @@
 """Three tiny models with marks, for golden plans, `dynaflow explain` and benchmarks.
 
 Contract
-- Pure torch, on the CPU, no process group: a collective is simulated by a marked elementwise function
-  (`all_reduce` doubles its input, as if one other rank held the same), so that a plan has real network
-  operators with checkable results.
-- `llama`: two tensor-parallel decoder layers, two all-reduces each. `moe`: two layers with dispatch,
-  experts, combine, and a shared expert that depends on neither. `dit`: two dual-stream blocks of a diffusion
-  transformer (MM-DiT, arXiv 2403.03206, without modulation): image and text tokens of a sample meet in attention only.
+- The models are pure torch, on the CPU, without a process group.
+- A marked elementwise function stands for a collective: `all_reduce` doubles its input, as if one other rank held the
+  same. A plan therefore has real network operators with results that can be checked.
+- `llama` has two tensor-parallel decoder layers with two all-reduces each.
+- `moe` has two layers with dispatch, experts and combine, and a shared expert that depends on none of them.
+- `dit` has two dual-stream blocks of a diffusion transformer (MM-DiT, arXiv 2403.03206, without modulation). Image and
+  text tokens of a sample come together in attention only.
 - The batch dimension is symbolic: one capture serves every size from 2.
 """
 
@@ -125,7 +126,7 @@ class Model(nn.Module):
 
 
 class DiTStream(nn.Module):
-    """What one modality has for itself in a dual-stream block: before and after the joint attention."""
+    """One modality's own part of a dual-stream block, before and after the joint attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class DiTStream(nn.Module):
 
 
 class DualStreamBlock(nn.Module):
-    """image, text: [samples, IMAGE or TEXT, HIDDEN]."""
+    """A block over image [samples, IMAGE, HIDDEN] and text [samples, TEXT, HIDDEN]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +162,7 @@ class DualStreamBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """[samples, HIDDEN] -> [samples, HIDDEN]; two projections stand for the patch and the text embedding."""
+    """A model [samples, HIDDEN] -> [samples, HIDDEN]; projections stand for the patch and the text embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ EXAMPLES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "moe": moe, "dit
 
 
 def example_capture(name: str) -> CapturedProgram:
-    """The model called `name` as a Program with its callables; the weights are the same each time."""
+    """Capture the example called `name`; its weights are the same each time."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = EXAMPLES[name]()
@@ -198,9 +199,12 @@ def example_capture(name: str) -> CapturedProgram:
 
 
 def capture_model(model: nn.Module, *examples: torch.Tensor, **options: Any) -> CapturedProgram:
-    """`model` traced by Dynamo with a symbolic batch (dimension 0 of `examples`), parameters as constants.
+    """Trace `model` by Dynamo with a symbolic batch, and capture its graph with the parameters as constants.
 
-    options: `rules` and `effects` of `partition`.
+    Args:
+        model: the model.
+        examples: its arguments; dimension 0 is the batch.
+        options: `rules` and `effects` of `partition`.
     """
     graphs: list[tuple[fx.GraphModule, list[torch.Tensor]]] = []
 

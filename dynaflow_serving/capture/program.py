@@ -1,9 +1,9 @@
-"""A Program with everything needed to run it: what either front-end makes.
+"""A Program with everything needed to run it. Both front-ends make one.
 
 Contract
-- Operator callables take the Program's input values in order and return one output bare, several as a tuple. `into`
-  variants take, after the inputs, one buffer for each of `Operator.into`.
-- The model's nested output structure is rebuilt by `CapturedProgram.rebuild`.
+- An operator's function takes the operator's input values in order, and returns one output bare, several as a tuple.
+- An `into` variant takes, after the inputs, one buffer for each of `Operator.into`.
+- `CapturedProgram.rebuild` rebuilds the model's nested result from the Program's outputs.
 """
 
 from __future__ import annotations
@@ -27,22 +27,36 @@ PlanFunction = Callable[[Sequence[Any], Sequence[int], Enter], list[Any]]
 
 @dataclass
 class CapturedProgram:
-    """A Program with everything needed to run it."""
+    """A Program, the functions of its operators, and what a plan needs to cut, merge and return values.
+
+    Attributes:
+        program: the Program.
+        functions: operator -> its function.
+        into: operator -> its variant that writes into given buffers.
+        buffers: value -> a function tokens -> the empty buffer that it is merged into.
+        mergers: value -> a function parts -> the merged value; any other value is concatenated.
+        constants: values of the Program's last inputs, tensors that the graph or the model holds.
+        rebuild: a function outputs of the Program -> the model's result.
+        pieces: operator -> its FX graph, where there is one.
+        nodes: value -> the name of its node in the captured graph.
+        one_stream: operators that share a stream within a micro-batch, because they run one frame.
+        static_context: whether the integration promises that context keeps its addresses and host values over steps.
+    """
 
     program: Program
     functions: dict[str, Callable[..., Any]]
     into: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    buffers: dict[str, Callable[[int], torch.Tensor]] = field(default_factory=dict)  # value -> empty(tokens)
-    mergers: dict[str, Callable[[Sequence[torch.Tensor]], torch.Tensor]] = field(default_factory=dict)  # else: cat
-    constants: tuple[Any, ...] = ()  # values of the last program inputs: tensors held by the graph
+    buffers: dict[str, Callable[[int], torch.Tensor]] = field(default_factory=dict)
+    mergers: dict[str, Callable[[Sequence[torch.Tensor]], torch.Tensor]] = field(default_factory=dict)
+    constants: tuple[Any, ...] = ()
     rebuild: Callable[[list[Any]], Any] = tuple
-    pieces: dict[str, fx.GraphModule] = field(default_factory=dict)  # operator -> its graph, where known
-    nodes: dict[str, str] = field(default_factory=dict)  # value -> the node of the captured graph that it is
-    one_stream: frozenset[str] = frozenset()  # operators that share a stream within a micro-batch: they run one frame
-    static_context: bool = False  # the integration's promise: context keeps its addresses and host values over steps
+    pieces: dict[str, fx.GraphModule] = field(default_factory=dict)
+    nodes: dict[str, str] = field(default_factory=dict)
+    one_stream: frozenset[str] = frozenset()
+    static_context: bool = False
 
     def token_counter(self) -> Callable[[Sequence[Any]], int]:
-        """A function arguments -> number of tokens. Raises `PartitionError` if no input has a token axis."""
+        """Return a function arguments -> number of tokens. Raises `PartitionError` if no input has a token axis."""
         for i, v in enumerate(self.program.inputs):
             value = self.program.values[v]
             if value.axis is not None:

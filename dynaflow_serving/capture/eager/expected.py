@@ -1,8 +1,8 @@
 """The border call that a frame must come to, as it was recorded, and the meta tensors that let a frame run ahead.
 
 Contract
-- `ExpectedCall.check` raises `Diverged` where a frame calls another border than the recorded one, or the same border
-  with another number of arguments, other constants, or other tensors of the call before.
+- `ExpectedCall.check` raises `Diverged` where a frame calls another border than the recorded one. It does so too where
+  the number of arguments, a constant, or a tensor from the call before is another.
 - A meta tensor has the shape and dtype of a border's result for the frame's number of tokens, and no memory.
 """
 

@@ -5,8 +5,8 @@ Contract
 - Events alternate: a section of the model's code, a border call, ..., the last section.
 - Every ATen call of a section is seen, with the module that makes it. Kernels launched past torch's dispatcher are
   not, so a plan keeps the model's own order within a micro-batch, whatever was recorded.
-- A recording says why its model cannot be split: a section reads a tensor's value (a micro-batch may take another
-  branch than the whole batch), or a border call is inside a CUDA stream block or a dispatch mode.
+- A recording says why its model cannot be split. One reason is a section that reads a tensor's value: a micro-batch
+  may take another branch than the whole batch. Another is a border call in a CUDA stream block or a dispatch mode.
 """
 
 from __future__ import annotations

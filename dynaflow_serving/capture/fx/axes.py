@@ -5,8 +5,8 @@ Contract
   a token are adjacent (`rows`), as after a reshape.
 - A value is local to its micro-batch where the rows of a token are not adjacent (two copies of the batch, one after the
   other). So are numbers of the tokens that only address each token's own data.
-- The graph mixes tokens where a size depends on the token symbol in any other way, where a value
-  has two token axes, and where a result that was computed from tokens has none. It must not be split then.
+- A graph that mixes tokens must not be split. It mixes them if a size depends on the token symbol in any other way, if
+  a value has two token axes, or if a result that was computed from tokens has none.
 - Operators that keep the shape but mix along the axis (softmax, cumsum, attention, flip ...) are known by name
   (`mixing`). Reshapes across the axis and arithmetic with the number of tokens are refused too.
 - An opaque operator (a custom kernel) is trusted to treat tokens independently.

@@ -4,8 +4,8 @@ Contract
 - A variant is offered where the call that makes the result has an `out=` form with the same arithmetic. With
   `copy=True` it is offered elsewhere too, by a final `copy_` that a compiler is expected to fuse into the producer.
 - A buffer's shape depends on the number of tokens only.
-- A buffer is laid out in memory like the tensor that it stands for, because a later `view` of the graph holds for the
-  strides of that layout. The result of a merge that copies is laid out like that too.
+- A buffer has the memory layout of the tensor that it stands for: a later `view` of the graph holds for those strides.
+  The result of a merge that copies has it too.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a node writes in place and what aliases what, from operator schemas and fake tensors.
+"""Writes in place and aliases of nodes, read from operator schemas and fake tensors.
 
 Contract
-- Aliasing is storage identity of the nodes' fake tensors, so views through any operator are seen.
-- Writes come from schemas (`Tensor(a!)`), the trailing-underscore convention, `out=`, `inplace=True`,
-  `x += y` and `x[i] = y`. A mutating construct that is none of these is refused by name.
-- Engine state that no schema shows (a KV cache reached through a layer name) is declared by the
-  integration as an `EffectTable`.
+- Two values alias if their nodes' fake tensors share a storage, so views through any operator are seen.
+- A write shows in a schema (`Tensor(a!)`), a trailing underscore, `out=`, `inplace=True`, `x += y` or `x[i] = y`. A
+  mutating construct that is none of these is refused by name.
+- An integration declares engine state that no schema shows (a KV cache reached through a layer name) as an
+  `EffectTable`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _IN_PLACE = {
 
 
 def storage_id(node: fx.Node) -> int | None:
+    """Return the identity of the memory of a node's value; None without strided memory."""
     value = fake_value(node)
     if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         return int(value.untyped_storage()._cdata)
@@ -40,34 +41,46 @@ def storage_id(node: fx.Node) -> int | None:
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """The argument nodes whose memory `node` writes. Raises `PartitionError` for what it cannot judge."""
-    args: list[Any] = []
-    target = node.target
+    """Return the argument nodes whose memory `node` writes.
+
+    Raises:
+        PartitionError: `node` mutates its arguments in a way that cannot be seen.
+    """
+    written: list[Any] = []
     if node.op == "call_method":
-        name = str(target)
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            args = [node.args[0]]
+        if node.target == "__setitem__" or _ends_in_underscore(str(node.target)):
+            written = [node.args[0]]
     elif node.op == "call_function":
-        if isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in str(target):
-            raise PartitionError(f"{node.name}: {target} mutates its arguments in ways that cannot be seen")
-        if (schema := _schema(target)) is not None:
-            for i, argument in enumerate(schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    args.append(node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None))
-        elif target in _IN_PLACE or node.kwargs.get("inplace") is True:
-            args = [node.args[0]]
-        else:
-            name = getattr(target, "__name__", "")
-            if name.endswith("_") and not name.endswith("__"):
-                args = [node.args[0]]
-            args.append(node.kwargs.get("out"))
-    flat: list[fx.Node] = []
-    for a in args:
-        fx.node.map_arg(a, flat.append)
-    return flat
+        written = _written_by_function(node)
+    nodes: list[fx.Node] = []
+    for argument in written:
+        fx.node.map_arg(argument, nodes.append)
+    return nodes
+
+
+def _written_by_function(node: fx.Node) -> list[Any]:
+    target: Any = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in str(target):
+        raise PartitionError(f"{node.name}: {target} mutates its arguments in ways that cannot be seen")
+    if (schema := _schema(target)) is not None:
+        return [
+            node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+            for i, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+    in_place = target in _IN_PLACE or node.kwargs.get("inplace") is True
+    if in_place or _ends_in_underscore(getattr(target, "__name__", "")):
+        return [node.args[0], node.kwargs.get("out")]
+    return [node.kwargs.get("out")]
+
+
+def _ends_in_underscore(name: str) -> bool:
+    """Whether a name follows torch's convention for writing in place."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def declared_effects(node: fx.Node, table: EffectTable) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the engine states that `node` reads and those that it writes, by the integration's table."""
     for name in function_names(node) & table.keys():
         return table[name](node)
     return (), ()
@@ -81,7 +94,7 @@ def _schema(target: Any) -> Any:
 
 
 def hidden_edges(gm: fx.GraphModule, effects: EffectTable) -> dict[fx.Node, set[fx.Node]]:
-    """Node -> earlier nodes it must follow because of in-place writes and declared engine state."""
+    """Return node -> earlier nodes that it must follow because of writes in place and declared engine state."""
     edges: dict[fx.Node, set[fx.Node]] = defaultdict(set)
     writer: dict[Any, fx.Node] = {}
     readers: dict[Any, list[fx.Node]] = defaultdict(list)
@@ -103,7 +116,16 @@ def hidden_edges(gm: fx.GraphModule, effects: EffectTable) -> dict[fx.Node, set[
 def piece_effects(
     graph: fx.GraphModule, storages: list[str], effects: EffectTable
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Storages of arguments that the piece writes in place, and the engine states it writes and reads."""
+    """Return what a piece writes, and what engine state it reads.
+
+    Args:
+        graph: the piece.
+        storages: of its arguments.
+        effects: the integration's table.
+
+    Returns:
+        The storages and engine states that it writes in place, and the engine states that it only reads.
+    """
     holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     argument = {storage_id(p): s for p, s in zip(holders, storages, strict=True)}
     argument.pop(None, None)

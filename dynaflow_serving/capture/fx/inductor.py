@@ -1,8 +1,8 @@
-"""Inductor for the operators of a plan: each is compiled by itself, so that a schedule can still order them.
+"""Inductor for the operators of a Program: each is compiled by itself, so that a schedule can still order them.
 
 Contract
 - Annotated operators that carry tags (attention, collectives: one call each) run as they are.
-- Operators that make the graph's outputs get a second form that writes into a merge buffer; its copy is fused.
+- Operators that make the graph's outputs get a second form that writes into a merge buffer. Inductor fuses its copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dynaflow_serving.capture.program import CapturedProgram
 
 
 def compile_pieces(capture: CapturedProgram, options: Mapping[str, Any]) -> None:
-    """Compile in place. `options`: Inductor's config patches."""
+    """Replace the functions of `capture` by compiled ones. `options` are Inductor's config patches."""
     outputs = set(capture.program.outputs)
     last = {o.name for o in capture.program.operators if outputs & set(o.outputs)}
     add_into_variants(capture, copy=True, only=last)
@@ -37,6 +37,6 @@ def _compile(piece: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
     copy = fx.GraphModule(piece, piece.graph)  # Inductor changes what it is given
     inputs = [fake_value(n) for n in copy.graph.nodes if n.op == "placeholder"]
     mode = torch._guards.detect_fake_mode(inputs)
-    with torch._guards.tracing(torch._guards.TracingContext(mode)):  # that of the whole graph is not the piece's
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):  # the whole graph's is not the piece's
         compiled: Any = compile_fx(copy, inputs, config_patches=dict(options))
     return cast(Callable[..., Any], compiled)

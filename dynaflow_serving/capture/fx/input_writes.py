@@ -1,10 +1,10 @@
-"""What an ATen graph writes into its inputs: AOT autograd leaves `input.copy_(result)` at the end of the graph.
+"""Writes of an ATen graph into its inputs: AOT autograd leaves `input.copy_(result)` at the end of the graph.
 
 Contract
-- An input with a token axis (a KV cache) is written in place where the result is made, without a copy, if the
-  operator has an in-place form and nothing reads the old contents afterwards; else the copy stays.
-- An input without one (a counter of past tokens) would be written once per micro-batch: its new contents become
-  an extra output, which the caller copies once, after the plan.
+- An input with a token axis (a KV cache) is written in place where the result is made, without a copy. The copy stays
+  if the operator has no in-place form, or if a later node reads the old contents.
+- An input without a token axis (a counter of past tokens) would be written once per micro-batch. Its new contents
+  become an extra output, which the caller copies once, after the plan.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from dynaflow_serving.capture.fx.symbols import fake_value
 
 
 def settle_input_writes(gm: fx.GraphModule, rows: Rows) -> list[int]:
-    """Rewrite the final copies of `gm` in place. Returns the positions of the inputs whose new contents are
-    extra outputs, in their order."""
+    """Rewrite the final copies of `gm`, which is changed.
+
+    Returns:
+        The positions of the inputs whose new contents are extra outputs, in the outputs' order.
+    """
     graph = gm.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in graph.nodes if n.op == "output")
@@ -47,7 +50,7 @@ def settle_input_writes(gm: fx.GraphModule, rows: Rows) -> list[int]:
 
 
 def _in_place_form(node: fx.Node) -> Any:
-    """`aten.index_copy_.default` for `aten.index_copy.default`; None where there is none with equal arguments."""
+    """Return `aten.index_copy_.default` for `aten.index_copy.default`; None without one with equal arguments."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None

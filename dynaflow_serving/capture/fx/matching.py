@@ -1,9 +1,9 @@
-"""Where an FX graph is cut: the rules' matches, written into the graph.
+"""Annotations of an FX graph's nodes: the rules' matches are written into the graph, beside the marks.
 
 Contract
-- One carrier: everything ends up in `node.meta["custom"]["dynaflow"]`, which `torch.fx.traceback.annotate` (`mark`)
-  fills while tracing and which survives AOT autograd. Rules are written there before lowering.
-- A required rule that matches no node is an `AnnotationError` that lists what could have matched.
+- Every annotation is in `node.meta["custom"]["dynaflow"]`. `torch.fx.traceback.annotate` (`mark`) fills it while Dynamo
+  traces, and it survives AOT autograd. `apply_rules` fills it afterwards.
+- A required rule that matches no node is an `AnnotationError`, which lists what could have matched.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ KEY = "dynaflow"
 
 
 def apply_rules(gm: fx.GraphModule, rules: Iterable[Rule]) -> None:
-    """Write every rule's matches into the nodes' annotations; marks already there win.
+    """Write every rule's matches into the nodes' annotations; annotations already there win.
 
-    Raises `AnnotationError` for a required rule that matches nothing.
+    Raises:
+        AnnotationError: a required rule matches nothing.
     """
     nodes = calls(gm)
     for rule in rules:
@@ -41,10 +42,11 @@ def apply_rules(gm: fx.GraphModule, rules: Iterable[Rule]) -> None:
 
 
 def calls(graph: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that do something."""
+    """Return the nodes that call something."""
     return [n for n in graph.graph.nodes if n.op in CALLS]
 
 
 def region_of(node: fx.Node) -> dict[str, Any] | None:
+    """Return the annotation of a call; None without."""
     region = node.meta.get("custom", {}).get(KEY) if node.op in CALLS else None
     return dict(region) if region else None

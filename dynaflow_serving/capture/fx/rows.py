@@ -1,11 +1,11 @@
-"""How many rows a token has along its axis, and whether they are adjacent: what can be cut and merged.
+"""The rows that a token has along its axis, and whether they are adjacent, so that a value can be cut and merged.
 
 Contract
-- `adjacent[name]` = k > 1: the node's token axis has k * tokens rows, and those of one token are side by side,
-  as after a reshape of (tokens, k, ...) to (tokens * k, ...). Cutting at multiples of k cuts between tokens.
-- `tiled`: nodes whose rows are known not to lie like that (two copies of the batch, one after the other).
-- `numbers`: nodes that number the tokens only to address each token's own row, as transformers' attention
-  masks do (`mask[batch_index, position]`). They mean the same in every micro-batch, and only there.
+- `adjacent` holds nodes whose token axis has k * tokens rows, k > 1, where those of one token are side by side. A reshape
+  of (tokens, k, ...) to (tokens * k, ...) makes such rows. A cut at a multiple of k is a cut between tokens.
+- `tiled` holds nodes whose rows are known not to be adjacent (two copies of the batch, one after the other).
+- `numbers` holds nodes that number the tokens only to address each token's own row, as transformers' attention masks
+  do (`mask[batch_index, position]`). They mean the same in every micro-batch, and only there.
 """
 
 from __future__ import annotations
@@ -25,33 +25,44 @@ _KEEPS_NUMBERS = {"slice", "unsqueeze", "view", "expand", "_to_copy", "to", "ali
 
 
 class Rows:
+    """Follows the rows of tokens through a graph."""
+
     def __init__(self, tokens: Set[Any], known: Mapping[str, int] | None = None) -> None:
-        """`tokens`: symbols of the token count. `known`: `adjacent` of inputs (a backward graph's saved values)."""
+        """Start a graph.
+
+        Args:
+            tokens: the token symbols.
+            known: `adjacent` of inputs, such as the saved values of a backward graph.
+        """
         self.tokens = tokens
         self.adjacent: dict[str, int] = dict(known or {})
         self.tiled: set[str] = set()
         self.numbers: set[str] = set()
 
     def has_axis(self, fake: Any) -> bool:
+        """Whether a size of a tensor depends on the number of tokens."""
         return isinstance(fake, torch.Tensor) and any(self._depends(s) for s in fake.shape)
 
     def per_token(self, size: Any) -> int:
-        """k for a size of k * tokens, 0 for any other."""
+        """Return k for a size of k * tokens, and 0 for any other size."""
         ratios = [ratio for t in self.tokens if (ratio := expression(size) / t).is_Integer]
         return int(ratios[0]) if ratios else 0
 
     def outside(self, fake: torch.Tensor) -> Any:
-        """The product of the sizes before the token axis."""
+        """Return the product of the sizes before the token axis."""
         sizes = list(fake.shape)
         axis = next(d for d, size in enumerate(sizes) if self._depends(size))
         return sympy.Mul(*map(expression, sizes[:axis]))
 
     def follow(self, node: fx.Node, names: Set[str]) -> None:
-        """Note how the rows of `node`'s result lie: reshapes put them side by side, what else keeps their number
-        keeps their order (what does not is refused by `axes`), what multiplies them tiles."""
+        """Note whether the rows of `node`'s result are adjacent.
+
+        A reshape puts the rows of a token side by side. Any other operator that keeps their number keeps their order;
+        `axes` refuses those that do not. An operator that multiplies their number tiles them.
+        """
         fake = fake_value(node)
-        inputs = {a.name: k for a in node.all_input_nodes if (k := self._of(a)) > 1}
-        rows = self._of(node) if isinstance(fake, torch.Tensor) else max(inputs.values(), default=0)
+        inputs = {a.name: k for a in node.all_input_nodes if (k := self._rows_of(a)) > 1}
+        rows = self._rows_of(node) if isinstance(fake, torch.Tensor) else max(inputs.values(), default=0)
         if rows < 2:
             return
         if inputs.keys() & self.tiled:
@@ -62,7 +73,8 @@ class Rows:
             if known and self.outside(source) == self.outside(fake):
                 self.adjacent[node.name] = rows
         elif not inputs:
-            if any(self._of(a) for a in node.all_input_nodes):  # a new buffer (torch.empty) holds no token's rows yet
+            # A new buffer (torch.empty) holds no token's rows yet.
+            if any(self._rows_of(a) for a in node.all_input_nodes):
                 self.tiled.add(node.name)
         elif all(self.adjacent.get(name) == k == rows for name, k in inputs.items()):
             self.adjacent[node.name] = rows
@@ -70,7 +82,7 @@ class Rows:
     def address_own(self, node: fx.Node) -> bool:
         """Whether `node`, an arange over the tokens, is used for nothing but to index each token's own row."""
         whole = not node.kwargs.get("step") and (len(node.args) == 1 or (len(node.args) == 2 and node.args[0] == 0))
-        if not whole or "arange" not in function_names(node) or self._of(node) != 1:
+        if not whole or "arange" not in function_names(node) or self._rows_of(node) != 1:
             return False
         found, stack = {node}, [node]
         while stack:
@@ -79,7 +91,7 @@ class Rows:
                 if self._indexes_with(user, carrier) or user in found:
                     continue
                 tensors = [n for n in user.all_input_nodes if isinstance(fake_value(n), torch.Tensor)]
-                if not function_names(user) & _KEEPS_NUMBERS or tensors != [carrier] or self._of(user) != 1:
+                if not function_names(user) & _KEEPS_NUMBERS or tensors != [carrier] or self._rows_of(user) != 1:
                     return False
                 found.add(user)
                 stack.append(user)
@@ -96,8 +108,8 @@ class Rows:
         at = [d for d, i in enumerate(index) if i is carrier]
         return len(at) == 1 and at[0] < source.dim() and self.per_token(source.shape[at[0]]) == 1
 
-    def _of(self, node: fx.Node) -> int:
-        """Rows per token of a tensor with one token axis, or of the tuple that `adjacent` knows; else 0."""
+    def _rows_of(self, node: fx.Node) -> int:
+        """Return the rows per token of a tensor with one token axis, or of a tuple that `adjacent` knows; else 0."""
         fake = fake_value(node)
         if not isinstance(fake, torch.Tensor):
             return self.adjacent.get(node.name, 0)

@@ -1,9 +1,9 @@
 """`x.size()` as one integer per dimension, so that no `torch.Size` crosses an operator's border.
 
 Contract
-- Static dimensions become constants, a dimension that a graph input already carries becomes that input,
-  any other a size look-up of its own.
-- Compilers of single operators take tensors and symbolic integers, not `torch.Size`.
+- A static dimension becomes a constant. A dimension that is a graph input becomes that input. Any other dimension gets
+  a size look-up of its own.
+- The reason: compilers of single operators take tensors and symbolic integers, not `torch.Size`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dynaflow_serving.capture.fx.symbols import fake_value
 
 
 def decompose_sizes(gm: fx.GraphModule) -> None:
-    """Rewrite whole-shape look-ups in place."""
+    """Rewrite the look-ups of whole shapes; `gm` is changed."""
     known = {
         fake.node.expr: n
         for n in gm.graph.nodes
@@ -41,6 +41,7 @@ def decompose_sizes(gm: fx.GraphModule) -> None:
 
 
 def _dimension(gm: fx.GraphModule, node: fx.Node, tensor: fx.Node, d: int, known: dict[Any, fx.Node]) -> Any:
+    """Return dimension `d` of `tensor` as a constant or a node before `node`; `known` are sizes that are inputs."""
     size = fake_value(tensor).shape[d]
     if not isinstance(size, torch.SymInt):
         return size
@@ -53,6 +54,7 @@ def _dimension(gm: fx.GraphModule, node: fx.Node, tensor: fx.Node, d: int, known
 
 
 def _put(old: fx.Node, new: Any, argument: fx.Node) -> Any:
+    """Return `new` for `old`, and any other argument as it is."""
     return new if argument is old else argument
 
 

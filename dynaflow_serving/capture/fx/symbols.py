@@ -1,4 +1,8 @@
-"""The fake values of a graph's nodes, and the symbols in their sizes."""
+"""The fake values of a graph's nodes, and the symbols in their sizes.
+
+Contract
+- A token symbol is a sympy symbol that stands for the number of tokens of the batch. Several may stand for one number.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,17 @@ from torch import fx
 
 
 def fake_value(node: fx.Node) -> Any:
-    """The fake tensor or symbolic size that tracing left on `node` (AOT: val, Dynamo: example_value)."""
+    """Return the fake tensor or symbolic size that tracing left on `node` (AOT: val, Dynamo: example_value)."""
     return node.meta.get("val", node.meta.get("example_value"))
 
 
 def expression(size: Any) -> Any:
+    """Return a size as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
 def input_symbols(gm: fx.GraphModule) -> set[Any]:
-    """All symbols in the sizes of the inputs: the token symbols, where only the number of tokens is dynamic."""
+    """Return all symbols in the inputs' sizes: the token symbols, where only the number of tokens is dynamic."""
     symbols: set[Any] = set()
     for n in gm.graph.nodes:
         if n.op == "placeholder":
@@ -31,7 +36,7 @@ def input_symbols(gm: fx.GraphModule) -> set[Any]:
 
 
 def batch_symbols(gm: fx.GraphModule, batch_dim: int) -> set[Any]:
-    """The symbol that most tensor inputs have at `batch_dim`: the token symbol, where other sizes are dynamic too."""
+    """Return the symbol that most inputs have at `batch_dim`: the token symbol, where other sizes are dynamic too."""
     count: Counter[Any] = Counter()
     for n in gm.graph.nodes:
         if n.op == "placeholder":
