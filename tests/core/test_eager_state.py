@@ -48,7 +48,7 @@ class InState(nn.Module):
 
 @pytest.mark.parametrize("name", STATES)
 def test_state_is_kept_apart(name: str) -> None:
-    """Frames enter, suspend inside, and leave in another order than they entered; so does the driver between them."""
+    """Frames enter, suspend inside, and leave in another order than they entered; so does their caller between them."""
     enter, look = STATES[name]
     model = InState(enter, look)
     made = EagerCapture(model.forward, model, RULES[:1])

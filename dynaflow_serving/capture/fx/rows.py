@@ -1,8 +1,8 @@
 """The rows that a token has along its axis, and whether they are adjacent, so that a value can be cut and merged.
 
 Contract
-- `adjacent` holds nodes whose token axis has k * tokens rows, k > 1, where those of one token are side by side. A reshape
-  of (tokens, k, ...) to (tokens * k, ...) makes such rows. A cut at a multiple of k is a cut between tokens.
+- `adjacent` holds nodes whose token axis has k * tokens rows, k > 1, where those of one token are side by side. A
+  reshape of (tokens, k, ...) to (tokens * k, ...) makes such rows. A cut at a multiple of k is a cut between tokens.
 - `tiled` holds nodes whose rows are known not to be adjacent (two copies of the batch, one after the other).
 - `numbers` holds nodes that number the tokens only to address each token's own row, as transformers' attention masks
   do (`mask[batch_index, position]`). They mean the same in every micro-batch, and only there.
