@@ -1,12 +1,17 @@
-"""Engine integrations, one package each, against the protocol in `base`."""
+"""The systems that DynaFlow hooks, one package each.
+
+Contract
+- This registry is data: importing it imports no system and no integration.
+"""
+
+from __future__ import annotations
 
 from dynaflow_serving.integrations.base import Integration
-from dynaflow_serving.integrations.sglang import SGLangIntegration
-from dynaflow_serving.integrations.transformers import TransformersIntegration
-from dynaflow_serving.integrations.vllm import VLLMIntegration
 
-INTEGRATIONS: dict[str, Integration] = {
-    i.name: i for i in (VLLMIntegration(), SGLangIntegration(), TransformersIntegration())
-}
+VLLM = Integration("vllm", "vllm", ("0.32.0",))
+SGLANG = Integration("sglang", "sglang", ("0.5.23",))
+TRANSFORMERS = Integration("transformers", "transformers", ("5.19.0",))
 
-__all__ = ["INTEGRATIONS", "Integration"]
+INTEGRATIONS = {i.name: i for i in (VLLM, SGLANG, TRANSFORMERS)}
+
+__all__ = ["INTEGRATIONS", "SGLANG", "TRANSFORMERS", "VLLM", "Integration"]

@@ -1,33 +1,36 @@
-"""What an engine integration offers, as narrow as the engines let it be.
+"""What every integration of a system has.
 
 Contract
-- `attach` hooks the engine in this process; it is idempotent, imports the engine itself, and is called by
-  the engine's own plugin mechanism, or, where there is none, when a model is enabled. Nothing is changed
-  for engines that do not ask for DynaFlow.
-- A release outside `supported` is an `InactiveError` naming the supported ones; it is raised before weights load.
-- What an integration does in a worker (capture, describe a step's batch, enter a micro-batch's context) it
-  does with a `session.Session`, which decides, counts, reports and compares ranks for every engine alike.
+- A system's own plug-in mechanism calls `plugin.register`, which hooks the system in this process. It is idempotent,
+  imports nothing heavy, and changes nothing for processes that do not ask for DynaFlow. Where there is no mechanism,
+  the user enables a model.
+- A release outside `supported` is an `InactiveError` that names the supported ones. It is raised before weights load.
+- What an integration does in a worker (capture, describe a step's batch, enter a micro-batch's context) it does with
+  a `Session` and a `SplitForward`.
 """
 
 from __future__ import annotations
 
-import abc
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar
 
 from dynaflow_serving.errors import InactiveError
 
+KEY = "dynaflow"  # of the config, among a system's own arguments
 
-class Integration(abc.ABC):
-    """One engine. Instances are listed in `INTEGRATIONS`, for `dynaflow doctor` and `dynaflow bench`."""
 
-    name: ClassVar[str]
-    package: ClassVar[str]  # distribution whose version counts
-    supported: ClassVar[tuple[str, ...]]  # releases that were tested
+@dataclass(frozen=True)
+class Integration:
+    """One system.
 
-    @abc.abstractmethod
-    def attach(self) -> None:
-        """Hook the engine in this process."""
+    Attributes:
+        package: The distribution whose version counts.
+        supported: The releases that were tested.
+    """
+
+    name: str
+    package: str
+    supported: tuple[str, ...]
 
     def installed_version(self) -> str | None:
         try:
@@ -35,11 +38,15 @@ class Integration(abc.ABC):
         except PackageNotFoundError:
             return None
 
+    def is_supported(self) -> bool:
+        """Whether the installed release was tested; its local part, as in +cpu, does not count."""
+        return (self.installed_version() or "").partition("+")[0] in self.supported
+
     def check_release(self) -> None:
-        """Raise `InactiveError` unless the installed release (its local part, as in +cpu, aside) is supported."""
-        installed = self.installed_version()
-        if installed is None or installed.partition("+")[0] not in self.supported:
+        """Raise `InactiveError` unless the installed release is supported."""
+        if not self.is_supported():
             raise InactiveError(
-                f"DynaFlow supports {self.name} {', '.join(self.supported)}; installed is {installed or 'none'}. "
-                f"Install a supported release, or remove the dynaflow option to run {self.name} as it is."
+                f"DynaFlow supports {self.name} {', '.join(self.supported)}; installed is "
+                f"{self.installed_version() or 'none'}. Install a supported release, or remove the dynaflow option to "
+                f"run {self.name} as it is."
             )

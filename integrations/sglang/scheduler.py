@@ -1,9 +1,9 @@
 """Scheduler processes under DynaFlow, and the parent's proof that all of them are.
 
 Contract
-- SGLang publishes its arguments early in every process; that is where DynaFlow enters, for errors raised there end the
-  process, while those of plugins are logged and swallowed. Only then are SGLang's classes touched, and only in the
-  processes that need it.
+- SGLang publishes its arguments early in every process; that is where `plugin` calls `enter`, for errors raised there
+  end the process, while those of plugins are logged and swallowed. Only then are SGLang's classes touched, and only in
+  the processes that need it.
 - A scheduler reports ready only after the ranks have agreed on their plans and the policy has decided (where the
   strategy is one that decides), and says then which strategy is on, "" if the config let it fall back. The parent
   refuses to go on if one says nothing.
@@ -21,18 +21,14 @@ from typing import Any
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.integrations.sglang.server_args import KEY, active_config
+from dynaflow_serving.integrations.base import KEY
+from dynaflow_serving.integrations.sglang.server_args import active_config
 
 logger = logging.getLogger("sglang.dynaflow")
 
 
-def attach() -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register("sglang.srt.runtime_context.publish", _published, HookType.AFTER)
-
-
-def _published(context: Any, server_args: Any, *, role: str, **_: Any) -> None:
+def enter(server_args: Any, role: str) -> None:
+    """Touch SGLang's classes in this process, if it needs that. `role`: of the process, as SGLang says."""
     active = active_config(server_args) is not None
     if role == "scheduler" and active:
         _enter_scheduler()

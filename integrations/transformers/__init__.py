@@ -16,20 +16,11 @@ from typing import Any, TypeVar
 
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.integrations.base import Integration
+from dynaflow_serving.integrations import TRANSFORMERS
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.report import WorkerReport
 
 Model = TypeVar("Model")
-
-
-class TransformersIntegration(Integration):
-    name = "transformers"
-    package = "transformers"
-    supported = ("5.19.0",)
-
-    def attach(self) -> None:
-        self.check_release()
 
 
 def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overlap") -> Model:
@@ -43,7 +34,7 @@ def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overla
 
     config = load(source)
     try:
-        TransformersIntegration().attach()
+        TRANSFORMERS.check_release()
         check_model(model)
         Body.install(model, config)
     except InactiveError as error:
@@ -64,7 +55,7 @@ def tune(model: Any, inputs: Sequence[Mapping[str, Any]]) -> Table:
 
     architecture = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     key = {
-        "engine": f"transformers {TransformersIntegration().installed_version()}",
+        "engine": f"transformers {TRANSFORMERS.installed_version()}",
         "model": hashlib.sha256(architecture.encode()).hexdigest()[:16],
     }
     return Body.of(model).tune(inputs, key)

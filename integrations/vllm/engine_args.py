@@ -12,20 +12,20 @@ Contract
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from dynaflow_serving.config import Config, load
-from dynaflow_serving.errors import DynaflowError, InactiveError
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations import VLLM
+from dynaflow_serving.integrations.base import KEY
 from dynaflow_serving.integrations.vllm import metrics
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.strategy.rules import Rule
 from dynaflow_serving.strategy.selector import Selector
 
-KEY = "dynaflow"
 PIECE_COMPILER = "dynaflow_piece_compiler"  # mode 2: what vLLM would have compiled the graph with
 # vLLM reads it while it builds the config and again in every child process. Its ahead-of-time compile would
 # bring stock stitching back on the second start.
@@ -34,51 +34,13 @@ ENVIRONMENT = {"VLLM_USE_AOT_COMPILE": "0"}
 logger = logging.getLogger("vllm.dynaflow")
 
 
-def attach() -> None:
-    """Wrap the three methods of EngineArgs that every way into vLLM passes."""
-    from vllm.engine.arg_utils import EngineArgs
+def create_engine_config(args: Any, requested: Any, create: Callable[[], Any]) -> Any:
+    """vLLM's config of `args`, with DynaFlow as `requested` (what `config.load` takes); `create`: vLLM's own way.
 
-    if getattr(EngineArgs, "_dynaflow_attached", False):
-        return
-    EngineArgs._dynaflow_attached = True
-    add_cli_args, create = EngineArgs.add_cli_args, EngineArgs.create_engine_config
-    from_cli_args = EngineArgs.from_cli_args.__func__
-
-    @functools.wraps(add_cli_args)
-    def add_with_flag(parser: Any) -> Any:
-        parser = add_cli_args(parser)
-        group = parser.add_argument_group("DynaFlow", "Run the forward pass as scheduled micro-batches.")
-        group.add_argument(
-            "--dynaflow", metavar="CONFIG", default=None, help="YAML strategy config, or the name of a strategy"
-        )
-        return parser
-
-    @functools.wraps(from_cli_args)
-    def from_cli_with_flag(cls: type, args: Any) -> Any:
-        engine_args = from_cli_args(cls, args)
-        engine_args._dynaflow_cli = True
-        if source := getattr(args, "dynaflow", None):
-            engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: source}
-        return engine_args
-
-    @functools.wraps(create)
-    def create_checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return _create_engine_config(self, functools.partial(create, self, *args, **kwargs))
-        except DynaflowError as error:
-            if getattr(self, "_dynaflow_cli", False):
-                raise SystemExit(f"dynaflow: error: {error}") from None
-            raise
-
-    EngineArgs.add_cli_args = staticmethod(add_with_flag)
-    EngineArgs.from_cli_args = classmethod(from_cli_with_flag)
-    EngineArgs.create_engine_config = create_checked
-
-
-def _create_engine_config(args: Any, create: Callable[[], Any]) -> Any:
-    requested = (args.additional_config or {}).get(KEY) if isinstance(args.additional_config, dict) else None
-    if not requested:
-        return create()
+    Raises:
+        ConfigError: The config is wrong.
+        InactiveError: DynaFlow cannot be active, and the config does not let it fall back.
+    """
     config = load(requested)
     selector = build_selector(config)
     original = dict(args.additional_config)
@@ -93,10 +55,9 @@ def _create_engine_config(args: Any, create: Callable[[], Any]) -> Any:
 
 
 def _activate(args: Any, config: Config, selector: Selector, create: Callable[[], Any]) -> Any:
-    from dynaflow_serving.integrations.vllm import VLLMIntegration
     from dynaflow_serving.integrations.vllm.limits import check, check_annotations
 
-    VLLMIntegration().check_release()
+    VLLM.check_release()
     args.additional_config = {**args.additional_config, KEY: config.model_dump()}
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ |= ENVIRONMENT

@@ -19,7 +19,7 @@ from torch import fx
 from dynaflow_serving.capture.fx import capture_pieces
 from dynaflow_serving.capture.fx.matching import apply_rules
 from dynaflow_serving.capture.fx.symbols import input_symbols
-from dynaflow_serving.integrations.vllm.engine_args import KEY
+from dynaflow_serving.integrations.base import KEY
 from dynaflow_serving.integrations.vllm.operators import effects, rules
 from dynaflow_serving.integrations.vllm.state import current
 from dynaflow_serving.session.forward import GraphForward

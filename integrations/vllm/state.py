@@ -13,9 +13,10 @@ from typing import Any
 
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.base import KEY
 from dynaflow_serving.integrations.vllm import metrics
 from dynaflow_serving.integrations.vllm.contexts import ForwardContexts
-from dynaflow_serving.integrations.vllm.engine_args import KEY, PIECE_COMPILER
+from dynaflow_serving.integrations.vllm.engine_args import PIECE_COMPILER
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.forward import GraphForward
 from dynaflow_serving.session.plan_cache import PlanCache

@@ -93,9 +93,9 @@ def test_config_that_cannot_be_active(start, config, cause):
 
 
 def test_unsupported_release(start, monkeypatch):
-    from dynaflow_serving.integrations.sglang import SGLangIntegration
+    from dynaflow_serving.integrations.base import Integration
 
-    monkeypatch.setattr(SGLangIntegration, "installed_version", lambda self: "0.5.22")
+    monkeypatch.setattr(Integration, "installed_version", lambda self: "0.5.22")
     with pytest.raises(InactiveError, match=r"supports sglang 0\.5\.23; installed is 0\.5\.22"):
         start(NANOFLOW)
 

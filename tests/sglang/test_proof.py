@@ -52,7 +52,7 @@ def test_equal_outputs_are_compared_and_nothing_stops(one_process, runner, promp
     shadow = {"every": 3, "folder": str(tmp_path / "mismatch")}
     with one_process.dynaflow(runner, {"strategy": strategy("nn.functional.silu"), "shadow": shadow}) as ours:
         tokens, _ = one_process.generate(runner, prompts, 12)
-        assert ours.session.shadow.compared == 4 and not ours.session.shadow.stopped
+        assert ours.session.shadow.comparisons == 4 and not ours.session.shadow.stopped
         assert ours.session.counts.split == 12
     assert tokens.tolist() == stock and not (tmp_path / "mismatch").exists()
 
@@ -92,7 +92,7 @@ def test_the_plugin_leaves_the_mode_of_prometheus_to_the_engine():
     script = (
         "import sys\n"
         "from dynaflow_serving.config import load\n"
-        "from dynaflow_serving.integrations.sglang import limits, register, scheduler, server_args\n"
+        "from dynaflow_serving.integrations.sglang import limits, plugin, scheduler, server_args\n"
         "load({'strategy': 'auto', 'shadow': {}})\n"
         "sys.exit('prometheus_client' in sys.modules)"
     )

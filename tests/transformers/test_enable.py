@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dynaflow_serving.errors import ConfigError, InactiveError
-from dynaflow_serving.integrations.transformers import TransformersIntegration, enable, report
+from dynaflow_serving.integrations.base import Integration
+from dynaflow_serving.integrations.transformers import enable, report
 from dynaflow_serving.session.report import StepReport
 
 SPLIT = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
@@ -63,7 +64,7 @@ def test_declined(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_release_that_was_not_tested(
     model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(TransformersIntegration, "installed_version", lambda self: "4.40.0")
+    monkeypatch.setattr(Integration, "installed_version", lambda self: "4.40.0")
     with pytest.raises(InactiveError, match=r"supports transformers 5\.19\.0; installed is 4\.40\.0"):
         enable(model, SPLIT)
     with caplog.at_level(logging.WARNING, "dynaflow_serving"):

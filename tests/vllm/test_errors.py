@@ -89,9 +89,9 @@ def test_whole_plan_graphs_are_declined(start):
 
 
 def test_unsupported_release(start, monkeypatch):
-    from dynaflow_serving.integrations.vllm import VLLMIntegration
+    from dynaflow_serving.integrations.base import Integration
 
-    monkeypatch.setattr(VLLMIntegration, "installed_version", lambda self: "0.19.1+cpu")
+    monkeypatch.setattr(Integration, "installed_version", lambda self: "0.19.1+cpu")
     with pytest.raises(InactiveError, match=r"supports vllm 0\.32\.0; installed is 0\.19\.1"):
         start({"strategy": "nanoflow"})
 
