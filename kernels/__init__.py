@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -109,3 +109,9 @@ def _bound(name: str, function: Callable[..., Any], constants: tuple[tuple[str, 
     bound = partial(function, **dict(constants))
     bound.__name__ = text  # type: ignore[attr-defined]
     return bound
+
+
+def kernels_of(plan: Plan, given: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Every kernel that `plan` names: one of `given`, else the registered one. Raises `ScheduleError`."""
+    names = dict.fromkeys(action.kernel for action in plan.actions if action.kernel)
+    return {name: given[name] if name in given else get_kernel(name) for name in names}

@@ -22,6 +22,7 @@ from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Plan
 from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError, unknown_name
 from dynaflow_serving.executor.tracing import ClockTracer, Tracer
+from dynaflow_serving.kernels import kernels_of
 
 
 class CapturedGraphs(NamedTuple):
@@ -78,18 +79,18 @@ class Executor(abc.ABC):
         Args:
             captured: what `plan` is a plan of.
             plan: a verified plan.
-            kernels: the replacement kernels that `plan` names, by name.
+            kernels: by name, those that `plan` names and no registry knows.
             tracer: one of `self.tracer()`, which each run tells the time of every action; None takes no time.
 
         Raises:
             ConfigError: the options are for a stream that the plan does not have.
-            ScheduleError: this executor cannot run the plan.
+            ScheduleError: this executor cannot run the plan, or there is no kernel of that name.
         """
         extra = [s for s in plan.streams if s != COMPUTE_STREAM]
         if extra and (missing := self.options.streams.keys() - extra):  # without extra: an un-split step, or no network
             raise ConfigError(f"streams: {unknown_name('stream', min(missing), extra)} (a plan of {plan.strategy})")
         _check_one_stream(captured, plan)
-        return self._bind(captured, plan, kernels, tracer)
+        return self._bind(captured, plan, kernels_of(plan, kernels), tracer)
 
     @abc.abstractmethod
     def _bind(

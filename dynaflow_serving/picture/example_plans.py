@@ -17,6 +17,7 @@ from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.plan import ActionKind, Plan
 from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import ConfigError, DynaflowError, ScheduleError
+from dynaflow_serving.kernels import kernels_of
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.selector import build_selector
@@ -57,8 +58,10 @@ def _verified_plan(strategy: OpScheduler, program: Program, micro_batches: int) 
     most = strategy.max_micro_batches
     if micro_batches > most:  # engines prepare for no more than that
         raise ScheduleError(f"split() made {micro_batches}, more than max_micro_batches={most}")
-    plan = lower(strategy.record(program, micro_batches), strategy.name)
+    recorded = strategy.record(program, micro_batches)
+    plan = lower(recorded, strategy.name)
     verify(program, plan)
+    kernels_of(plan, recorded.kernels)  # raises for a kernel that there is not
     return plan
 
 

@@ -138,11 +138,8 @@ class Schedule:
         if replace is None:
             return ""
         if isinstance(replace, str):
-            from dynaflow_serving.kernels import get_kernel
-
-            name, kernel = replace, get_kernel(replace)
-        else:
-            name, kernel = getattr(replace, "__name__", type(replace).__name__), replace
+            return replace  # looked up when the plan is bound
+        name, kernel = getattr(replace, "__name__", type(replace).__name__), replace
         if self.kernels.setdefault(name, kernel) is not kernel:
             raise ScheduleError(f"two different kernels are called {name!r}: give each a __name__ of its own")
         return name

@@ -99,10 +99,25 @@ def test_a_strategy_that_is_wrong_by_itself_is_an_error() -> None:
         (lambda s: s.execute(s.get_ready_ops() + s.get_ready_ops()), "each once"),
         (lambda s: (s.execute(t := s.get_ready_ops()[0]), s.execute(t)), "has been executed already"),
         (lambda s: s.execute(s.successors(s.get_ready_ops()[0])[0]), r"is not ready: it needs layers.0.compute.0@0"),
-        (lambda s: s.execute(s.get_ready_ops()[0], replace="fsed"), "unknown kernel 'fsed'"),
     ],
 )
 def test_misuse_of_a_schedule_names_the_operators(misuse: object, message: str) -> None:
     schedule = Schedule(example_capture("llama").program, 2)
     with pytest.raises(ScheduleError, match=message):
         misuse(schedule)  # type: ignore[operator]
+
+
+class Misspelt(OpScheduler):
+    name = "misspelt"
+
+    def split(self, batch: Batch) -> Split:
+        return cut_evenly(batch, 2)
+
+    def schedule(self, s: Schedule) -> None:
+        while ready := s.get_ready_ops():
+            s.execute(ready[0], replace="fsed")
+
+
+def test_a_kernel_that_there_is_not_is_an_error_when_the_plan_is_made() -> None:
+    with pytest.raises(ScheduleError, match="unknown kernel 'fsed'"):
+        make(Misspelt()).prepare(Signature(2))
