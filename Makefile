@@ -1,8 +1,4 @@
-<<<<<<< Updated upstream
 # Needs Python 3.11 with venv, and nothing else installed.
-=======
-# Needs Python 3.11 or newer (the lock files of the engines: 3.11) with venv, and nothing else installed.
->>>>>>> Stashed changes
 #
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
 #   make test [SESSIONS=...]    lint, types, core, wheel, kernels, ray, transformers, vllm, vllm_v2, sglang, or those
@@ -13,11 +9,7 @@
 #   make clean                  delete environments, caches and build output
 
 PYTHON ?= python3
-<<<<<<< Updated upstream
 ENGINES := core kernels ray transformers vllm sglang
-=======
-ENGINES := core kernels transformers vllm sglang ray
->>>>>>> Stashed changes
 NOX_VERSION := 2026.10.20
 
 # No "Leaving directory" after the line that `make env` ends with.
