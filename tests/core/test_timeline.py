@@ -21,6 +21,7 @@ from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies.nanoflow import NanoFlow
 from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly
 
 STREAMS = ("compute", "network", "side")
@@ -128,9 +129,8 @@ def measured(strategy: OpScheduler) -> Timeline:
 
     executor = CPUExecutor()
     try:
-        plan_cache = PlanCache(
-            manual(program_of(CHAIN), **dict.fromkeys(("c0", "n0", "c1", "n1"), operator)), strategy, executor
-        )
+        captured = manual(program_of(CHAIN), **dict.fromkeys(("c0", "n0", "c1", "n1"), operator))
+        plan_cache = PlanCache(captured, FixedStrategy(strategy), executor)
         split = cut_evenly(Batch((8,)), 2)
         (out,) = plan_cache.run([torch.zeros(8, 1)], split, traced=True)
         assert torch.equal(out, torch.full((8, 1), 4.0))
