@@ -2,13 +2,14 @@
 
 Contract
 - A kernel is registered under a name, so that a Plan's text can name it; `s.execute(ops, replace=NAME)`.
-- It is called with the group's external inputs in order of first use and returns the external outputs
-  in order of production (one bare, several as a tuple). Sizes among the inputs, which a captured graph passes
-  beside its tensors, are left out: a kernel reads them off its tensors.
+- It is called with the group's external inputs and returns its external outputs (one bare, several as a tuple), in
+  the order of `core.order.external_ports`. Sizes among the inputs, which a captured graph passes beside its tensors,
+  are left out: a kernel reads them off its tensors.
 - Every kernel has a plain PyTorch reference with the same signature that tests compare it with.
-- What no operator passes (an epsilon, the name of a process group) is a keyword, fixed where it is asked for:
+- A value that no operator passes (an epsilon) is a keyword, fixed where the kernel is asked for:
   `s.execute(ops, replace=get_kernel("add_rms_norm", eps=1e-5))`.
-- A `Composed` kernel is made for each of its steps when a Plan is bound, of the replaced operators' own callables.
+- A `Composed` kernel is made for each of its actions when a Plan is bound. It may look at the replaced operators:
+  `Fused` reads arguments and constants off their graphs, `ShardTokens` calls them on a part of the tokens.
 - The modules of the shipped kernels, and triton with them, are imported when one is asked for.
 """
 
@@ -38,29 +39,24 @@ class Kernel:
 
 
 class Composed(abc.ABC):
-    """What stands in for operators in another way than one after the other, but computes with their own callables.
-    `__name__` is what a Plan's text calls it."""
+    """A kernel that depends on the operators it replaces. A Plan's text calls it by its `__name__`."""
 
     __name__: str
 
     @abc.abstractmethod
-    def __call__(self, capture: CapturedProgram, plan: Plan, step: Action) -> Callable[..., Any]:
-        """The kernel of `step`, a REPLACE of `plan`."""
+    def __call__(self, capture: CapturedProgram, plan: Plan, action: Action) -> Callable[..., Any]:
+        """Make the kernel of `action`, a REPLACE of `plan`."""
 
 
 KERNELS: dict[str, Kernel] = {}
 SHIPPED: dict[str, str] = {  # kernel -> its module in this package
     "add_rms_norm": "rms_norm",
     "silu_mul": "silu_mul",
-    "moe_permute": "moe_permute",
-    "moe_unpermute": "moe_permute",
-    "reduce_add_rms_norm": "reduce_rms_norm",
-    "all_reduce_add_rms_norm": "all_reduce_rms_norm",
 }
 
 
 def register_kernel(name: str, reference: Callable[..., Any]) -> Callable[[F], F]:
-    """Decorator. Raises `ScheduleError` if another kernel has the name."""
+    """Register the decorated kernel under `name`. Raises `ScheduleError` if another kernel has the name."""
 
     def register(fn: F) -> F:
         @wraps(fn)
@@ -81,9 +77,13 @@ def kernel_names() -> list[str]:
 
 
 def get_kernel(name: str, **constants: Any) -> Callable[..., Any]:
-    """The kernel registered as `name`, with keyword arguments fixed: `add_rms_norm[eps=1e-05]` in a Plan's text.
+    """Find the kernel that is registered as `name`, and fix keyword arguments of it.
 
-    Raises `ScheduleError` for an unknown name, where triton is missing, and for a constant whose text has a space.
+    Args:
+        constants: A Plan's text shows them: `add_rms_norm[eps=1e-05]`.
+
+    Raises:
+        ScheduleError: The name is unknown, triton is missing, or the text of a constant has a space.
     """
     if name not in KERNELS and name in SHIPPED:
         try:

@@ -1,14 +1,15 @@
-"""Collectives of kernels: torch's functional operators, waited for, along any axis.
+"""The collectives of kernels: torch's functional operators, waited for, along any axis.
 
 Contract
-- The operators themselves (`torch.ops._c10d_functional`), which captured graphs hold too: their Python wrappers change
-  names between releases of torch.
-- Ranks hold equal shares of the tokens (`own_tokens`), the last ones padded (`padded`).
-- Tensors are as long on all ranks; along another axis than the first, by a copy before or after.
+- Kernels call the operators themselves (`torch.ops._c10d_functional`), which captured graphs hold too. Their Python
+  wrappers change names between releases of torch.
+- Ranks hold equal shares of the tokens (`own_tokens`); the last ones are padded (`padded`).
+- Tensors are equally long on all ranks. Another axis than the first costs a copy.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,13 +21,6 @@ def process_group(name: Any) -> dist.ProcessGroup:
     from torch._C._distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(name)
-
-
-def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum over the ranks."""
-    ops = torch.ops._c10d_functional
-    reduced: torch.Tensor = ops.wait_tensor(ops.all_reduce(x, "sum", group.group_name))
-    return reduced
 
 
 def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup, axis: int = 0) -> torch.Tensor:
@@ -49,11 +43,14 @@ def all_gather(x: torch.Tensor, group: dist.ProcessGroup, axis: int = 0) -> torc
 
 def own_tokens(tokens: int, rank: int, ranks: int) -> range:
     """The tokens that `rank` reduces: adjacent ranges of equal length, the last ones shorter or empty."""
-    share = -(-tokens // ranks)
+    share = math.ceil(tokens / ranks)
     return range(min(rank * share, tokens), min((rank + 1) * share, tokens))
 
 
 def padded(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     """`x`, contiguous, with zeros behind it up to `size` along `axis`."""
     missing = size - x.shape[axis]
-    return torch.nn.functional.pad(x, (0, 0) * (x.dim() - axis - 1) + (0, missing)) if missing else x.contiguous()
+    if not missing:
+        return x.contiguous()
+    later_axes = x.dim() - axis - 1
+    return torch.nn.functional.pad(x, [0, 0] * later_axes + [0, missing])

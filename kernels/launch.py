@@ -1,12 +1,12 @@
-"""What every Triton launch here needs: rows of a tensor, checks of the arguments, the number of warps.
+"""Helpers of every Triton launch: rows of a tensor, checks of the arguments, the number of warps.
 
 Contract
 - Kernels see a tensor as rows of its last dimension: unit stride inside a row, any stride between rows.
   A layout without such a view (the last dimension strided, leading dimensions that do not fold) is copied.
-- What a kernel cannot take is a `ScheduleError` that names the kernel and the argument. No kernel has a backward:
-  where a gradient is wanted, it is refused, rather than silently not computed.
+- An argument that a kernel cannot take is a `ScheduleError` that names both. No kernel has a backward: it refuses
+  arguments that require a gradient, since it would silently not compute it.
 - `INTERPRETED`: triton runs kernels in Python on the CPU, because TRITON_INTERPRET=1 was set before triton
-  was first imported; figures taken so mean nothing.
+  was first imported; timings taken so mean nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 import triton
 
 from dynaflow_serving.errors import ScheduleError
+from dynaflow_serving.kernels.limits import DTYPES, MAX_HIDDEN
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HIDDEN = 16384  # a row stays in the registers of one CTA
 
 
 def check(kernel: str, **tensors: torch.Tensor) -> None:
@@ -39,13 +38,9 @@ def check(kernel: str, **tensors: torch.Tensor) -> None:
                 f"kernel {kernel!r}: {name} is {tensor.dtype} on {tensor.device}, "
                 f"but {first_name} is {first.dtype} on {first.device}; they must be alike"
             )
-    check_device(kernel, first)
-
-
-def check_device(kernel: str, tensor: torch.Tensor) -> None:
-    if tensor.device.type != "cuda" and not INTERPRETED:
+    if first.device.type != "cuda" and not INTERPRETED:
         raise ScheduleError(
-            f"kernel {kernel!r} runs on CUDA, its arguments are on {tensor.device}: move them, or, for tests on a "
+            f"kernel {kernel!r} runs on CUDA, its arguments are on {first.device}: move them, or, for tests on a "
             "CPU, set TRITON_INTERPRET=1 before triton is imported"
         )
 
@@ -61,11 +56,11 @@ def check_hidden(kernel: str, hidden: int) -> None:
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as (rows, last dimension) with unit stride in a row: a view where there is one."""
+    """Reshape `tensor` to (rows, last dimension) with unit stride in a row: a view where there is one."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def warps(block: int) -> int:
-    """Warps of a CTA that holds `block` elements: 8 to 32 elements a thread."""
+    """Choose how many warps a CTA of `block` elements has: a thread holds 8 to 32 elements."""
     return min(max(block // 512, 1), 16)

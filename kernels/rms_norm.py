@@ -1,12 +1,12 @@
-"""Fused residual add + RMSNorm: one read of both inputs, one write of both outputs.
+"""Fused residual add + RMSNorm: it reads both inputs once and writes both outputs once.
 
 Contract
 - `add_rms_norm(x, residual, weight, *, eps) -> (total, normed)`, the order in which a model produces them.
-- Numerics are those of the un-fused model (Transformers' `LlamaRMSNorm` after `residual + x`; vLLM's native
-  `RMSNorm`, which does not round the sum first, differs by a rounding): the sum is rounded to the dtype, squares
-  are summed in float32, the normed value is rounded before the weight is applied.
-- One CTA a row, which stays in registers; rows of up to 16384 elements.
-- Unmeasured on a GPU; compiled for sm_90 and run by triton's interpreter in tests.
+- Numerics are those of the un-fused model: the sum is rounded to the dtype, and squares are summed in float32. The
+  normed value is rounded before the weight is applied, as in Transformers' `LlamaRMSNorm`, or, with
+  `round_first=False`, only after that, as in `torch.nn.functional.rms_norm`.
+- One CTA computes a row, which stays in registers; a row has up to 16384 elements.
+- It is unmeasured on a GPU. Tests compile it for sm_90 and run it by triton's interpreter.
 """
 
 from __future__ import annotations
@@ -20,24 +20,12 @@ from dynaflow_serving.kernels.launch import as_rows, check, check_hidden, check_
 
 
 def add_rms_norm_reference(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, round_first: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = x + residual
     wide = total.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return total, normed.to(x.dtype) * weight
-
-
-@triton.jit
-def rms_norm_row(
-    total: tl.tensor, weight: tl.tensor, column: tl.tensor, hidden: tl.tensor, eps: tl.tensor
-) -> tl.tensor:
-    """The normed row of `total`, which is 0 beyond `hidden`, in its dtype."""
-    wide = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)
-    normed = (wide * scale).to(total.dtype).to(tl.float32)
-    gain = tl.load(weight + column, mask=column < hidden, other=0.0).to(tl.float32)
-    return (normed * gain).to(total.dtype)
+    return total, normed.to(x.dtype) * weight if round_first else (normed * weight).to(x.dtype)
 
 
 @triton.jit
@@ -51,6 +39,7 @@ def add_rms_norm_kernel(
     x_stride: tl.tensor,
     residual_stride: tl.tensor,
     eps: tl.tensor,
+    ROUND_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -60,12 +49,17 @@ def add_rms_norm_kernel(
     right = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     added = (left + right).to(total.dtype.element_ty)
     tl.store(total + row * hidden + column, added, mask=inside)
-    tl.store(normed + row * hidden + column, rms_norm_row(added, weight, column, hidden, eps), mask=inside)
+    wide = added.to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)
+    if ROUND_FIRST:
+        scaled = scaled.to(total.dtype.element_ty).to(tl.float32)
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * hidden + column, (scaled * gain).to(total.dtype.element_ty), mask=inside)
 
 
 @register_kernel("add_rms_norm", add_rms_norm_reference)
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, round_first: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual: (..., hidden), weight: (hidden,), one dtype. Returns (x + residual, its RMSNorm), contiguous.
 
@@ -90,6 +84,7 @@ def add_rms_norm(
             left.stride(0),
             right.stride(0),
             eps,
+            ROUND_FIRST=round_first,
             BLOCK=block,
             num_warps=warps(block),
         )

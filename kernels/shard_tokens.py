@@ -1,18 +1,18 @@
-"""An all-reduce and what follows it token by token, as reduce-scatter, the same on the rank's tokens, all-gather.
+"""An all-reduce and the operators after it that treat tokens alone, on a shard of the tokens.
 
-TokenWeave's shape (arXiv 2505.11329) for any model: the norm, its epsilon, what is the residual, are the
-model's own, since the replaced operators' own callables run, on a shard of the tokens.
+The all-reduce becomes a reduce-scatter before and an all-gather after them (TokenWeave, arXiv 2505.11329). This works
+for any model: the replaced operators' own callables run, with the model's own norm, epsilon and residual.
 
 Contract
-- Operators: a sum over a group (`_c10d_functional.all_reduce`), then operators that treat tokens independently and
+- The first operator is a sum over a group (`_c10d_functional.all_reduce`). The others treat tokens independently and
   compute the same on all ranks from the same inputs. Results are then the same, up to the order of the sum.
-- That the other inputs are the same on all ranks is checked on each action's first run, on the first token and all of
-  what the ranks share; a difference is a `ScheduleError` on every rank.
+- Each action checks on its first run that the other inputs are the same on all ranks: it compares the first token, and
+  all of what has no token axis. A difference is a `ScheduleError` on every rank.
 - A result that only actions of the same kind and the same micro-batches read stays sharded: of its tensor the rows of
   other ranks are unspecified, and it is not sent. A residual stream is sent once, at the end.
 - Every rank takes ceil(tokens / ranks) tokens; the last ones are padded with zeros. With fewer than two tokens a rank,
   the operators run as they are.
-- Tested on gloo with two processes. Unmeasured on a GPU.
+- It is tested on gloo with two processes, and unmeasured on a GPU.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Sharded:
         return self._results([values[v] for v in self.outputs])
 
     def _run(self, start: int, values: dict[str, Any]) -> None:
-        """The operators from the `start`-th on, reading and filling `values`."""
+        """Run the operators from the `start`-th on; they read and fill `values`."""
         for op, function in zip(self.operators[start:], self.functions[start:], strict=True):
             result = function(*(values[v] for v in op.inputs))
             values.update(zip(op.outputs, result if len(op.outputs) > 1 else (result,), strict=True))
@@ -99,7 +99,7 @@ class _Sharded:
         return int(values[self.partial].shape[self._axis(self.partial)]) // self.values[self.partial].rows
 
     def _own(self, name: str, x: Any, mine: range, share: int) -> Any:
-        """The part of `x` for the tokens `mine`, with zeros behind it for as many as make `share`."""
+        """Cut the tokens `mine` out of `x`, and pad them with zeros to `share` tokens."""
         value = self.values[name]
         if value.scope is Scope.TOKENS:
             return share * value.rows
@@ -109,7 +109,7 @@ class _Sharded:
         return padded(own, self._axis(name), share * value.rows)
 
     def _whole(self, name: str, own: Any, tokens: int, mine: range) -> Any:
-        """`own` of all ranks, or, of what stays sharded, a tensor for all tokens that holds the own ones."""
+        """Gather `own` of all ranks; a value that stays sharded gets a tensor of full size with `own` in it."""
         value = self.values[name]
         if value.scope is not Scope.BATCH:
             return own
@@ -149,7 +149,7 @@ def _group(capture: CapturedProgram, name: str) -> dist.ProcessGroup:
 
 
 def _alike(plan: Plan, action: Action) -> list[Action]:
-    """The actions of the same kernel for the same micro-batches."""
+    """List the actions of the same kernel for the same micro-batches."""
     return [
         s
         for s in plan.actions

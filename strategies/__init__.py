@@ -24,7 +24,7 @@ from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.registry import STRATEGIES
 
 SHIPPED = (
-    "branches", "comm_overlap", "dual_batch", "nanoflow", "prefill_decode", "sequential", "token_weave",
+    "branches", "comm_overlap", "dual_batch", "fused_norms", "nanoflow", "prefill_decode", "sequential", "token_weave",
 )  # fmt: skip
 
 

@@ -7,8 +7,6 @@ Contract
   So the bandwidth is the operation's, whatever the variant moves.
 - Small cases stay in the L2 cache between calls and may exceed the memory's bandwidth.
 - Every variant is replayed from a CUDA graph, as an engine does at small sizes: launches from Python are not timed.
-- `reduce_add_rms_norm` holds all ranks' partial sums on this one device. Its figures tell how many CTAs saturate the
-  memory here, and nothing about NVLink. The collectives need several GPUs and are not in here.
 - The code is unmeasured on a GPU: its tests run on a CPU with Triton's interpreter and a fake timer.
 """
 
@@ -33,8 +31,6 @@ from dynaflow_serving.kernels import KERNELS, get_kernel
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 TOKENS = (64, 1024, 8192)
-CTAS = (2, 4, 8, 16, 32, 132)  # 132: one per SM of an H100
-RANKS = 4
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -50,7 +46,7 @@ class KernelCase:
 def cases(
     device: str, dtype: torch.dtype, tokens: Sequence[int] = TOKENS, hidden: int = 4096, intermediate: int = 14336
 ) -> Iterator[KernelCase]:
-    """Yield the cases at Llama-3-8B's sizes, and for MoE at DeepSeek-V2-Lite's 64 experts of which a token has 6."""
+    """Yield the cases at Llama-3-8B's sizes; gate and up are the halves of one merged projection."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -59,52 +55,7 @@ def cases(
         x, residual, weight = random(n, hidden), random(n, hidden), random(hidden)
         yield _case("add_rms_norm", n, (x, residual, weight), 4 * x.nbytes)
         gate_up = random(n, 2 * intermediate)
-        yield _case("silu_mul", n, (gate_up,), gate_up.nbytes * 3 // 2)
-        yield from _moe(n, random(n, hidden // 2), experts=64, topk=6)
-        yield _reduce(n, [random(n, hidden) for _ in range(RANKS)], residual, weight)
-
-
-def _moe(tokens: int, hidden: torch.Tensor, experts: int, topk: int) -> Iterator[KernelCase]:
-    scores, ids = torch.rand(tokens, experts, device=hidden.device).topk(topk)
-    permute = get_kernel("moe_permute", experts=experts)
-    rows, positions, _ = permute(hidden, ids)
-    yield KernelCase(
-        name=f"moe_permute, {tokens} tokens",
-        kernels={"triton": partial(permute, hidden, ids)},
-        plain=partial(_permute, experts=experts),
-        arguments=(hidden, ids),
-        bytes=hidden.nbytes + rows.nbytes,
-    )
-    yield _case("moe_unpermute", tokens, (rows, positions, scores), hidden.nbytes + rows.nbytes)
-
-
-def _reduce(tokens: int, partials: list[torch.Tensor], residual: torch.Tensor, weight: torch.Tensor) -> KernelCase:
-    """Return the case with tables that are made once, as between GPUs: making them copies from the host."""
-    from dynaflow_serving.kernels.reduce_rms_norm import addresses, launch, reduce_add_rms_norm_reference
-
-    total, normed = torch.empty_like(residual), torch.empty_like(residual)
-    tables = addresses(partials), addresses([total]), addresses([normed])
-
-    def call(ctas: int) -> tuple[torch.Tensor, torch.Tensor]:
-        launch(tables, residual, weight, 1e-6, range(tokens), ctas)
-        return total, normed
-
-    return KernelCase(
-        name=f"reduce_add_rms_norm, {RANKS} partial sums, {tokens} tokens",
-        kernels={f"triton, {c} CTAs": partial(call, c) for c in CTAS},
-        plain=reduce_add_rms_norm_reference,
-        arguments=(partials, residual, weight),
-        bytes=(RANKS + 3) * residual.nbytes,
-    )
-
-
-def _permute(hidden: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Permute as one writes it in torch for speed; the kernel's reference is for clarity, and waits for the GPU."""
-    ordered, order = ids.flatten().sort(stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(experts + 1, device=ids.device), out_int32=True)
-    positions = torch.empty_like(order, dtype=torch.int32)
-    positions[order] = torch.arange(len(order), dtype=torch.int32, device=ids.device)
-    return hidden[order // ids.shape[1]], positions.view_as(ids), offsets
+        yield _case("silu_mul", n, tuple(gate_up.chunk(2, -1)), gate_up.nbytes * 3 // 2)
 
 
 def _case(name: str, tokens: int, arguments: tuple[Any, ...], size: int) -> KernelCase:

@@ -14,7 +14,7 @@ Contract
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from dynaflow_serving.capture.fx.symbols import batch_symbols
 from dynaflow_serving.capture.mark import mark
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.program import Resource
+from dynaflow_serving.strategy.rules import Rule
 
 HIDDEN, HEADS, LAYERS = 16, 2, 2
 IMAGE, TEXT = 4, 2  # tokens of one sample of `dit`
@@ -190,12 +191,18 @@ def moe() -> nn.Module:
 EXAMPLES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "moe": moe, "dit": DiT}
 
 
-def example_capture(name: str) -> CapturedProgram:
-    """Capture the example called `name`; its weights are the same each time."""
+def example_capture(name: str, rules: Iterable[Rule] = ()) -> CapturedProgram:
+    """Capture the example called `name`; its weights are the same each time.
+
+    Args:
+        name: The name of the example.
+        rules: The rules of a strategy. Required ones are left out: they name functions of real models.
+    """
+    applicable = [rule for rule in rules if not rule.required]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = EXAMPLES[name]()
-        return capture_model(model, torch.randn(8, HIDDEN))
+        return capture_model(model, torch.randn(8, HIDDEN), rules=applicable)
 
 
 def capture_model(model: nn.Module, *examples: torch.Tensor, **options: Any) -> CapturedProgram:

@@ -41,8 +41,9 @@ class ExamplePlan:
 
 def plans_of_examples(config: Config) -> Iterator[ExamplePlan]:
     """Yield an entry for each example, and in it for each variant of the config's strategy."""
+    rules = build_selector(config).annotations
     for example in EXAMPLES:
-        program = example_capture(example).program
+        program = example_capture(example, rules).program
         for strategy, micro_batches in _variants(config):
             plan, error = None, None
             try:

@@ -84,7 +84,7 @@ def explain_example(name: str, tokens: tuple[int, ...], config: Config, *, measu
         config: The config of the strategy and, where times are measured, of the executor.
         measured: Whether the plan is run for its times.
     """
-    capture = example_capture(name)
+    capture = example_capture(name, build_selector(config).annotations)
     executor = get_executor(config.executor, options=config) if measured else get_executor("sequential")
     plan_cache = PlanCache(capture, build_selector(config), executor)
     split = plan_cache.decide(Batch(tokens))

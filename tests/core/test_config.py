@@ -47,7 +47,10 @@ def test_load_takes_a_path_a_name_a_mapping_and_a_config(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("strategy: nanoflw", r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: .*dual_batch, nanoflow"),
+        (
+            "strategy: nanoflw",
+            r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: .*dual_batch, fused_norms, nanoflow",
+        ),
         (
             "strategy: nanoflow\noptions: {min_token: 1}",
             r"'nanoflow': unknown option 'min_token'. Did you mean 'min_tokens'\?",

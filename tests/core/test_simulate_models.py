@@ -53,7 +53,7 @@ def test_models_are_programs_that_every_strategy_takes(model: str) -> None:
         expected |= {"dispatch", "combine"} if "ep" in size else set()
         expected |= {"all_gather"} if "ep" in size and "tp" in size else set()
         assert network == expected
-        for name in set(strategy_names()) - {"auto"}:  # which orders nothing itself
+        for name in set(strategy_names()) - {"fused_norms"}:  # which replaces what it finds in a graph
             strategy = get_strategy(name)()
             for n in range(1 if strategy.schedules_unsplit else 2, strategy.max_micro_batches + 1):
                 plan = lower(strategy.record(program, n), name)

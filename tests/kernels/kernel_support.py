@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from hypothesis import strategies as st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,28 +29,6 @@ def assert_like(actual: Any, expected: Any) -> None:
     for a, b in zip(actual, expected):
         tolerance = TOLERANCE.get(b.dtype, 0)
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def all_reduce_cases(token_counts: list[int], hidden: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Kernel and reference for each number of tokens, every rank with a partial sum of its own."""
-    from dynaflow_serving.kernels import KERNELS, get_kernel
-
-    constants = {"group": dist.group.WORLD.group_name, "eps": 1e-5}
-    kernel = get_kernel("all_reduce_add_rms_norm", **constants)
-    results: dict[str, torch.Tensor] = {}
-    for tokens in token_counts:
-        partial = random_tensor(tokens, hidden, dtype=dtype, seed=tokens + 1000 * dist.get_rank())
-        residual = random_tensor(tokens, hidden, dtype=dtype, seed=tokens + 1)
-        weight = random_tensor(hidden, dtype=dtype, seed=tokens + 2)
-        given = partial.clone()
-        total, normed = kernel(partial, residual, weight)
-        own_total, own_normed = kernel(partial, residual, weight, gather_total=False)
-        assert torch.equal(partial, given)
-        expected = KERNELS["all_reduce_add_rms_norm"].reference(partial, residual, weight, **constants)
-        pairs = zip(("total", "normed", "own_total", "own_normed"), (total, normed, own_total, own_normed))
-        results |= {f"{tokens}.{name}": value for name, value in pairs}
-        results |= {f"{tokens}.expected_{name}": value for name, value in zip(("total", "normed"), expected)}
-    return results
 
 
 def run_python(code: str, **environment: str) -> str:

@@ -36,8 +36,8 @@ class GatedMLP(nn.Module):
         with mark("norm"):
             normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + EPS) * self.weight
         gate_up = self.gate_up(normed)
+        gate, up = gate_up.chunk(2, -1)
         with mark("activation", Resource.MEMORY):
-            gate, up = gate_up.chunk(2, -1)
             active = torch.nn.functional.silu(gate) * up
         out: torch.Tensor = total + self.down(active)
         return out

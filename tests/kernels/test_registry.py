@@ -76,7 +76,7 @@ def test_cpu_tensors_without_the_interpreter_are_refused() -> None:
         "import torch\n"
         "from dynaflow_serving.kernels import get_kernel\n"
         "from dynaflow_serving.errors import ScheduleError\n"
-        "try: get_kernel('silu_mul')(torch.zeros(2, 8))\n"
+        "try: get_kernel('silu_mul')(torch.zeros(2, 8), torch.zeros(2, 8))\n"
         "except ScheduleError as e: print(e)"
     )
     assert "set TRITON_INTERPRET=1 before triton is imported" in run_python(code)

@@ -16,20 +16,24 @@ from dynaflow_serving.kernels.rms_norm import add_rms_norm, add_rms_norm_referen
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 9), st.integers(1, 700), dtypes, st.sampled_from((1e-6, 1e-5, 0.1)), seeds)
-def test_equals_the_reference(rows: int, hidden: int, dtype: torch.dtype, eps: float, seed: int) -> None:
+@given(st.integers(0, 9), st.integers(1, 700), dtypes, st.sampled_from((1e-6, 1e-5, 0.1)), st.booleans(), seeds)
+def test_equals_the_reference(
+    rows: int, hidden: int, dtype: torch.dtype, eps: float, round_first: bool, seed: int
+) -> None:
     x, residual = (random_tensor(rows, hidden, dtype=dtype, seed=seed + i) for i in range(2))
     weight = random_tensor(hidden, dtype=dtype, seed=seed + 2)
-    total, normed = add_rms_norm(x, residual, weight, eps=eps)
-    assert_like((total, normed), add_rms_norm_reference(x, residual, weight, eps=eps))
+    constants = {"eps": eps, "round_first": round_first}
+    total, normed = add_rms_norm(x, residual, weight, **constants)
+    assert_like((total, normed), add_rms_norm_reference(x, residual, weight, **constants))
     if not (INTERPRETED and dtype is torch.bfloat16):  # the interpreter truncates
         assert torch.equal(total, x + residual)
 
 
-def test_the_reference_is_torchs_rms_norm() -> None:
-    x, residual = (random_tensor(7, 33, dtype=torch.float32, seed=i) for i in range(2))
-    weight = random_tensor(33, dtype=torch.float32, seed=3)
-    _, normed = add_rms_norm_reference(x, residual, weight, eps=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_is_torchs_rms_norm(dtype: torch.dtype) -> None:
+    x, residual = (random_tensor(7, 33, dtype=dtype, seed=i) for i in range(2))
+    weight = random_tensor(33, dtype=dtype, seed=3)
+    _, normed = add_rms_norm_reference(x, residual, weight, eps=1e-5, round_first=False)
     torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x + residual, (33,), weight, 1e-5))
 
 
