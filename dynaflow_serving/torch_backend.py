@@ -258,7 +258,7 @@ def make_backend(
         raise ConfigError(unknown_name("executor", executor, [*EXECUTORS, "auto"]))
     if isinstance(strategy, OpScheduler):
         given = _on(Config(strategy=strategy.name or type(strategy).__name__), executor)
-        return Backend(Session(FixedStrategy(strategy), given, mode=level.upper()), batch_dim, level)
+        return Backend(Session(FixedStrategy(strategy), given, None, mode=level.upper()), batch_dim, level)
     if config is not None:
         strategy = {"strategy": strategy, "options": dict(config)}
     loaded = load(strategy)
@@ -268,7 +268,7 @@ def make_backend(
             "one: set capture: auto"
         )
     loaded = _on(loaded, executor)
-    return Backend(Session(build_selector(loaded), loaded, mode=level.upper()), batch_dim, level)
+    return Backend(Session(build_selector(loaded), loaded, None, mode=level.upper()), batch_dim, level)
 
 
 def _on(config: Config, executor: str) -> Config:

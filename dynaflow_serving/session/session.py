@@ -105,7 +105,7 @@ class Session:
         self,
         selector: Selector,
         config: Config,
-        device_type: str = "cpu",
+        device_type: str | None = "cpu",
         *,
         mode: str = "",
         logger: logging.Logger | None = None,
@@ -115,7 +115,7 @@ class Session:
         Args:
             selector: which strategy splits and orders a step.
             config: of the executors, traces and shadow mode.
-            device_type: of the worker; graphs on another device get an executor of their own.
+            device_type: of the worker; None where only a graph says on which device it is.
             mode: how the engine compiles, for reports.
             logger: the engine's.
             rank: of this worker, for the names of files; the first one counts in metrics.
@@ -130,9 +130,11 @@ class Session:
         self.eager: EagerCapture | None = None  # where the engine has no graph
         self.in_flight: LiveStep | None = None
         self.timelines: list[tuple[PlanCache, Timeline]] = []  # of the latest traced step
-        self.clock = clock_of(device_type)
-        self.executor = get_executor(config.executor, device_type, config)
-        self._executors: dict[str, Executor] = {device_type: self.executor}
+        self.clock = clock_of(device_type or "cpu")
+        self._device_type = device_type
+        self._executors: dict[str, Executor] = {}  # by device
+        if device_type is not None:
+            self._executor(device_type)  # what it cannot honour is an error now
         self._group: Any = None  # of the ranks, once they have compared plans
         self._trial: Trial | None = None
         self._split_steps = 0
@@ -152,9 +154,11 @@ class Session:
             setattr(self, f"_on_{name}", overridden(self._observers, name))
 
     def add(self, captured: CapturedProgram, device_type: str | None = None) -> PlanCache:
-        """Run the steps of `captured` from now on. Ranks that serve already compare its plans."""
-        executor = self.executor if device_type is None else self._executor(device_type)
-        plan_cache = PlanCache(captured, self.selector, executor)
+        """Run the steps of `captured` from now on, on its device (default: the worker's).
+
+        Ranks that serve already compare its plans.
+        """
+        plan_cache = PlanCache(captured, self.selector, self._executor(device_type or self._device_type or "cpu"))
         self.plan_caches.append(plan_cache)
         if self._group is not None:  # recorded anew while serving, by all ranks in one step
             agree([plan_cache.texts()], self._group)

@@ -237,6 +237,9 @@ def test_options_of_the_executor_reach_it_from_the_config() -> None:
     with pytest.raises(InactiveError, match=r"executor 'cpu' has no sm_share \(asked for: network\)"):
         config = load({"strategy": "nanoflow", "streams": {"network": {"sm_share": 0.5}}})
         Session(build_selector(config), config)
+    compiled = compile(torch.nn.Linear(HIDDEN, HIDDEN), asks)  # on which device is not known yet
+    with pytest.raises(InactiveError, match="executor 'cpu' has no graph"):
+        compiled(x)
 
 
 class Twice(torch.nn.Module):
