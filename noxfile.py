@@ -204,7 +204,8 @@ def wheel(session: nox.Session) -> None:
     """Build the wheel, install it where only the requirements of the core are, and use its commands."""
     install(session, WHEEL)
     folder = Path(session.create_tmp()) / "wheel"
-    shutil.rmtree(folder, ignore_errors=True)
+    for old in (folder, ROOT / "build" / "lib"):  # setuptools would add the modules that an earlier build left there
+        shutil.rmtree(old, ignore_errors=True)
     session.run("pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), ".")
     session.install("--quiet", "--no-deps", "--force-reinstall", *map(str, folder.glob("*.whl")))
     session.chdir(folder)  # no folder of the repository can stand in for one that the wheel lacks
