@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dynaflow_serving.core.program import Operator, Program, Resource
     from dynaflow_serving.errors import DynaflowError, InactiveError, PlanError
     from dynaflow_serving.planning.verify import verify
-    from dynaflow_serving.strategy.base import OpScheduler, Options
+    from dynaflow_serving.strategy.base import OpScheduler, Options, SplitOptions
     from dynaflow_serving.strategy.registry import register_strategy
     from dynaflow_serving.strategy.rules import SplitFunc, SplitModule
     from dynaflow_serving.strategy.schedule import Schedule, Task
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         cut_prefill_decode,
         whole,
     )
+    from dynaflow_serving.strategy.streams import COMPUTE, NETWORK
+    from dynaflow_serving.strategy.tags import Tag, TagUse
     from dynaflow_serving.torch_backend import compile
 
     __version__: str
@@ -43,20 +45,22 @@ _PUBLIC = {
     "core.program": ("Operator", "Program", "Resource"),
     "errors": ("DynaflowError", "InactiveError", "PlanError"),
     "planning.verify": ("verify",),
-    "strategy.base": ("OpScheduler", "Options"),
+    "strategy.base": ("OpScheduler", "Options", "SplitOptions"),
     "strategy.registry": ("register_strategy",),
     "strategy.rules": ("SplitFunc", "SplitModule"),
     "strategy.schedule": ("Schedule", "Task"),
     "strategy.splitting": ("cut_at_requests", "cut_at_tokens", "cut_evenly", "cut_prefill_decode", "whole"),
+    "strategy.streams": ("COMPUTE", "NETWORK"),
+    "strategy.tags": ("Tag", "TagUse"),
     "torch_backend": ("compile",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
-    "Batch", "Config", "DynaflowError", "InactiveError", "MicroBatch", "OpScheduler", "Operator", "Options", "Plan",
-    "PlanError", "Program", "Resource", "Schedule", "Split", "SplitFunc", "SplitModule", "Task", "compile",
-    "cut_at_requests", "cut_at_tokens", "cut_evenly", "cut_prefill_decode", "load", "mark", "register_strategy",
-    "verify", "whole",
+    "COMPUTE", "NETWORK", "Batch", "Config", "DynaflowError", "InactiveError", "MicroBatch", "OpScheduler", "Operator",
+    "Options", "Plan", "PlanError", "Program", "Resource", "Schedule", "Split", "SplitFunc", "SplitModule",
+    "SplitOptions", "Tag", "TagUse", "Task", "compile", "cut_at_requests", "cut_at_tokens", "cut_evenly",
+    "cut_prefill_decode", "load", "mark", "register_strategy", "verify", "whole",
 ]  # fmt: skip
 
 

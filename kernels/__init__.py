@@ -101,6 +101,20 @@ def get_kernel(name: str, **constants: Any) -> Callable[..., Any]:
     return _bound(name, function, tuple(sorted(constants.items()))) if constants else function
 
 
+def kernels_of(plan: Plan, given: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Find the kernels that `plan` names.
+
+    Args:
+        plan: the plan.
+        given: callables that the strategy gave itself (`Schedule.kernels`); every other name is a registered one.
+
+    Raises:
+        ScheduleError: no kernel has the name, or it needs triton, which is missing.
+    """
+    names = dict.fromkeys(action.kernel for action in plan.actions if action.kernel)
+    return {name: given[name] if name in given else get_kernel(name) for name in names}
+
+
 @cache  # one object for one name: a recording refuses two kernels that are called alike
 def _bound(name: str, function: Callable[..., Any], constants: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     text = f"{name}[{','.join(f'{k}={v!r}' for k, v in constants)}]"
@@ -109,9 +123,3 @@ def _bound(name: str, function: Callable[..., Any], constants: tuple[tuple[str, 
     bound = partial(function, **dict(constants))
     bound.__name__ = text  # type: ignore[attr-defined]
     return bound
-
-
-def kernels_of(plan: Plan, given: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """Every kernel that `plan` names: one of `given`, else the registered one. Raises `ScheduleError`."""
-    names = dict.fromkeys(action.kernel for action in plan.actions if action.kernel)
-    return {name: given[name] if name in given else get_kernel(name) for name in names}

@@ -53,9 +53,15 @@ def get_strategy(name: str) -> type[OpScheduler]:
 
 
 def build_strategy(name: str, options: Mapping[str, Any]) -> OpScheduler:
-    """The strategy called `name` with its options. Raises `ConfigError`."""
+    """Make the strategy called `name`, and try its splits.
+
+    Raises:
+        ConfigError: the name or an option is not valid, or `split` is wrong.
+    """
     cls = get_strategy(name)
-    return cls(checked_options(cls.Options, options, cls.name))
+    strategy = cls(checked_options(cls.Options, options, cls.name))
+    strategy.check_splits()
+    return strategy
 
 
 def _from_file(path: Path) -> type[OpScheduler]:

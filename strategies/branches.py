@@ -17,18 +17,16 @@ weights, has a tag, or is bound by the network: a Program has no costs, and part
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.order import order_edges
-from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope
 from dynaflow_serving.strategy.base import OpScheduler, Options
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.strategy.splitting import whole
+from dynaflow_serving.strategy.streams import COMPUTE
 
 
 class BranchesOptions(Options):
@@ -36,9 +34,8 @@ class BranchesOptions(Options):
 
 
 @register_strategy("branches")
-class Branches(OpScheduler):
-    Options = BranchesOptions
-    schedules_unsplit: ClassVar[bool] = True
+class Branches(OpScheduler[BranchesOptions]):
+    schedules_unsplit = True
 
     @property
     def max_micro_batches(self) -> int:
@@ -52,7 +49,7 @@ class Branches(OpScheduler):
         while ready := s.get_ready_ops():
             # side branches first: they should be on their way while the chain still computes
             task = min(ready, key=lambda t: (t.micro_batch, t.name not in stream_of))
-            s.execute(task, stream=stream_of.get(task.name, COMPUTE_STREAM))
+            s.execute(task, stream=stream_of.get(task.name, COMPUTE))
 
 
 def side_streams(program: Program, streams: int) -> dict[str, str]:

@@ -12,27 +12,16 @@ next collective (a weight's gradient, a shared expert) fills the time that a col
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.core.program import Resource
-from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.base import OpScheduler, SplitOptions
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule, Task
 from dynaflow_serving.strategy.splitting import cut_at_requests, whole
 
 
-class CommOverlapOptions(Options):
-    micro_batches: int = Field(2, ge=1, description="how many micro-batches a step is cut into at most; 1: no split")
-    min_tokens: int = Field(
-        2048, ge=1, description="a step is not split if a micro-batch would have fewer tokens (rows of the batch)"
-    )
-
-
 @register_strategy("comm_overlap")
-class CommOverlap(OpScheduler):
-    Options = CommOverlapOptions
+class CommOverlap(OpScheduler[SplitOptions]):
     schedules_unsplit = True
 
     def split(self, batch: Batch) -> Split:
@@ -54,11 +43,10 @@ class CommOverlap(OpScheduler):
             if network:
                 task = min(network, key=lambda t: t.micro_batch)
                 issued[task] = len(issued) + 1
-                s.execute(task, stream="network")
-                continue
-            task = min(ready, key=lambda t: (newest(t), t.name not in leads, t.micro_batch))
-            passed = max(passed, newest(task))
-            s.execute(task, stream=COMPUTE_STREAM)
+            else:
+                task = min(ready, key=lambda t: (newest(t), t.name not in leads, t.micro_batch))
+                passed = max(passed, newest(task))
+            s.execute(task)
 
 
 def leading_to_network(s: Schedule) -> set[str]:

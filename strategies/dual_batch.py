@@ -14,12 +14,12 @@ from __future__ import annotations
 from pydantic import Field
 
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.strategy.base import OpScheduler, Options
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.strategy.splitting import cut_at_requests
+from dynaflow_serving.strategy.tags import Tag, TagUse
 
 
 class DualBatchOptions(Options):
@@ -29,15 +29,15 @@ class DualBatchOptions(Options):
 
 
 @register_strategy("dual_batch")
-class DualBatch(OpScheduler):
-    Options = DualBatchOptions
+class DualBatch(OpScheduler[DualBatchOptions]):
+    looks_for = (TagUse((Tag.DISPATCH, Tag.COMBINE), "the turns of its micro-batches end at every collective instead"),)
 
     def split(self, batch: Batch) -> Split:
         return cut_at_requests(batch, 2, self.options.min_tokens)
 
     def schedule(self, s: Schedule) -> None:
         network = [o for o in s.program.operators if o.resource is Resource.NETWORK]
-        yields = [o for o in network if {"dispatch", "combine"} & set(o.tags)] or network
+        yields = [o for o in network if {Tag.DISPATCH, Tag.COMBINE} & set(o.tags)] or network
         borders = {o.name for o in yields}
         while s.get_ready_ops():
             for micro_batch in range(s.micro_batches):
@@ -48,6 +48,6 @@ class DualBatch(OpScheduler):
         while ready := s.get_ready_ops(micro_batch):
             # network first: it should be on its way while this micro-batch still computes
             task = min(ready, key=lambda t: t.resource is not Resource.NETWORK)
-            s.execute(task, stream="network" if task.resource is Resource.NETWORK else COMPUTE_STREAM)
+            s.execute(task)
             if task.name in borders:
                 return

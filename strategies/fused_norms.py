@@ -32,6 +32,7 @@ from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.rules import Rule
 from dynaflow_serving.strategy.schedule import Schedule, Task
 from dynaflow_serving.strategy.splitting import whole
+from dynaflow_serving.strategy.streams import COMPUTE
 
 KERNELS = {name: Fused(name) for name in ("add_rms_norm", "silu_mul")}
 RESULTS = {"add_rms_norm": 2, "silu_mul": 1}  # at most; more are values that a backward pass would read
@@ -83,7 +84,8 @@ class FusedNorms(OpScheduler):
                 names = matches.get(op.name, (op.name,))
                 if op.name == names[-1]:  # the others have waited for it
                     kernel = KERNELS[op.tags[0]] if op.name in matches else None
-                    s.execute([Task(s.program.by_name[n], micro_batch) for n in names], replace=kernel)
+                    tasks = [Task(s.program.by_name[n], micro_batch) for n in names]
+                    s.execute(tasks, stream=COMPUTE, replace=kernel)
 
 
 def replaceable(program: Program) -> dict[str, tuple[str, ...]]:

@@ -1,6 +1,6 @@
-"""NanoFlow (arXiv 2408.12757; DynaFlow paper, section 6): micro-batches in lock-step, network beside compute.
+"""NanoFlow (arXiv 2408.12757; DynaFlow paper, section 6): micro-batches in lock-step, with the network beside compute.
 
-One operator of each live micro-batch in turn. While the all-reduce of micro-batch 0 is on the network
+The micro-batches take turns, and each runs what is ready. While the all-reduce of micro-batch 0 is on the network
 stream, micro-batch 1 computes; then the roles change:
 
     compute  c0@0  c0@1    c1@0    c1@1
@@ -14,15 +14,13 @@ from typing import Literal
 from pydantic import Field
 
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.plan import COMPUTE_STREAM
-from dynaflow_serving.core.program import Resource
-from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.base import OpScheduler, SplitOptions
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.strategy.splitting import cut_at_requests, cut_evenly
 
 
-class NanoFlowOptions(Options):
+class NanoFlowOptions(SplitOptions):
     micro_batches: int = Field(2, ge=2, description="how many micro-batches a step is cut into at most")
     min_tokens: int = Field(
         2048, ge=1, description="a step is not split if a micro-batch would have fewer tokens (paper: 4096 a step)"
@@ -33,9 +31,7 @@ class NanoFlowOptions(Options):
 
 
 @register_strategy("nanoflow")
-class NanoFlow(OpScheduler):
-    Options = NanoFlowOptions
-
+class NanoFlow(OpScheduler[NanoFlowOptions]):
     def split(self, batch: Batch) -> Split:
         cut = cut_at_requests if self.options.cut == "request" else cut_evenly
         return cut(batch, self.options.micro_batches, self.options.min_tokens)
@@ -44,4 +40,4 @@ class NanoFlow(OpScheduler):
         while s.get_ready_ops():
             for micro_batch in range(s.micro_batches):
                 for task in s.get_ready_ops(micro_batch):
-                    s.execute(task, stream="network" if task.resource is Resource.NETWORK else COMPUTE_STREAM)
+                    s.execute(task)

@@ -24,12 +24,13 @@ from typing import Literal
 from pydantic import Field
 
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.core.program import Operator, Program, Scope
 from dynaflow_serving.strategy.base import OpScheduler, Options
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.strategy.splitting import cut_prefill_decode
+from dynaflow_serving.strategy.streams import COMPUTE
+from dynaflow_serving.strategy.tags import Tag, TagUse
 
 
 class PrefillDecodeOptions(Options):
@@ -45,8 +46,8 @@ class PrefillDecodeOptions(Options):
 
 
 @register_strategy("prefill_decode")
-class PrefillDecode(OpScheduler):
-    Options = PrefillDecodeOptions
+class PrefillDecode(OpScheduler[PrefillDecodeOptions]):
+    looks_for = (TagUse((Tag.ATTENTION,), "only operators that cannot be merged run beside one another"),)
 
     def split(self, batch: Batch) -> Split:
         return cut_prefill_decode(batch, self.options.min_tokens, self.options.first == "decode")
@@ -62,11 +63,11 @@ class PrefillDecode(OpScheduler):
             for group in together or [ready[:1]]:
                 if group[0].name in apart or len(group) < s.micro_batches:
                     for task in group:
-                        s.execute(task, stream=stream_of.get(task.micro_batch, COMPUTE_STREAM))
+                        s.execute(task, stream=stream_of.get(task.micro_batch, COMPUTE))
                 else:
-                    s.execute(group)
+                    s.execute(group, stream=COMPUTE)
 
 
 def _apart(program: Program, op: Operator) -> bool:
     local = any(program.values[v].scope is Scope.LOCAL for v in (*op.inputs, *op.outputs))
-    return "attention" in op.tags or op.context or local
+    return Tag.ATTENTION in op.tags or op.context or local

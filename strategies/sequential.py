@@ -5,21 +5,20 @@ from __future__ import annotations
 from pydantic import Field
 
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.base import OpScheduler, SplitOptions
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.strategy.splitting import cut_at_requests, whole
+from dynaflow_serving.strategy.streams import COMPUTE
 
 
-class SequentialOptions(Options):
+class SequentialOptions(SplitOptions):
     micro_batches: int = Field(1, ge=1, description="micro-batches per step; 1 runs every step un-split")
     min_tokens: int = Field(1, ge=1, description="no micro-batch is smaller than this many tokens")
 
 
 @register_strategy("sequential")
-class Sequential(OpScheduler):
-    Options = SequentialOptions
-
+class Sequential(OpScheduler[SequentialOptions]):
     def split(self, batch: Batch) -> Split:
         if self.options.micro_batches == 1:
             return whole(batch, "sequential with one micro-batch")
@@ -27,4 +26,4 @@ class Sequential(OpScheduler):
 
     def schedule(self, s: Schedule) -> None:
         while ready := s.get_ready_ops():
-            s.execute(min(ready, key=lambda task: task.micro_batch))
+            s.execute(min(ready, key=lambda task: task.micro_batch), stream=COMPUTE)

@@ -19,7 +19,6 @@ from torch import fx
 
 from dynaflow_serving.capture.fx.symbols import fake_value
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.kernels.shard_tokens import ShardTokens
@@ -28,9 +27,9 @@ from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.rules import CALLS, Rule, function_names
 from dynaflow_serving.strategy.schedule import Schedule, Task
 from dynaflow_serving.strategy.splitting import cut_at_tokens, whole
+from dynaflow_serving.strategy.tags import Tag, TagUse
 
 SHARD_TOKENS = ShardTokens()
-REPLICATED = "replicated"
 _TOKEN_WISE = {  # what residual adds and norms are made of; they keep equal ranks equal
     "add", "sub", "mul", "div", "truediv", "pow", "square", "mean", "var", "sqrt", "rsqrt", "neg", "to", "float",
     "type", "type_as", "_to_copy", "rms_norm", "layer_norm",
@@ -94,9 +93,9 @@ class TokenWeaveOptions(Options):
 
 
 @register_strategy("token_weave")
-class TokenWeave(OpScheduler):
-    Options = TokenWeaveOptions
-    annotations = (AfterAllReduce("_c10d_functional::all_reduce", "add_norm", Resource.MEMORY, (REPLICATED,)),)
+class TokenWeave(OpScheduler[TokenWeaveOptions]):
+    annotations = (AfterAllReduce("_c10d_functional::all_reduce", "add_norm", Resource.MEMORY, (Tag.REPLICATED,)),)
+    looks_for = (TagUse((Tag.REPLICATED,), "no all-reduce is woven, and its schedule is that of nanoflow"),)
 
     def split(self, batch: Batch) -> Split:
         o = self.options
@@ -111,14 +110,9 @@ class TokenWeave(OpScheduler):
             for micro_batch in range(s.micro_batches):
                 for task in s.get_ready_ops(micro_batch):
                     group = self._with_tail(s, task, done)
-                    network = task.resource is Resource.NETWORK
-                    s.execute(
-                        group,
-                        stream="network" if network else COMPUTE_STREAM,
-                        replace=SHARD_TOKENS if len(group) > 1 else None,
-                    )
+                    s.execute(group, replace=SHARD_TOKENS if len(group) > 1 else None)
                     done.update(group)
-        tails = [o.name for o in s.program.operators if REPLICATED in o.tags]
+        tails = [o.name for o in s.program.operators if Tag.REPLICATED in o.tags]
         if tails and not s.kernels:
             raise ScheduleError(
                 f"token_weave: none of the {len(tails)} operators that follow an all-reduce ({tails[0]} ...) can run "
@@ -130,11 +124,11 @@ class TokenWeave(OpScheduler):
     def _with_tail(s: Schedule, task: Task, done: set[Task]) -> list[Task]:
         """An all-reduce and the replicated operators that wait for nothing else."""
         group = [task]
-        if "all_reduce" in task.tags and not task.operator.writes:
+        if Tag.ALL_REDUCE in task.tags and not task.operator.writes:
             for member in group:
                 for t in s.successors(member):
                     ready = all(p in done or p in group for p in s.predecessors(t))
-                    if t not in group and ready and REPLICATED in t.tags and _shardable(s.program, t.operator):
+                    if t not in group and ready and Tag.REPLICATED in t.tags and _shardable(s.program, t.operator):
                         group.append(t)
         return group
 

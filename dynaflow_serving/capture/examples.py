@@ -26,27 +26,28 @@ from dynaflow_serving.capture.mark import mark
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.strategy.rules import Rule
+from dynaflow_serving.strategy.tags import Tag
 
 HIDDEN, HEADS, LAYERS = 16, 2, 2
 IMAGE, TEXT = 4, 2  # tokens of one sample of `dit`
 
 
-@mark("all_reduce", Resource.NETWORK, ["all_reduce"])
+@mark("all_reduce", Resource.NETWORK, [Tag.ALL_REDUCE])
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
-@mark("dispatch", Resource.NETWORK, ["dispatch"])
+@mark("dispatch", Resource.NETWORK, [Tag.DISPATCH])
 def dispatch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * weight
 
 
-@mark("combine", Resource.NETWORK, ["combine"])
+@mark("combine", Resource.NETWORK, [Tag.COMBINE])
 def combine(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * weight
 
 
-@mark("attention", Resource.MEMORY, ["attention"])
+@mark("attention", Resource.MEMORY, [Tag.ATTENTION])
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     scores = torch.softmax(q @ k.transpose(1, 2), dim=-1)
     return (scores @ v).reshape(-1, HIDDEN)
@@ -155,7 +156,7 @@ class DualStreamBlock(nn.Module):
 
     def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         image_qkv, text_qkv = self.image.project(image), self.text.project(text)
-        with mark("attention", Resource.COMPUTE, ["attention"]):
+        with mark("attention", Resource.COMPUTE, [Tag.ATTENTION]):
             q, k, v = torch.cat([image_qkv, text_qkv], 1).chunk(3, -1)
             attended = torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
             image_attended, text_attended = attended.narrow(1, 0, IMAGE), attended.narrow(1, IMAGE, TEXT)

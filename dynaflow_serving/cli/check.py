@@ -88,7 +88,10 @@ def check_strategy(path: Path) -> list[str]:
     columns = ("example", "strategy", "micro-batches", "actions", "streams", "waits", "plan hash", "")
     table = _table(f"{path}: strategy {build_selector(config).name!r}", columns, no_wrap=True)
     problems = []
+    missing: dict[str, None] = {}  # sentences, each once
     for found in plans_of_examples(config):
+        if found.missing:
+            missing[f"{found.example}: {found.missing}"] = None
         cells = [found.example, found.strategy, str(found.micro_batches)]
         if found.plan is None:
             problems.append(f"{found.example}, {found.strategy}, {found.micro_batches} micro-batches: {found.error}")
@@ -98,6 +101,8 @@ def check_strategy(path: Path) -> list[str]:
         cells += [str(len(plan.actions)), ", ".join(plan.streams), str(waits(plan)), plan.digest]
         table.add_row(*cells, "OK")
     Console().print(table)
+    for sentence in missing:
+        say(f"note: {sentence}")
     return problems
 
 

@@ -131,6 +131,8 @@ def _assert_can_write(files: Files) -> None:
 def _print(explanation: Explanation) -> None:
     for program in explanation.programs:
         print(program)
+    for sentence in explanation.missing:
+        print(f"note: {sentence}")
     _print_split(explanation.tokens, explanation.split)
     for plan in explanation.plans:
         _print_plan(plan)

@@ -21,6 +21,7 @@ from typing import Any
 
 from dynaflow_serving.config import StreamOptions
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.strategy.streams import NETWORK
 
 NETWORK_PRIORITY = -1  # a collective should start as soon as its input is there: it needs few multiprocessors
 
@@ -54,7 +55,7 @@ class StreamPool:
 
     def _make(self, options: StreamOptions, name: str) -> Any:
         if options.sm_share is None:
-            default = NETWORK_PRIORITY if name == "network" else 0
+            default = NETWORK_PRIORITY if name == NETWORK else 0
             return self._cuda.Stream(priority=default if options.priority is None else options.priority)
         if options.sm_share not in self._contexts:
             device = self._cuda.get_device_properties(self._cuda.current_device())

@@ -16,7 +16,7 @@ from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.plan import ActionKind, Plan
 from dynaflow_serving.core.program import Program
-from dynaflow_serving.errors import ConfigError, DynaflowError, ScheduleError
+from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.kernels import kernels_of
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
@@ -37,6 +37,8 @@ class ExamplePlan:
     micro_batches: int
     plan: Plan | None
     error: DynaflowError | None
+    missing: str
+    """What the strategy looks for and the example lacks, as a sentence; "" if nothing."""
 
 
 def plans_of_examples(config: Config) -> Iterator[ExamplePlan]:
@@ -51,18 +53,20 @@ def plans_of_examples(config: Config) -> Iterator[ExamplePlan]:
             except DynaflowError as e:
                 error = e
             yield ExamplePlan(
-                example=example, strategy=strategy.name, micro_batches=micro_batches, plan=plan, error=error
+                example=example,
+                strategy=strategy.name,
+                micro_batches=micro_batches,
+                plan=plan,
+                error=error,
+                missing=strategy.missing_tags([program]),
             )
 
 
 def _verified_plan(strategy: OpScheduler, program: Program, micro_batches: int) -> Plan:
-    most = strategy.max_micro_batches
-    if micro_batches > most:  # engines prepare for no more than that
-        raise ScheduleError(f"split() made {micro_batches}, more than max_micro_batches={most}")
-    recorded = strategy.record(program, micro_batches)
-    plan = lower(recorded, strategy.name)
+    schedule = strategy.record(program, micro_batches)
+    plan = lower(schedule, strategy.name)
     verify(program, plan)
-    kernels_of(plan, recorded.kernels)  # raises for a kernel that there is not
+    kernels_of(plan, schedule.kernels)  # raises for a kernel that there is not
     return plan
 
 

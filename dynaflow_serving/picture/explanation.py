@@ -17,7 +17,7 @@ from dynaflow_serving.bench.one_step import one_step
 from dynaflow_serving.capture.examples import HIDDEN, example_capture
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.parse import parse_plan
+from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.core.plan import ActionKind, Plan
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.executor import get_executor
@@ -44,6 +44,7 @@ class Explanation:
         where: What ran the plans, in words.
         runs: How often each plan ran.
         notes: What else to know about the times.
+        missing: What the strategy looks for and the model lacks, as sentences.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Explanation:
     where: str = ""
     runs: int = 0
     notes: tuple[str, ...] = field(default=())
+    missing: tuple[str, ...] = ()
 
     @property
     def caption(self) -> Caption:
@@ -106,6 +108,7 @@ def explain_example(name: str, tokens: tuple[int, ...], config: Config, *, measu
         where=f"executor {executor.name}, one thread a stream",
         runs=measure.RUNS,
         notes=("Network operators are stand-ins on this machine: they move nothing",) if network else (),
+        missing=plan_cache.selector.missing_tags([capture.program]),
     )
 
 
@@ -142,8 +145,9 @@ def explain_model(
         report = one_step(engine, model, tokens, config, dtype, tensor_parallel)
     plans: list[Plan] = []
     # The engine may order its requests anew, so the strategy is asked for the cut only where the engine split.
+    selector = build_selector(config)
     if report["steps"]["split"]:
-        split = build_selector(config).split(Batch(tokens))
+        split = selector.split(Batch(tokens))
         plans = [parse_plan(text) for program in report["programs"] for text in program["plans"]]
     else:
         split = whole(Batch(tokens), "; ".join(report["steps"]["unsplit"]) or "the engine counted no step")
@@ -157,4 +161,5 @@ def explain_model(
         comparisons=comparisons,
         where=f"{engine}{ranks}, mode {report['mode']}",
         runs=in_engine.RUNS,
+        missing=selector.missing_tags([parse_program(program["program"]) for program in report["programs"]]),
     )

@@ -30,9 +30,7 @@ class InTurnOptions(Options):
 
 
 @register_strategy("in_turn")
-class InTurn(OpScheduler):
-    Options = InTurnOptions
-
+class InTurn(OpScheduler[InTurnOptions]):
     def __init__(self, options: InTurnOptions) -> None:
         super().__init__(options)
         self._other = build_strategy(options.strategy, options.options)
@@ -45,6 +43,9 @@ class InTurn(OpScheduler):
     @property
     def max_micro_batches(self) -> int:
         return self._other.max_micro_batches
+
+    def check_splits(self) -> None:
+        """Count no steps: the other strategy was checked when it was made."""
 
     def split(self, batch: Batch) -> Split:
         self._steps += 1

@@ -27,7 +27,7 @@ from dynaflow_serving.session.metrics import Metrics
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategies import build_strategy
-from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.strategies.sequential import Sequential, SequentialOptions
 from dynaflow_serving.strategy.base import OpScheduler, Options
 from dynaflow_serving.strategy.selector import FixedStrategy, Selector
 from dynaflow_serving.strategy.splitting import whole
@@ -166,7 +166,7 @@ class AutoSelector(Selector):
 
 def in_turn(micro_batches: int) -> Sequential:
     """The reference that operators are timed in: micro-batches one after the other on one stream."""
-    return Sequential(Sequential.Options(micro_batches=micro_batches, min_tokens=1))
+    return Sequential(SequentialOptions(micro_batches=micro_batches, min_tokens=1))
 
 
 def build_selector(config: Config) -> Selector:

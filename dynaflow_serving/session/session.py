@@ -189,6 +189,8 @@ class Session:
             if program.unsplittable and self.selector.max_micro_batches > 1:
                 raise InactiveError(f"this model cannot be split: {program.unsplittable}")
             self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
+        for missing in self.selector.missing_tags(c.captured.program for c in self.plan_caches):
+            self.logger.warning("DynaFlow: %s", missing)
 
     @property
     def ranks(self) -> Ranks:

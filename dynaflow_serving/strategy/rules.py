@@ -41,6 +41,10 @@ class Rule(abc.ABC):
     context: bool = False
     required: bool = True
 
+    def __post_init__(self) -> None:
+        # plain words, without the class of `Tag`: they travel through the metadata of graphs
+        object.__setattr__(self, "tags", tuple(map(str, self.tags)))
+
     @abc.abstractmethod
     def instance(self, node: fx.Node) -> str | None:
         """An id shared by the nodes of one match, None where the rule does not match `node`."""

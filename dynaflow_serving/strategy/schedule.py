@@ -1,21 +1,23 @@
-"""The strategy's side: `OpScheduler` decides the split and the order, `Schedule` records it.
+"""`Schedule` records what a strategy executes, in which order and on which streams.
 
 Contract
-- A strategy's Python runs while recording, once per Program x Split signature, never in the hot path.
 - `execute` accepts ready operators only, so a recorded order cannot contradict the dataflow.
-- What a strategy leaves undone, or cannot do, is a `ScheduleError` that names the operators.
+- What is not possible is a `ScheduleError` that names the operators. So is a loop that asks for ready operators without
+  end and executes none.
+- A kernel given by name stays a name: it is looked up when the plan is prepared. A callable is kept in `kernels`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dynaflow_serving.core.order import order_edges, state_edges
-from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope
 from dynaflow_serving.errors import ScheduleError
+from dynaflow_serving.strategy.streams import default_stream
 
 Kernel = Callable[..., Any]
 
@@ -39,6 +41,9 @@ class Task:
     def tags(self) -> tuple[str, ...]:
         return self.operator.tags
 
+    def __str__(self) -> str:
+        return f"{self.name}@{self.micro_batch}"
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -52,9 +57,22 @@ class Launch:
 
 
 class Schedule:
-    """Records `execute` calls for `micro_batches` micro-batches of `program`."""
+    """Records `execute` calls for `micro_batches` micro-batches of `program`.
+
+    Inside, tasks are numbered in program order and then by micro-batch, so numbers sort as `get_ready_ops` lists.
+    """
 
     def __init__(self, program: Program, micro_batches: int, depends: Iterable[tuple[int, int]] = ()) -> None:
+        """Start a recording.
+
+        Args:
+            program: what is scheduled.
+            micro_batches: how many micro-batches there are.
+            depends: pairs (earlier, later) of micro-batches: the later one reads state that the earlier one writes.
+
+        Raises:
+            ScheduleError: the program cannot be split.
+        """
         if micro_batches > 1 and program.unsplittable:
             raise ScheduleError(f"this program cannot be split: {program.unsplittable}")
         self.program = program
@@ -62,106 +80,164 @@ class Schedule:
         self.depends = tuple(depends)
         self.launches: list[Launch] = []
         self.kernels: dict[str, Kernel] = {}
+        """The callables that stand in for operators, by their names in the plan."""
+        self._named: set[str] = set()  # kernels given by name
         self._index = {o.name: i for i, o in enumerate(program.operators)}
-        self._before: dict[tuple[str, int], set[tuple[str, int]]] = {
-            (name, mb): {(e, mb) for e in edges}
-            for name, edges in order_edges(program).items()
-            for mb in range(micro_batches)
-        }
-        states = state_edges(program)
+        self._tasks = [Task(o, mb) for o in program.operators for mb in range(micro_batches)]
+        self._before: list[set[int]] = [set() for _ in self._tasks]
+        self._add_edges()
+        self._after: list[list[int]] = [[] for _ in self._tasks]
+        for number, before in enumerate(self._before):
+            for earlier in before:
+                self._after[earlier].append(number)
+        self._waits_for = [len(before) for before in self._before]  # how many tasks are still to come before
+        self._done = [False] * len(self._tasks)
+        self.unfinished = len(self._tasks)
+        """How many tasks have not been executed."""
+        self._ready: list[int] = []
+        self._ready_of: dict[int, list[int]] = {mb: [] for mb in range(micro_batches)}
+        for number, count in enumerate(self._waits_for):
+            if not count:
+                self._set_ready(number)
+        self._idle_calls = 0  # of get_ready_ops since the last execute
+
+    def _add_edges(self) -> None:
+        n = self.micro_batches
+        for name, edges in order_edges(self.program).items():
+            for mb in range(n):
+                self._before[self._index[name] * n + mb] = {self._index[e] * n + mb for e in edges}
+        states = state_edges(self.program)
         for earlier, later in self.depends:
             for writer, toucher in states:
-                self._before[toucher, later].add((writer, earlier))
-        self._after: dict[tuple[str, int], list[tuple[str, int]]] = {key: [] for key in self._before}
-        for key, edges in self._before.items():
-            for e in edges:
-                self._after[e].append(key)
-        self._ready = {key for key, edges in self._before.items() if not edges}
-        self._done: set[tuple[str, int]] = set()
-
-    @property
-    def unfinished(self) -> bool:
-        return len(self._done) < len(self._before)
+                self._before[self._index[toucher] * n + later].add(self._index[writer] * n + earlier)
 
     def get_ready_ops(self, micro_batch: int | None = None) -> list[Task]:
-        """Tasks whose predecessors have all been executed, in program order, then by micro-batch."""
-        keys = [k for k in self._ready if micro_batch is None or k[1] == micro_batch]
-        keys.sort(key=lambda k: (self._index[k[0]], k[1]))
-        return [Task(self.program.by_name[name], mb) for name, mb in keys]
+        """List the tasks whose predecessors have all been executed, in program order, then by micro-batch.
+
+        Args:
+            micro_batch: list tasks of this micro-batch only.
+
+        Raises:
+            ScheduleError: this was called very often without an `execute` in between, as in a loop without end.
+        """
+        self._idle_calls += 1
+        if self._idle_calls > 1000 + 10 * len(self._tasks):  # far more than to look at each task in turn
+            self._raise_idle()
+        numbers = self._ready if micro_batch is None else self._ready_of.get(micro_batch, ())
+        return [self._tasks[number] for number in numbers]
+
+    def _raise_idle(self) -> None:
+        ready = [str(self._tasks[number]) for number in self._ready]
+        state = f"ready: {', '.join(ready[:5])}{' ...' if len(ready) > 5 else ''}" if ready else "no operator is ready"
+        if not self.unfinished:
+            state = "all operators have been executed: end the loop when get_ready_ops() is empty"
+        raise ScheduleError(f"the strategy asked for ready operators {self._idle_calls} times and ran none; {state}")
 
     def successors(self, task: Task) -> list[Task]:
-        """The operators of the same micro-batch that directly wait for `task`, in program order."""
-        keys = [k for k in self._after[task.name, task.micro_batch] if k[1] == task.micro_batch]
-        return [Task(self.program.by_name[n], mb) for n, mb in sorted(keys, key=lambda k: self._index[k[0]])]
+        """List the operators of the same micro-batch that directly wait for `task`, in program order."""
+        numbers = sorted(n for n in self._after[self._number(task)] if n % self.micro_batches == task.micro_batch)
+        return [self._tasks[number] for number in numbers]
 
     def predecessors(self, task: Task) -> list[Task]:
-        """The operators that `task` directly waits for, in program order; some may be of other micro-batches."""
-        keys = sorted(self._before[task.name, task.micro_batch], key=lambda k: (self._index[k[0]], k[1]))
-        return [Task(self.program.by_name[n], mb) for n, mb in keys]
+        """List the operators that `task` directly waits for, in program order; some may be of other micro-batches."""
+        return [self._tasks[number] for number in sorted(self._before[self._number(task)])]
 
     def execute(
         self,
         tasks: Task | Sequence[Task],
-        stream: str = COMPUTE_STREAM,
+        stream: str | None = None,
         replace: str | Kernel | None = None,
     ) -> None:
-        """Record `tasks` on `stream`.
+        """Record `tasks`.
 
         - One task: it runs.
         - One operator of several adjacent micro-batches: it runs once, merged.
-        - `replace` (a registered kernel's name or a callable) stands in for all `tasks`. It gets the
-          group's external inputs in order of first use and returns its external outputs in order of
-          production (`dependencies.external_ports`), one bare or several as a tuple.
+        - Several operators with `replace`: the kernel stands in for all of them. It gets the group's external inputs in
+          order of first use. It returns the external outputs in order of production (`core.order.external_ports`), one
+          bare or several as a tuple.
         - Several operators of one micro-batch without `replace`: one after the other.
 
-        Raises `ScheduleError` for tasks that are not ready and for groups that are none of the above.
+        Args:
+            tasks: one task or several, all of them ready, or ready once the others in `tasks` have run.
+            stream: where to run them. The default is `NETWORK` for operators bound by the network, else `COMPUTE`.
+            replace: a registered kernel's name, or a callable.
+
+        Raises:
+            ScheduleError: a task is not ready, or the group is none of the above.
         """
         tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
         if not tasks:
             raise ScheduleError("execute() got no operators")
+        numbers = {self._number(t) for t in tasks}
         names = sorted({t.name for t in tasks}, key=self._index.__getitem__)
         mbs = sorted({t.micro_batch for t in tasks})
-        if len(tasks) != len(names) * len(mbs) or mbs != list(range(mbs[0], mbs[-1] + 1)):
+        if not len(tasks) == len(numbers) == len(names) * len(mbs) or mbs != list(range(mbs[0], mbs[-1] + 1)):
             raise ScheduleError(
-                f"cannot execute {[f'{t.name}@{t.micro_batch}' for t in tasks]} together: a group is every "
-                "one of its operators for the same, adjacent micro-batches, each once"
+                f"cannot execute {[str(t) for t in tasks]} together: a group is every one of its operators for the "
+                "same, adjacent micro-batches, each once"
             )
         if replace is None and len(names) > 1:
             if len(mbs) > 1:
                 raise ScheduleError(f"merging several operators {names} needs replace=")
-            for t in sorted(tasks, key=lambda t: self._index[t.name]):
-                self._launch([t.name], mbs, stream, "")
+            for name in names:
+                self._launch([name], mbs, stream, "")
             return
         self._launch(names, mbs, stream, self._kernel_name(replace))
+
+    def _number(self, task: Task) -> int:
+        if task.name not in self._index or not 0 <= task.micro_batch < self.micro_batches:
+            raise ScheduleError(f"{task} is no task of this schedule")
+        return self._index[task.name] * self.micro_batches + task.micro_batch
 
     def _kernel_name(self, replace: str | Kernel | None) -> str:
         if replace is None:
             return ""
         if isinstance(replace, str):
-            return replace  # looked up when the plan is bound
-        name, kernel = getattr(replace, "__name__", type(replace).__name__), replace
-        if self.kernels.setdefault(name, kernel) is not kernel:
-            raise ScheduleError(f"two different kernels are called {name!r}: give each a __name__ of its own")
+            name = replace
+            self._named.add(name)
+        else:
+            name = getattr(replace, "__name__", type(replace).__name__)
+            if self.kernels.setdefault(name, replace) is not replace:
+                raise ScheduleError(f"two different kernels are called {name!r}: give each a __name__ of its own")
+        if name in self._named and name in self.kernels:
+            raise ScheduleError(f"kernel {name!r} is given as a name and as a callable: use one of the two")
         return name
 
-    def _launch(self, names: list[str], mbs: list[int], stream: str, kernel: str) -> None:
-        group = {(n, mb) for n in names for mb in mbs}
-        for key in sorted(group, key=lambda k: self._index[k[0]]):
-            self._check_ready(key, group)
+    def _launch(self, names: list[str], mbs: list[int], stream: str | None, kernel: str) -> None:
+        group = [self._index[name] * self.micro_batches + mb for name in names for mb in mbs]
+        for number in group:
+            self._check_ready(number, group)
         if len(mbs) > 1:
             self._check_mergeable(names)
+        stream = stream or default_stream(self.program.by_name[name] for name in names)
         self.launches.append(Launch(stream, tuple(names), mbs[0], mbs[-1] + 1, kernel))
-        self._done |= group
-        self._ready -= group
-        for key in group:
-            self._ready.update(k for k in self._after[key] if k not in self._done and self._before[k] <= self._done)
+        self._idle_calls = 0
+        for number in group:
+            self._finish(number)
 
-    def _check_ready(self, key: tuple[str, int], group: set[tuple[str, int]]) -> None:
-        if key in self._done:
-            raise ScheduleError(f"{key[0]}@{key[1]} has been executed already")
-        if missing := sorted(self._before[key] - self._done - group):
-            waiting = ", ".join(f"{n}@{mb}" for n, mb in missing)
-            raise ScheduleError(f"{key[0]}@{key[1]} is not ready: it needs {waiting} first")
+    def _finish(self, number: int) -> None:
+        if not self._waits_for[number]:
+            for ready in (self._ready, self._ready_of[number % self.micro_batches]):
+                del ready[bisect_left(ready, number)]
+        self._done[number] = True
+        self.unfinished -= 1
+        for later in self._after[number]:
+            self._waits_for[later] -= 1
+            if not self._waits_for[later] and not self._done[later]:
+                self._set_ready(later)
+
+    def _set_ready(self, number: int) -> None:
+        insort(self._ready, number)
+        insort(self._ready_of[number % self.micro_batches], number)
+
+    def _check_ready(self, number: int, group: Sequence[int]) -> None:
+        if self._done[number]:
+            raise ScheduleError(f"{self._tasks[number]} has been executed already")
+        if not self._waits_for[number]:
+            return
+        if missing := sorted(n for n in self._before[number] if not self._done[n] and n not in group):
+            waiting = ", ".join(str(self._tasks[n]) for n in missing)
+            raise ScheduleError(f"{self._tasks[number]} is not ready: it needs {waiting} first")
 
     def _check_mergeable(self, names: list[str]) -> None:
         for name in names:

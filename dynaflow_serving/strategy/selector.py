@@ -10,9 +10,11 @@ Contract
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from typing import Any
 
 from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.program import Program
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.rules import Rule
 
@@ -51,6 +53,12 @@ class Selector(abc.ABC):
     def schedules_unsplit(self) -> bool:
         """Whether un-split steps run under a plan, too."""
         return any(self.strategy(candidate).schedules_unsplit for candidate in self.candidates)
+
+    def missing_tags(self, programs: Iterable[Program]) -> tuple[str, ...]:
+        """Return a sentence for each strategy that looks for tags which none of `programs` has."""
+        programs = tuple(programs)
+        found = (self.strategy(candidate).missing_tags(programs) for candidate in self.candidates)
+        return tuple(dict.fromkeys(sentence for sentence in found if sentence))
 
     def cut(self, batch: Batch, candidate: str) -> Split:
         """`batch` as `candidate` splits it."""

@@ -32,18 +32,19 @@ from dynaflow_serving.policy.table import default_path
 from dynaflow_serving.session.forward import Contexts, EagerForward
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
+from dynaflow_serving.strategy.tags import Tag
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
 # All that a model may call under tensor parallelism: also one that cannot overlap must keep its place in the order.
-COLLECTIVES = (
-    "all_reduce",
-    "quant_all_reduce",
-    "fused_allreduce_rmsnorm",
-    "reduce_scatter_tensor",
-    "reduce_scatter_along_dim",
-    "all_gather_into_tensor",
-    "all_gather",
-)
+COLLECTIVES = {
+    "all_reduce": Tag.ALL_REDUCE,
+    "quant_all_reduce": Tag.ALL_REDUCE,
+    "fused_allreduce_rmsnorm": Tag.ALL_REDUCE,
+    "reduce_scatter_tensor": Tag.REDUCE_SCATTER,
+    "reduce_scatter_along_dim": Tag.REDUCE_SCATTER,
+    "all_gather_into_tensor": Tag.ALL_GATHER,
+    "all_gather": Tag.ALL_GATHER,
+}
 # The computation of the experts, without the all-reduce that some models have inside their module of experts.
 EXPERTS = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.run_moe_core"
 DUMMY_SIZES = (2, 3)  # requests of the two recorded runs
@@ -53,11 +54,11 @@ logger = logging.getLogger("sglang.dynaflow")
 
 def rules(tensor_parallel: int) -> tuple[Rule, ...]:
     """Where bodies are cut. With one rank, SGLang's collectives do nothing and are no operators."""
-    collectives = COLLECTIVES if tensor_parallel > 1 else ()
+    collectives = COLLECTIVES if tensor_parallel > 1 else {}
     return (
-        SplitModule("RadixAttention", "attention", Resource.MEMORY, ("attention",), context=True),
-        SplitFunc(EXPERTS, "experts", Resource.COMPUTE, ("experts",), context=True, required=False),
-        *(SplitFunc(f"{GROUP}.{n}", n, Resource.NETWORK, (n,), "tp", required=False) for n in collectives),
+        SplitModule("RadixAttention", "attention", Resource.MEMORY, (Tag.ATTENTION,), context=True),
+        SplitFunc(EXPERTS, "experts", Resource.COMPUTE, (Tag.EXPERTS,), context=True, required=False),
+        *(SplitFunc(f"{GROUP}.{n}", n, Resource.NETWORK, (t,), "tp", required=False) for n, t in collectives.items()),
     )
 
 

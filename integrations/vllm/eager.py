@@ -20,10 +20,11 @@ from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.vllm.state import WorkerState
 from dynaflow_serving.session.forward import EagerForward
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
+from dynaflow_serving.strategy.tags import Tag
 
 ATTENTION = ("Attention", "MLAAttention", "ChunkedLocalAttention")
 EXPERTS = ("MoERunner",)  # its forward ends with an all-reduce, which keeps its place among the others
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
+COLLECTIVES = (Tag.ALL_REDUCE, Tag.ALL_GATHER, Tag.REDUCE_SCATTER)  # its methods have the same names
 _GROUP = "vllm.distributed.parallel_state.GroupCoordinator"
 RECORDED_TOKENS = 16
 
@@ -31,9 +32,9 @@ RECORDED_TOKENS = 16
 def rules() -> tuple[Rule, ...]:
     network = Resource.NETWORK
     return (
-        *(SplitModule(n, "attention", Resource.MEMORY, ("attention",), "", True, False) for n in ATTENTION),
-        *(SplitModule(n, "experts", Resource.COMPUTE, ("experts",), "tp", True, False) for n in EXPERTS),
-        *(SplitFunc(f"{_GROUP}.{n}", n, network, (n,), "tp", required=False) for n in COLLECTIVES),
+        *(SplitModule(n, "attention", Resource.MEMORY, (Tag.ATTENTION,), "", True, False) for n in ATTENTION),
+        *(SplitModule(n, "experts", Resource.COMPUTE, (Tag.EXPERTS,), "tp", True, False) for n in EXPERTS),
+        *(SplitFunc(f"{_GROUP}.{tag}", str(tag), network, (tag,), "tp", required=False) for tag in COLLECTIVES),
     )
 
 

@@ -18,24 +18,26 @@ from torch import fx
 from dynaflow_serving.capture.fx.effects import EffectTable
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.strategy.rules import Rule, SplitFunc
+from dynaflow_serving.strategy.tags import Tag
 
 KV_UPDATE = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")
 ATTENTION = ("vllm::unified_attention_with_output", "vllm::unified_mla_attention_with_output")
 EXPERTS = ("vllm::moe_forward", "vllm::moe_forward_shared", "_C::cpu_fused_moe")
 COLLECTIVES = {
-    "_C::shm_allreduce": "all_reduce",
-    "vllm::all_reduce": "all_reduce",
-    "vllm::reduce_scatter": "reduce_scatter",
-    "vllm::all_gather": "all_gather",
+    "_C::shm_allreduce": Tag.ALL_REDUCE,
+    "vllm::all_reduce": Tag.ALL_REDUCE,
+    "vllm::reduce_scatter": Tag.REDUCE_SCATTER,
+    "vllm::all_gather": Tag.ALL_GATHER,
 }
 
 
 def rules() -> tuple[Rule, ...]:
+    memory, compute, network = Resource.MEMORY, Resource.COMPUTE, Resource.NETWORK
     return (
-        *(SplitFunc(n, "kv_update", Resource.MEMORY, ("kv_update",), context=True, required=False) for n in KV_UPDATE),
-        *(SplitFunc(n, "attention", Resource.MEMORY, ("attention",), context=True, required=False) for n in ATTENTION),
-        *(SplitFunc(n, "experts", Resource.COMPUTE, ("experts",), context=True, required=False) for n in EXPERTS),
-        *(SplitFunc(n, kind, Resource.NETWORK, (kind,), "tp", required=False) for n, kind in COLLECTIVES.items()),
+        *(SplitFunc(n, "kv_update", memory, (Tag.KV_UPDATE,), context=True, required=False) for n in KV_UPDATE),
+        *(SplitFunc(n, "attention", memory, (Tag.ATTENTION,), context=True, required=False) for n in ATTENTION),
+        *(SplitFunc(n, "experts", compute, (Tag.EXPERTS,), context=True, required=False) for n in EXPERTS),
+        *(SplitFunc(n, str(tag), network, (tag,), "tp", required=False) for n, tag in COLLECTIVES.items()),
     )
 
 

@@ -309,11 +309,26 @@ class Strategy{n}(OpScheduler):
 """
 
 
-@pytest.mark.parametrize(("n", "message"), [(2, "operators unexecuted"), (3, "split() made 3, more than")])
-def test_check_wrong_strategy_file(n: int, message: str, tmp_path: Path) -> None:
+def test_check_a_strategy_file_that_leaves_operators(tmp_path: Path) -> None:
     path = tmp_path / "strategy.py"
-    path.write_text(STRATEGY.replace("{n}", str(n)))
+    path.write_text(STRATEGY.replace("{n}", "2"))
     result = dynaflow("check", str(path))
     assert result.exit_code == 1, result.output
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert "operators unexecuted" in result.stderr and "Traceback" not in result.stderr
     assert "ScheduleError" in result.stdout
+
+
+def test_check_a_strategy_file_that_splits_into_too_many(tmp_path: Path) -> None:
+    path = tmp_path / "strategy.py"
+    path.write_text(STRATEGY.replace("{n}", "3"))
+    result = dynaflow("check", str(path))
+    assert result.exit_code == 2, result.output
+    assert "split() made 3 micro-batches, more than max_micro_batches=2" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_check_and_explain_say_which_tags_an_example_lacks() -> None:
+    lacks = "strategy 'dual_batch' finds no operator tagged dispatch or combine: the turns"
+    for arguments in (["check", str(CONFIGS / "vllm" / "dual_batch.yaml")], ["explain", "llama", "-s", "dual_batch"]):
+        assert " ".join(dynaflow(*arguments).stdout.split()).count(lacks) == (2 if arguments[0] == "check" else 1)
+    assert lacks not in dynaflow("explain", "moe", "-s", "dual_batch").stdout

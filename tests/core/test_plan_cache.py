@@ -15,7 +15,7 @@ from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies.nanoflow import NanoFlow, NanoFlowOptions
 from dynaflow_serving.strategy.base import OpScheduler
-from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.schedule import Schedule, Task
 from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly
 
@@ -92,6 +92,11 @@ def test_a_strategy_that_is_wrong_by_itself_is_an_error() -> None:
         plan_cache.prepare(Signature(2))
 
 
+def by_name_and_callable(s: Schedule) -> None:
+    s.execute(s.get_ready_ops()[0], replace="relu")
+    s.execute(s.get_ready_ops()[0], replace=torch.relu)
+
+
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
@@ -99,6 +104,9 @@ def test_a_strategy_that_is_wrong_by_itself_is_an_error() -> None:
         (lambda s: s.execute(s.get_ready_ops() + s.get_ready_ops()), "each once"),
         (lambda s: (s.execute(t := s.get_ready_ops()[0]), s.execute(t)), "has been executed already"),
         (lambda s: s.execute(s.successors(s.get_ready_ops()[0])[0]), r"is not ready: it needs layers.0.compute.0@0"),
+        (lambda s: s.execute(Task(s.get_ready_ops()[0].operator, 2)), r"layers.0.compute.0@2 is no task"),
+        (by_name_and_callable, "'relu' is given as a name and as a callable"),
+        (lambda s: [s.get_ready_ops() for _ in range(10_000)], r"ran none; ready: layers.0.compute.0@0, layers.0.comp"),
     ],
 )
 def test_misuse_of_a_schedule_names_the_operators(misuse: object, message: str) -> None:
@@ -119,5 +127,5 @@ class Misspelt(OpScheduler):
 
 
 def test_a_kernel_that_there_is_not_is_an_error_when_the_plan_is_made() -> None:
-    with pytest.raises(ScheduleError, match="unknown kernel 'fsed'"):
+    with pytest.raises(ScheduleError, match=r"unknown kernel 'fsed'.* Valid: add_rms"):
         make(Misspelt()).prepare(Signature(2))

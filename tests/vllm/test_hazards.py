@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynaflow_serving.integrations.vllm.hazards import dependences
-from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.base import OpScheduler, SplitOptions
 from dynaflow_serving.strategy.registry import STRATEGIES, register_strategy
 from dynaflow_serving.strategy.splitting import cut_at_requests
 
@@ -18,12 +18,11 @@ def one_after_another():
     The reader is the last request of the batch in Model Runner V1, the first in V2, which sorts by tokens.
     """
 
-    @register_strategy("one_after_another")
-    class OneAfterAnother(OpScheduler):
-        class Options(Options):
-            micro_batches: int = 2
-            order: int = 1
+    class Order(SplitOptions):
+        order: int = 1
 
+    @register_strategy("one_after_another")
+    class OneAfterAnother(OpScheduler[Order]):
         def split(self, batch):
             return cut_at_requests(batch, 2)
 

@@ -31,11 +31,18 @@ from dynaflow_serving.capture.names import unique_names, value_name
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
 from dynaflow_serving.strategy.rules import Rule, SplitFunc
+from dynaflow_serving.strategy.tags import Tag
 
 # torch's functional collectives, wherever tensor parallelism or DTensor puts them.
 COLLECTIVES: tuple[Rule, ...] = tuple(
-    SplitFunc(f"_c10d_functional::{name}", name, Resource.NETWORK, (name,), group="default", required=False)
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast")
+    SplitFunc(f"_c10d_functional::{name}", name, Resource.NETWORK, (tag,), group="default", required=False)
+    for name, tag in {
+        "all_reduce": Tag.ALL_REDUCE,
+        "all_gather_into_tensor": Tag.ALL_GATHER,
+        "reduce_scatter_tensor": Tag.REDUCE_SCATTER,
+        "all_to_all_single": Tag.ALL_TO_ALL,
+        "broadcast": Tag.BROADCAST,
+    }.items()
 )
 
 
