@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.strategy.selector import Selector
 
 
 def refuse(engine: str, config: Config, causes: Iterable[str]) -> None:
@@ -20,6 +21,14 @@ def refuse(engine: str, config: Config, causes: Iterable[str]) -> None:
             f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {listed}. "
             f"Change these, or remove the dynaflow option; with 'fallback: true' {engine} runs without it."
         )
+
+
+def unsplit_causes(engine: str, selector: Selector) -> list[str]:
+    """A cause for each candidate of `strategy: auto` that only orders un-split steps."""
+    if len(selector.candidates) == 1:
+        return []
+    found = [candidate for candidate in selector.candidates if selector.plans_unsplit(candidate)]
+    return [f"candidate {c!r} never splits, and un-split steps run as {engine} runs them" for c in found]
 
 
 def unsupported(found: Mapping[str, object], verb: str = "is") -> list[str]:

@@ -67,7 +67,7 @@ class Guard(Observer):
         if not self._watches or step.to_trace or step.to_compare:  # sampling takes time, too
             return
         batch = step.batch
-        step.saved = self.observe(bucket_of(batch), bool(step.micro_batches), sum(batch.tokens), seconds)
+        step.saved = self.observe(bucket_of(batch), step.planned, sum(batch.tokens), seconds)
 
     def observe(self, bucket: Bucket, split: bool, tokens: int, seconds: float) -> float:
         """A step took so long. Returns the seconds that it saved, estimated from the last comparison."""

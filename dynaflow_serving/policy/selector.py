@@ -3,8 +3,8 @@
 Contract
 - `serve_by` gives it a table of decisions. From then on a step is a look-up of its bucket, and the guard watches.
 - A batch of a bucket that was not decided runs un-split.
-- A candidate is a strategy with one number of micro-batches, labelled `nanoflow x2`. `PLAIN` is the one that does not
-  split.
+- A candidate is a strategy with one number of micro-batches, labelled `nanoflow x2`, or one that orders un-split steps,
+  labelled `fused_norms`. `PLAIN` is the one that leaves the step as it is.
 """
 
 from __future__ import annotations
@@ -223,8 +223,10 @@ def _candidates(options: AutoOptions) -> dict[str, OpScheduler]:
             strategy = build_strategy(name, {**values, **given})
             if strategy.max_micro_batches > 1:
                 found[f"{cls.name} x{strategy.max_micro_batches}"] = strategy
+            elif strategy.schedules_unsplit:
+                found[cls.name] = strategy
     if not found:
-        raise ConfigError("no candidate of strategy 'auto' ever splits a batch: there is nothing to choose")
+        raise ConfigError("no candidate of strategy 'auto' splits a batch or orders un-split steps: nothing to choose")
     return found
 
 

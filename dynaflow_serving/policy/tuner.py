@@ -112,7 +112,10 @@ class Tuner:
                 split = plan_cache.allowed_split(batch, split)
             n = len(split.micro_batches)
             if n == 1:
-                trial.verdict = split.reason
+                if self.selector.plans_unsplit(label):
+                    timed.append(trial)  # no steps in turn could predict it
+                else:
+                    trial.verdict = split.reason
                 continue
             effects = SideEffects.of(batch, split, self.facts)
             trial.effects = effects.listed()

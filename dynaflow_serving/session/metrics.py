@@ -87,7 +87,7 @@ class Metrics(Observer):
 
     def timed(self, step: Step, seconds: float) -> None:
         split = step.split
-        if len(split.micro_batches) > 1:
+        if step.planned:
             labels = split.candidate or self.strategy, ""
         else:
             labels = NONE, split.reason
@@ -96,7 +96,7 @@ class Metrics(Observer):
         self._steps[labels].inc()
         if step.saved > 0:
             self._made["time_saved_seconds"].inc(step.saved)
-        if len(split.micro_batches) > 1:
+        if step.planned:
             self._count_plans(step.plan_caches)
 
     def traced(self, step: Step, timelines: Sequence[Timeline]) -> None:

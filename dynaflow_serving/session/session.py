@@ -75,20 +75,20 @@ class LiveStep(Step):
         """
         if not self.to_compare:
             return result
-        split = self.split
+        split, planned = self.split, self.planned
         kept = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, result)
-        self.split = whole(self.batch, "shadow mode")
+        self.split, self.planned = whole(self.batch, "shadow mode"), False
         try:
             with torch.no_grad():
                 expected = run_whole()
         finally:
-            self.split = split
+            self.split, self.planned = split, planned
         return result if self._session.compare(self, kept, expected, inputs) else expected
 
     def withdraw(self, reason: str) -> None:
         """The step did not run under its plan, and the recorded programs do not hold any more."""
         self.split = whole(self.batch, reason)
-        self.to_trace = self.to_compare = False
+        self.to_trace = self.to_compare = self.planned = False
         self._session.withdraw(self, reason)
 
 
@@ -137,7 +137,7 @@ class Session:
             self._executor(device_type)  # what it cannot honour is an error now
         self._group: Any = None  # of the ranks, once they have compared plans
         self._trial: Trial | None = None
-        self._split_steps = 0
+        self._planned_steps = 0
         self.counts = StepCounts()
         self.metrics = Metrics(selector.name, counted=rank == 0)
         self.shadow = Shadow(config.shadow, rank) if config.shadow else None
@@ -228,11 +228,13 @@ class Session:
         self.clock.poll()
         step.split = self._decide(step)
         split = len(step.split.micro_batches) > 1
+        candidate = step.split.candidate
+        step.planned = split or (bool(candidate) and self.selector.plans_unsplit(candidate))
         if step.trial is not None:
             step.to_trace = split and step.trial.profiled
         else:
-            if split:
-                self._count_split(step)
+            if step.planned:
+                self._number(step)
             for decided in self._on_decided:
                 decided(step)
         self.in_flight = step
@@ -258,10 +260,11 @@ class Session:
                 split = plan_cache.allowed_split(batch, split)
         return split
 
-    def _count_split(self, step: Step) -> None:
-        self._split_steps += 1
-        step.number = self._split_steps
-        if self._split_steps == 1:
+    def _number(self, step: Step) -> None:
+        """Number `step` among those that run under a chosen plan."""
+        self._planned_steps += 1
+        step.number = self._planned_steps
+        if self._planned_steps == 1 and step.micro_batches:
             sizes = [p.tokens[1] - p.tokens[0] for p in step.split.micro_batches]
             self.logger.info("DynaFlow: first split step, %d micro-batches of %s tokens", len(sizes), sizes)
 

@@ -32,18 +32,19 @@ class Step:
 
     Attributes:
         split: how the batch is cut; it holds until the step has ended.
-        number: of the split steps, from 1; 0 for an un-split step and for a trial.
+        number: among the steps under a chosen plan, from 1; 0 for the others and for a trial.
         to_trace, to_compare: whether an observer has asked for a trace, or for an un-split run beside it.
+        planned: whether it runs under a plan that somebody chose, split or not.
         saved: seconds that the split saved, by the guard's estimate.
     """
 
-    __slots__ = ("batch", "number", "plan_caches", "saved", "split", "to_compare", "to_trace", "trial")
+    __slots__ = ("batch", "number", "plan_caches", "planned", "saved", "split", "to_compare", "to_trace", "trial")
 
     def __init__(self, batch: Batch, plan_caches: Sequence[PlanCache], trial: Trial | None = None) -> None:
         self.batch, self.plan_caches, self.trial = batch, plan_caches, trial
         self.split = UNDECIDED
         self.number = 0
-        self.to_trace = self.to_compare = False
+        self.to_trace = self.to_compare = self.planned = False
         self.saved = 0.0
 
     @property

@@ -60,6 +60,11 @@ class Selector(abc.ABC):
         found = (self.strategy(candidate).missing_tags(programs) for candidate in self.candidates)
         return tuple(dict.fromkeys(sentence for sentence in found if sentence))
 
+    def plans_unsplit(self, candidate: str) -> bool:
+        """Whether un-split steps of `candidate` are what it is for: it never splits, and orders these."""
+        strategy = self.strategy(candidate)
+        return strategy.schedules_unsplit and strategy.max_micro_batches == 1
+
     def cut(self, batch: Batch, candidate: str) -> Split:
         """`batch` as `candidate` splits it."""
         split = self.strategy(candidate).split(batch)

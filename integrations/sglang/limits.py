@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynaflow_serving.config import Config
-from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
+from dynaflow_serving.integrations.limits import executor_causes, refuse, unsplit_causes, unsupported
 from dynaflow_serving.strategy.selector import Selector
 
 # ForwardBatch fields that only some requests set and that a micro-batch would need its own part of.
@@ -51,7 +51,7 @@ def _device(view: Any, config: Config, selector: Selector) -> list[str]:
         return ["capture: graph: SGLang makes no graph of its models (set capture: auto, or eager)"]
     if selector.max_micro_batches < 2:
         return [f"strategy {config.strategy!r} never splits, and un-split steps run as SGLang runs them"]
-    return []
+    return unsplit_causes("SGLang", selector)
 
 
 def _graphs(view: Any) -> list[str]:

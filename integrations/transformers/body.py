@@ -78,6 +78,9 @@ class Body(SplitForward):
             return step.checked(run(*args, **kwargs), lambda: run(*args, **kwargs), [first])
 
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step = self.session.in_flight
+        if step is not None and step.planned and not step.micro_batches:
+            return self._run_graphs(args, kwargs)  # under the un-split plan of a candidate
         return self.original(*args, **kwargs)
 
     def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ import torch
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import AnnotationError
-from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
+from dynaflow_serving.integrations.limits import executor_causes, refuse, unsplit_causes, unsupported
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 from dynaflow_serving.strategy.selector import Selector
 
@@ -30,7 +30,7 @@ def check(vllm_config: Any, config: Config, selector: Selector) -> None:
     from vllm.platforms import current_platform
 
     causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, selector.annotations)]
-    causes += _unsplit(vllm_config, selector)
+    causes += [*_unsplit(vllm_config, selector), *unsplit_causes("vLLM", selector)]
     causes += [*_features(vllm_config), *executor_causes("vLLM", config, current_platform.device_type)]
     refuse("vLLM", config, causes)
 

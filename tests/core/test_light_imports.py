@@ -43,7 +43,9 @@ def test_the_package_imports_nothing_until_a_name_is_used() -> None:
 def test_every_public_name_is_there() -> None:
     for name in dynaflow_serving.__all__:
         public = getattr(dynaflow_serving, name)
-        assert public == name.lower() if name.isupper() else public.__name__ == name  # a constant, or a class or function
+        assert (
+            public == name.lower() if name.isupper() else public.__name__ == name
+        )  # a constant, or a class or function
     assert dynaflow_serving.__version__ and set(dynaflow_serving.__all__) < set(dir(dynaflow_serving))
     assert set(dynaflow_serving.__all__) == set(dynaflow_serving._MODULE_OF)
     with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import policy_ranks
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_support import BATCH, Engine, adopted, fixed, per_token, table_for, trial
@@ -29,7 +30,10 @@ from dynaflow_serving.policy.table import Decision, Table
 from dynaflow_serving.policy.tuner import Tuner, conclude, noise
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
-from dynaflow_serving.strategy.splitting import cut_evenly
+from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.registry import register_strategy
+from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import cut_evenly, whole
 
 HERE = logging.getLogger("test")
 
@@ -89,6 +93,41 @@ def test_a_split_that_is_predicted_to_lose_is_not_timed() -> None:
     assert decision.candidate == "" and trial.ratios == []
     assert "predicted to be slower" in trial.verdict and trial.predicted is not None and trial.predicted < 0.9
     assert decision.reason.startswith("nanoflow x2: predicted to be slower")
+
+
+def swift(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+class Swift(OpScheduler):
+    """Never splits: it replaces every operator by a kernel that does not sleep."""
+
+    name = "swift"
+    schedules_unsplit = True
+    max_micro_batches = 1
+
+    def split(self, batch: Batch) -> Split:
+        return whole(batch, "swift never splits")
+
+    def schedule(self, s: Schedule) -> None:
+        while ready := s.get_ready_ops():
+            s.execute(ready[0], replace=swift)
+
+
+@pytest.mark.alone
+def test_a_candidate_that_only_orders_unsplit_steps_is_timed_and_adopted() -> None:
+    register_strategy("swift")(Swift)
+    engine = Engine(per_token, candidates=["swift", "nanoflow"])
+    (decision,) = tune(engine).decisions
+    assert decision.candidate == "swift", decision.reason
+    swift_trial, other = decision.trials
+    assert swift_trial.predicted is None and swift_trial.measured is not None and swift_trial.measured > 2
+    assert other.candidate == "nanoflow x2" and other.verdict
+    engine.selector.serve_by(Table(key={}, decisions=[decision]), engine.session)
+    for _ in range(COMPARED + 4):
+        engine.step(BATCH)
+    assert engine.session.counts.unsplit == {COMPARING: COMPARED // 2, "swift never splits": COMPARED // 2 + 4}
+    assert engine.selector.switched_off == 0
 
 
 @pytest.mark.alone
@@ -342,7 +381,7 @@ def test_two_ranks(tmp_path: Path, scenario: Callable[..., None]) -> None:
         ({"candidates": ["nanoflo"]}, "unknown strategy 'nanoflo'. Did you mean 'nanoflow'"),
         ({"candidates": ["auto"]}, "'auto' itself is none"),
         ({"candidates": ["sequential"], "micro_batches": [1]}, "each at least 2"),
-        ({"candidates": ["branches"]}, "ever splits a batch"),
+        ({"candidates": [{"strategy": "sequential", "options": {"micro_batches": 1}}]}, "nothing to choose"),
         ({"candidates": [{"name": "nanoflow"}]}, "is not {strategy: NAME, options: {...}}"),
         ({"candidates": [{"strategy": "nanoflow", "options": {"cuts": 1}}]}, "unknown option 'cuts'"),
         ({"budget_second": 5}, "unknown option 'budget_second'. Did you mean 'budget_seconds'"),
