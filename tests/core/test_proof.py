@@ -18,7 +18,6 @@ from policy_support import Engine, adopted, per_token, table_for
 from prometheus_client import REGISTRY
 from torch import nn
 
-import dynaflow_serving
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.parse import parse_plan, parse_program
@@ -34,6 +33,7 @@ from dynaflow_serving.strategy.rules import SplitModule
 from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import cut_evenly
+from dynaflow_serving.torch_backend import Backend, Compiled
 
 
 # -- traces --------------------------------------------------------------------------------------------
@@ -122,8 +122,8 @@ def shadowed(kernel: Any, folder: Path, **shadow: Any) -> tuple[Model, Any]:
     model = Model()
     config = Config(strategy="sequential", shadow={"folder": str(folder), "every": 2, **shadow})
     session = Session(FixedStrategy(WithKernel(kernel(model.layers[1]))), config)
-    backend = dynaflow_serving.torch_backend.Backend(session, 0, "dynamo")
-    return model, dynaflow_serving.torch_backend.Compiled(model, backend, 0)
+    backend = Backend(session, 0, "dynamo")
+    return model, Compiled(model, backend, 0)
 
 
 def wrong(block: Any) -> Any:
