@@ -30,7 +30,7 @@ class DualBatchOptions(Options):
 
 @register_strategy("dual_batch")
 class DualBatch(OpScheduler[DualBatchOptions]):
-    looks_for = (TagUse((Tag.DISPATCH, Tag.COMBINE), "the turns of its micro-batches end at every collective instead"),)
+    looks_for = (TagUse((Tag.DISPATCH, Tag.COMBINE), "its turns end at every collective instead"),)
 
     def split(self, batch: Batch) -> Split:
         return cut_at_requests(batch, 2, self.options.min_tokens)

@@ -145,7 +145,7 @@ def test_network_operators_go_to_the_network_stream_by_default() -> None:
 def test_a_strategy_says_which_tags_a_program_lacks() -> None:
     llama, moe = example("llama").program, example("moe").program
     lacks = DualBatch().missing_tags([llama])
-    assert lacks.startswith("strategy 'dual_batch' finds no operator tagged dispatch or combine: the turns")
+    assert lacks.startswith("strategy 'dual_batch' finds no operator tagged dispatch or combine: its turns")
     assert DualBatch().missing_tags([moe]) == DualBatch().missing_tags([llama, moe]) == ""
     assert "tagged replicated: no all-reduce is woven" in TokenWeave().missing_tags([moe])
     assert NanoFlow().missing_tags([llama]) == ""

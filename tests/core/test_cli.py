@@ -328,7 +328,7 @@ def test_check_a_strategy_file_that_splits_into_too_many(tmp_path: Path) -> None
 
 
 def test_check_and_explain_say_which_tags_an_example_lacks() -> None:
-    lacks = "strategy 'dual_batch' finds no operator tagged dispatch or combine: the turns"
+    lacks = "strategy 'dual_batch' finds no operator tagged dispatch or combine: its turns"
     for arguments in (["check", str(CONFIGS / "vllm" / "dual_batch.yaml")], ["explain", "llama", "-s", "dual_batch"]):
         assert " ".join(dynaflow(*arguments).stdout.split()).count(lacks) == (2 if arguments[0] == "check" else 1)
     assert lacks not in dynaflow("explain", "moe", "-s", "dual_batch").stdout
