@@ -22,6 +22,7 @@ from typing import Any
 from dynaflow_serving.bench.process import EngineProcess
 from dynaflow_serving.bench.settings import EngineSettings, Traffic, requests_of_pass
 from dynaflow_serving.core.measurement import in_turn
+from dynaflow_serving.session.report import WorkerReport
 
 BASELINE, DYNAFLOW = "baseline", "dynaflow"
 SIDES = (BASELINE, DYNAFLOW)
@@ -107,20 +108,17 @@ class Engagement:
     ranks_agree: bool
 
     @staticmethod
-    def from_reports(reports: list[dict[str, Any]]) -> Engagement:
+    def from_reports(reports: list[WorkerReport]) -> Engagement:
         """Return what the reports of all ranks say, rank 0's first."""
-
-        def facts(report: dict[str, Any]) -> tuple[Any, ...]:
-            return report["steps"], report["plan_hash"]
 
         first = reports[0]
         return Engagement(
-            strategy=first["strategy"],
-            mode=first["mode"],
-            split=first["steps"]["split"],
-            unsplit=dict(Counter(first["steps"]["unsplit"]).most_common()),
-            plan_hash=first["plan_hash"],
-            ranks_agree=all(facts(r) == facts(first) for r in reports),
+            strategy=first.strategy,
+            mode=first.mode,
+            split=first.steps.split,
+            unsplit=dict(Counter(first.steps.unsplit).most_common()),
+            plan_hash=first.plan_hash,
+            ranks_agree=all((r.steps, r.plan_hash) == (first.steps, first.plan_hash) for r in reports),
         )
 
 

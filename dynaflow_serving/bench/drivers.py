@@ -34,7 +34,7 @@ class EngineDriver(Protocol):
         """Run the requests and return the new tokens of each."""
 
     def report(self) -> list[dict[str, Any]]:
-        """Return `dynaflow_report` of every rank, counted since `reset`."""
+        """Return the `WorkerReport` of every rank as plain data, counted since `reset`."""
 
     def reset(self) -> None:
         """Zero the counters of the report."""

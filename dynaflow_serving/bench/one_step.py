@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dynaflow_serving.bench.defaults import default_dtype
 from dynaflow_serving.bench.engines import find_engine
@@ -24,6 +23,7 @@ from dynaflow_serving.bench.process import EngineProcess
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.timeline import Timeline
+from dynaflow_serving.session.report import WorkerReport
 
 SPARE = 8  # positions beyond a prompt: one for its new token, and SGLang keeps six to itself
 
@@ -45,7 +45,7 @@ class MeasuredStep:
 
 def one_step(
     engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
-) -> dict[str, Any]:
+) -> WorkerReport:
     """Run one prefill of prompts with `tokens` tokens each and return rank 0's report.
 
     Raises:
@@ -64,7 +64,7 @@ def run_steps(
     dtype: str | None,
     tensor_parallel: int,
     runs: int,
-) -> tuple[list[MeasuredStep], dict[str, Any]]:
+) -> tuple[list[MeasuredStep], WorkerReport]:
     """Run the prefill of `one_step` repeatedly.
 
     Returns:
@@ -81,9 +81,10 @@ def run_steps(
                 break
             seconds, _ = process.generate(_prompts(tokens, vocabulary, number))
             before, report = report, process.report()[0]
-            split, unsplit = (_counted(report, kind) - _counted(before, kind) for kind in ("split", "unsplit"))
+            split = report.steps.split - before.steps.split
+            unsplit = sum(report.steps.unsplit.values()) - sum(before.steps.unsplit.values())
             if split + unsplit == 1:
-                new = report["timelines"] if report["timelines"] != before["timelines"] else []
+                new = report.timelines if report.timelines != before.timelines else []
                 found.append(MeasuredStep(seconds, split=bool(split), timelines=tuple(map(Timeline.from_dict, new))))
     return found, report
 
@@ -123,9 +124,3 @@ def _prompts(tokens: tuple[int, ...], vocabulary: int, seed: int) -> list[Reques
     """
     draw = random.Random(seed)
     return [Request([draw.randrange(vocabulary) for _ in range(n)], 1) for n in tokens]
-
-
-def _counted(report: dict[str, Any], kind: str) -> int:
-    """Return how many steps of that kind ("split" or "unsplit") the report has counted."""
-    steps = report["steps"]
-    return steps["split"] if kind == "split" else sum(steps["unsplit"].values())

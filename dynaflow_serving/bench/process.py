@@ -25,6 +25,7 @@ from typing import Any
 from dynaflow_serving.bench.drivers import EngineInfo
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.errors import DynaflowError
+from dynaflow_serving.session.report import WorkerReport
 
 LOG_LINES, LOG_ERRORS = 15, 3
 ERROR = re.compile(r"\w(Error|Exception): .")
@@ -63,10 +64,9 @@ class EngineProcess:
         reply = self._ask("generate", requests=[asdict(r) for r in requests])
         return reply["seconds"], reply["tokens"]
 
-    def report(self) -> list[dict[str, Any]]:
+    def report(self) -> list[WorkerReport]:
         """Return the report of every rank, rank 0's first."""
-        reply: list[dict[str, Any]] = self._ask("report")
-        return reply
+        return [WorkerReport.model_validate(content) for content in self._ask("report")]
 
     def reset(self) -> None:
         """Zero the counters of the report."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dynaflow_serving.bench.one_step import MeasuredStep, run_steps
 from dynaflow_serving.config import Config, TraceOptions
@@ -20,6 +19,7 @@ from dynaflow_serving.core.parse import parse_program
 from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.picture.comparison import EngineStep, PlanComparison, compare
 from dynaflow_serving.policy.selector import AutoSelector, build_selector
+from dynaflow_serving.session.report import WorkerReport
 
 RUNS = 5
 IN_TURN = Path(__file__).with_name("in_turn.py")
@@ -27,7 +27,7 @@ IN_TURN = Path(__file__).with_name("in_turn.py")
 
 def compare_in_engine(
     engine: str, model: str, tokens: tuple[int, ...], config: Config, dtype: str | None, tensor_parallel: int
-) -> tuple[dict[str, Any], list[PlanComparison]]:
+) -> tuple[WorkerReport, list[PlanComparison]]:
     """Measure a plan in its engine.
 
     Returns:
@@ -58,7 +58,7 @@ def compare_in_engine(
             return report, []
         turns, _ = run_steps(*run, _traced(in_turn, folder, every=1), *where)
     step = EngineStep(_seconds(planned, split=True, engine=engine), _seconds(turns, split=False, engine=engine))
-    programs = [parse_program(p["program"]) for p in report["programs"]]
+    programs = [parse_program(p.program) for p in report.programs]
     sizes = tuple(m.tokens[1] - m.tokens[0] for m in selector.split(Batch(tokens)).micro_batches)
     traced = [[s.timelines for s in steps if s.timelines][1:] for steps in (planned, turns)]
     if not all(traced):

@@ -146,20 +146,20 @@ def explain_model(
     plans: list[Plan] = []
     # The engine may order its requests anew, so the strategy is asked for the cut only where the engine split.
     selector = build_selector(config)
-    if report["steps"]["split"]:
+    if report.steps.split:
         split = selector.split(Batch(tokens))
-        plans = [parse_plan(text) for program in report["programs"] for text in program["plans"]]
+        plans = [parse_plan(text) for program in report.programs for text in program.plans]
     else:
-        split = whole(Batch(tokens), "; ".join(report["steps"]["unsplit"]) or "the engine counted no step")
+        split = whole(Batch(tokens), "; ".join(report.steps.unsplit) or "the engine counted no step")
     ranks = f", rank 0 of {tensor_parallel}" if tensor_parallel > 1 else ""
     return Explanation(
         model=Path(model).resolve().name,
-        programs=[program["program"] for program in report["programs"]],
+        programs=[program.program for program in report.programs],
         tokens=tokens,
         split=split,
         plans=[plan for plan in plans if plan.micro_batches > 1],
         comparisons=comparisons,
-        where=f"{engine}{ranks}, mode {report['mode']}",
+        where=f"{engine}{ranks}, mode {report.mode}",
         runs=in_engine.RUNS,
-        missing=selector.missing_tags([parse_program(program["program"]) for program in report["programs"]]),
+        missing=selector.missing_tags([parse_program(program.program) for program in report.programs]),
     )

@@ -16,8 +16,8 @@ class _Report(BaseModel):
 
 
 class StepReport(_Report):
-    split: int = Field(description="steps that ran as micro-batches")
-    unsplit: dict[str, int] = Field(description="reason -> steps that ran whole")
+    split: int = Field(default=0, description="steps that ran as micro-batches")
+    unsplit: dict[str, int] = Field(default={}, description="reason -> steps that ran whole")
 
 
 class ProgramReport(_Report):
@@ -28,9 +28,11 @@ class ProgramReport(_Report):
 class WorkerReport(_Report):
     strategy: str
     mode: str = Field(description="how the engine compiles")
-    steps: StepReport
-    plan_hash: str = Field(description="digest of the newest plan with micro-batches; empty if there is none")
-    executors: list[dict[str, Any]]
-    programs: list[ProgramReport]
+    steps: StepReport = StepReport()
+    plan_hash: str = Field(
+        default="", description="digest of the newest plan with micro-batches; empty if there is none"
+    )
+    executors: list[dict[str, Any]] = []
+    programs: list[ProgramReport] = []
     policy: dict[str, Any] | None = Field(default=None, description="the policy's table, where it decides")
     timelines: list[dict[str, Any]] = Field(default=[], description="of the latest traced step, one per graph")

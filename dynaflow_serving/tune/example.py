@@ -58,19 +58,18 @@ class ExampleDriver:
 
     def __init__(self) -> None:
         self.example: Example | None = None
-        self.policy: Table | None = None
 
     def start(self, settings: EngineSettings) -> EngineInfo:
         assert settings.dynaflow is not None
         self.example = Example(settings.model, settings.dynaflow)
-        self.policy = self.example.tune()
+        self.example.tune()
         return EngineInfo(torch.__version__, 0, device_name())
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         raise ConfigError("an embedded example has no tokens to generate: give a model directory")
 
     def report(self) -> list[dict[str, Any]]:
-        return [{"policy": None if self.policy is None else self.policy.model_dump(mode="json")}]
+        return [] if self.example is None else [self.example.session.report().model_dump(mode="json")]
 
     def reset(self) -> None:
         if self.example is not None:

@@ -173,7 +173,7 @@ def tune_in_child(job: TuningJob, name: str, log: Path) -> Table:
         settings = EngineSettings(model=job.target, dynaflow=job.config)
     try:
         process.start(settings)
-        policy = process.report()[0].get("policy")
+        policy = process.report()[0].policy
         process.close()
     finally:
         process.kill()

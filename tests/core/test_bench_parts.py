@@ -24,6 +24,7 @@ from dynaflow_serving.bench.settings import EngineSettings, Traffic, requests_of
 from dynaflow_serving.bench.vllm_driver import engine_arguments
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import ConfigError
+from dynaflow_serving.session.report import StepReport, WorkerReport
 
 ENGAGED = Engagement("nanoflow", "test", 9, {"one request": 1}, "abc", True)
 
@@ -36,9 +37,9 @@ def comparison(pairs: list[PassPair], **changes: Any) -> OfflineResult:
     return replace(OfflineResult("1.0", "test device", Traffic(4, 8, 4), pairs, [], ENGAGED), **changes)
 
 
-def report(split: int, plan_hash: str) -> dict[str, Any]:
-    steps = {"split": split, "unsplit": {"rare": 1, "often": 5}}
-    return {"strategy": "s", "mode": "m", "steps": steps, "plan_hash": plan_hash, "programs": []}
+def report(split: int, plan_hash: str) -> WorkerReport:
+    steps = StepReport(split=split, unsplit={"rare": 1, "often": 5})
+    return WorkerReport(strategy="s", mode="m", steps=steps, plan_hash=plan_hash)
 
 
 def test_passes_have_equal_lengths_and_new_tokens() -> None:

@@ -133,7 +133,7 @@ def test_an_exception_in_the_engine_is_told_with_the_log(engine: Path) -> None:
         assert process.start(EngineSettings(model="m")).vocabulary == 50
         with pytest.raises(EngineProcessError, match="stock could not generate: RuntimeError: no memory"):
             process.generate([Request([1], 1)])
-        assert process.report()[0]["mode"] == "fake"  # it still answers
+        assert process.report()[0].mode == "fake"  # it still answers
         process.close()
     finally:
         process.kill()

@@ -310,7 +310,7 @@ NANOFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
 def test_an_engine_is_measured_under_the_plan_in_turn_and_un_split(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALL", "at first")  # what was not one step of the batch does not count
     report, (found,) = in_engine(small, load(NANOFLOW))
-    assert report["strategy"] == "nanoflow" and report["steps"]["split"] == 12
+    assert report.strategy == "nanoflow" and report.steps.split == 12
     assert found.tokens == TOKENS and found.unsplit is None
     assert 0.3 < found.measured.overlap < 0.7 and found.predicted.timeline.overlap == pytest.approx(3 / 5, abs=0.15)
     step = found.engine_step
@@ -322,7 +322,7 @@ def test_an_engine_is_measured_under_the_plan_in_turn_and_un_split(small: str, m
 
 def test_an_engine_that_does_not_split_gives_nothing_to_draw(small: str) -> None:
     report, found = in_engine(small, load({"strategy": "nanoflow"}))
-    assert found == [] and report["steps"]["unsplit"] == {"a micro-batch would have under 2048 tokens": 12}
+    assert found == [] and report.steps.unsplit == {"a micro-batch would have under 2048 tokens": 12}
 
 
 def test_a_batch_that_never_is_one_step_is_an_error(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_a_policy_has_no_one_plan_to_draw() -> None:
 
 def test_one_step_is_one_step(small: str) -> None:
     report = one_step(small, "a-model", TOKENS, load(NANOFLOW), None, 1)
-    assert report["steps"] == {"split": 1, "unsplit": {}}
+    assert report.steps.split == 1 and not report.steps.unsplit
 
 
 def test_micro_batches_in_turn_are_cut_as_the_other_strategy_cuts_them() -> None:

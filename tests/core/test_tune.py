@@ -159,7 +159,8 @@ class Fake:
         key = {"dtype": self.settings.dtype, "compiled": str(self.settings.compiled)}
         table = self.settings.dynaflow["options"]["table"]
         decision = {"kind": "decode", "tokens": 16, "requests": 16, "reason": table}
-        return [{"policy": {"key": key, "decisions": [decision]} if self.settings.max_model_len is None else None}]
+        policy = {"key": key, "decisions": [decision]} if self.settings.max_model_len is None else None
+        return [{"strategy": "auto", "mode": "fake", "policy": policy}]
 
     def reset(self):
         pass
