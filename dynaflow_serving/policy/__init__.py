@@ -1,6 +1,9 @@
-"""When which strategy: `strategy: auto`.
+"""The policy decides which strategy runs which kind of batch (`strategy: auto`).
 
-The flow, left to right: `bucket` (what a decision is about) -> `tuner` (measure, with `effects` and the simulator) ->
-`table` (decisions, kept in a file) -> `selector` (the look-up per step) -> `guard` (switch off what is slower
-while serving). `show` is the start-up table; `start` does all of it for an engine that is about to serve.
+Contract
+- `bucket` groups batches by kind and size, and a decision is about one such bucket.
+- `tuner` measures the candidates, with the help of `side_effects` and the simulator.
+- `table` keeps the decisions in a file, and `key` says what they hold for.
+- `selector` looks up the decision of each step, and `guard` switches off candidates that are slower while serving.
+- `start` does all of this for an engine that is about to serve, and `show` prints the table.
 """

@@ -1,16 +1,17 @@
-"""Batches of one kind and size: what a decision of the policy is about.
+"""A bucket holds all batches of one kind and about one size; the policy decides per bucket.
 
 Contract
-- `bucket_of` is what happens per step: a few integer operations, a function of the batch alone, so that all ranks of a
-  tensor-parallel group get the same.
+- `bucket_of` runs in every step, so it takes a few integer operations. It depends on the batch alone, so all ranks of
+  a tensor-parallel group get the same bucket.
 - A bucket is named by its greatest batch: tokens up to a power of two, requests up to a power of four.
-- `representatives` gives, for what an engine can serve, one batch of each bucket that can occur.
+- `representatives` gives one batch of each bucket that can occur within the limits of an engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -18,14 +19,22 @@ from dynaflow_serving.core.batch import Batch
 
 DECODE, PREFILL, MIXED = "decode", "prefill", "mixed"
 KINDS = (PREFILL, MIXED, DECODE)
-LEAST_TOKENS = 16  # of prefill and mixed buckets that are tuned; below, a split has nothing to win
-CONTEXT = 256  # tokens in the KV cache of a representative decode request, where the engine has room
+LEAST_TOKENS = 16  # smaller prefill and mixed buckets are not tuned, because a split has nothing to win there
+CONTEXT = 256  # a representative decode request has so many tokens in the KV cache, where the engine has room
 
 
 class Bucket(NamedTuple):
+    """A bucket holds the batches of one kind, up to a number of tokens and of requests.
+
+    Attributes:
+        kind: `prefill`, `mixed` or `decode`.
+        tokens: The greatest number of new tokens, a power of two.
+        requests: The greatest number of requests, a power of four.
+    """
+
     kind: str
-    tokens: int  # at most
-    requests: int  # at most
+    tokens: int
+    requests: int
 
     def __str__(self) -> str:
         return f"{self.kind}, up to {self.tokens} tokens of {self.requests} requests"
@@ -33,28 +42,47 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step of the engine may have at most."""
+    """The limits of one step of an engine.
+
+    Attributes:
+        tokens: The greatest number of new tokens.
+        requests: The greatest number of requests.
+        length: The greatest number of tokens of one request, including the new ones.
+        cached: The tokens of all requests together that fit into the KV cache.
+    """
 
     tokens: int
     requests: int
-    length: int  # tokens of one request, the new ones included
-    cached: int  # tokens in the KV cache, of all requests together
+    length: int
+    cached: int
+
+
+# Both run in every step, where a cached result is cheaper than the computation.
+@cache
+def next_power_of_two(n: int) -> int:
+    """Return the least power of two that is not less than `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+@cache
+def next_power_of_four(n: int) -> int:
+    """Return the least power of four that is not less than `n`."""
+    return 1 << 2 * (((n - 1).bit_length() + 1) // 2)
 
 
 def bucket_of(batch: Batch) -> Bucket:
-    """A request with one new token decodes, any other one prefills."""
+    """Return the bucket of `batch`. A request with one new token decodes, and any other one prefills."""
     tokens = batch.tokens
     requests, total = len(tokens), sum(tokens) * batch.width
     kind = DECODE if total == requests else MIXED if batch.width == 1 and 1 in tokens else PREFILL
-    bits = (requests - 1).bit_length()
-    return Bucket(kind, 1 << (total - 1).bit_length(), 1 << bits + (bits & 1))
+    return Bucket(kind, next_power_of_two(total), next_power_of_four(requests))
 
 
 def representatives(limits: Limits) -> Iterator[Batch]:
-    """The largest batch that `limits` allow, of every bucket of at least two requests.
+    """Yield the largest batch that `limits` allow, of every bucket of at least two requests.
 
-    Kinds take turns, each from large to small, first every fourth bucket, then those between: a budget that ends early
-    has seen all sizes.
+    The kinds take turns. Each goes from large to small, first in every fourth bucket, then in those between. So a
+    tuning budget that ends early has seen all sizes.
     """
     kinds = (_prompts(PREFILL, limits), _decodes(limits), _prompts(MIXED, limits))
     for batches in zip_longest(*map(_coarse_to_fine, kinds)):
@@ -62,6 +90,7 @@ def representatives(limits: Limits) -> Iterator[Batch]:
 
 
 def _coarse_to_fine(batches: Iterator[Batch]) -> list[Batch]:
+    """Order `batches` so that every fourth one comes first, then every second one, then the rest."""
     found = list(batches)
     order = dict.fromkeys(i for stride in (4, 2, 1) for i in range(0, len(found), stride))
     return [found[i] for i in order]
@@ -88,15 +117,18 @@ def _prompts(kind: str, limits: Limits) -> Iterator[Batch]:
 
 
 def _halving(most: int, least: int) -> Iterator[int]:
-    """`most`, then the powers of two below it."""
+    """Yield `most`, then the powers of two below it, down to `least`."""
     size = most
     while size >= least:
         yield size
-        size = 1 << (size - 1).bit_length() - 1
+        size = next_power_of_two(size) // 2
 
 
 def _batch(kind: str, tokens: int, requests: int, limits: Limits) -> Batch | None:
-    """None if there is no such batch."""
+    """Return the batch of `kind` with so many tokens and requests, or None if `limits` allow none.
+
+    Three quarters of the requests of a mixed batch decode. Prompts share the remaining tokens as evenly as possible.
+    """
     decodes = requests * 3 // 4 if kind == MIXED else 0
     prompts = requests - decodes
     length, longer = divmod(tokens - decodes, prompts)

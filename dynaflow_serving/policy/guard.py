@@ -1,12 +1,12 @@
-"""Run-time watch over adopted candidates: what turns out slower than un-split steps is switched off.
+"""The guard watches adopted candidates while serving, and switches off those that are slower than un-split steps.
 
 Contract
-- A comparison is `COMPARED` adjacent steps of a bucket, every second one un-split: what changes with the load or the
-  length of contexts changes both. Slower than un-split ones by more than the noise: switched off.
-- The first steps of a bucket are a comparison. After that, every `window` steps are looked at: has the candidate become
-  slower per token than at its last comparison, or are `RECHECKED` windows over, the next steps are a comparison again.
-- Which steps those are, and what is switched off, all ranks decide alike: with one small collective per window and
-  comparison, after numbers of steps that are the same on all ranks.
+- A comparison is `COMPARED` adjacent steps of a bucket, of which every second one runs un-split. The load and the
+  length of contexts change both alike. A candidate that is slower by more than the noise is switched off.
+- The first steps of a bucket are a comparison. After that, the guard looks at every `window` steps of the bucket.
+- Two things start a new comparison: the candidate has become slower per token than at its last one, or `RECHECKED`
+  windows have passed.
+- All ranks decide alike: they exchange one small collective per window and comparison, after the same number of steps.
 - A step's time may be known later than at its end (a device), or never (a failed step).
 """
 
@@ -27,58 +27,82 @@ RECHECKED = 16
 
 @dataclass
 class Watch:
-    """One bucket. Seconds are per token."""
+    """The guard's record of one bucket.
 
-    noise: float  # relative: what a candidate may be slower by
-    left: int = COMPARED  # steps of the comparison, or, with `comparing` False, of the window
+    Attributes:
+        noise: The candidate may be slower by this share of the un-split time.
+        left: The steps that are left of the comparison, or of the window where `comparing` is False.
+        comparing: Whether the current steps are a comparison.
+        windows: The number of windows since the last comparison.
+        reference: The candidate's seconds per token in the last comparison.
+        speed_up: The candidate's speed-up over un-split steps in the last comparison.
+        plain: The seconds per token of un-split steps, in the current comparison or window.
+        split: The seconds per token of split steps, in the current comparison or window.
+    """
+
+    noise: float
+    left: int = COMPARED
     comparing: bool = True
-    windows: int = 0  # since the last comparison
-    reference: float = 0.0  # of the candidate's steps in the last comparison
-    speed_up: float = 1.0  # in the last comparison
+    windows: int = 0
+    reference: float = 0.0
+    speed_up: float = 1.0
     plain: list[float] = field(default_factory=list)
     split: list[float] = field(default_factory=list)
 
 
 class Guard(Observer):
+    """The guard of one worker observes all its steps, and tells the selector which of them run un-split."""
+
     def __init__(self, window: int, ranks: Ranks, switch_off: Callable[[Bucket, float], None]) -> None:
-        """switch_off: told the bucket and the measured speed-up, below 1."""
+        """Make a guard that watches no bucket yet.
+
+        Args:
+            window: The steps of a bucket between two looks at it.
+            ranks: The ranks that decide alike.
+            switch_off: This is called with a bucket and its measured speed-up, which is below 1.
+        """
         self.window, self.ranks, self._switch_off = window, ranks, switch_off
         self._watches: dict[Bucket, Watch] = {}
 
-    def add(self, bucket: Bucket, noise: float) -> None:
+    def watch_bucket(self, bucket: Bucket, noise: float) -> None:
+        """Watch the adopted candidate of `bucket`, which may be slower by the share `noise`."""
         self._watches[bucket] = Watch(noise)
 
     def runs_plain(self, bucket: Bucket) -> bool:
-        """Whether this step of `bucket`, which has an adopted candidate, runs un-split. Counts the step."""
+        """Count a step of a watched `bucket`, and return whether it runs un-split."""
         watch = self._watches[bucket]
         if watch.left == 0:
             if watch.comparing:
-                self._judge(bucket, watch)
+                self._end_comparison(bucket, watch)
                 if bucket not in self._watches:
                     return True
             else:
-                self._look(watch)
+                self._end_window(watch)
             watch.plain.clear()
             watch.split.clear()
         watch.left -= 1
         return watch.comparing and watch.left % 2 == 1
 
     def timed(self, step: Step, seconds: float) -> None:
-        if not self._watches or step.to_trace or step.to_compare:  # sampling takes time, too
+        if not self._watches or step.to_trace or step.to_compare:  # a sampled step takes longer
             return
         batch = step.batch
-        step.saved = self.observe(bucket_of(batch), step.planned, sum(batch.tokens), seconds)
+        step.saved = self.record_step(bucket_of(batch), step.planned, sum(batch.tokens), seconds)
 
-    def observe(self, bucket: Bucket, split: bool, tokens: int, seconds: float) -> float:
-        """A step took so long. Returns the seconds that it saved, estimated from the last comparison."""
+    def record_step(self, bucket: Bucket, split: bool, tokens: int, seconds: float) -> float:
+        """Record that a step of `tokens` tokens took `seconds`.
+
+        Returns:
+            The seconds that the step saved, estimated from the last comparison.
+        """
         watch = self._watches.get(bucket)
         if watch is None:
             return 0.0
         (watch.split if split else watch.plain).append(seconds / tokens)
         return seconds * (watch.speed_up - 1) if split else 0.0
 
-    def _judge(self, bucket: Bucket, watch: Watch) -> None:
-        """After a comparison."""
+    def _end_comparison(self, bucket: Bucket, watch: Watch) -> None:
+        """Switch the bucket's candidate off if it was slower, else begin the first window."""
         slower = median(watch.split) / median(watch.plain) if watch.split and watch.plain else 0.0
         (slower,) = self.ranks.greatest([slower])
         if slower > 1 + watch.noise:
@@ -89,8 +113,8 @@ class Guard(Observer):
         watch.reference = median(watch.split) if watch.split else 0.0
         watch.comparing, watch.windows, watch.left = False, 0, self.window
 
-    def _look(self, watch: Watch) -> None:
-        """After a window."""
+    def _end_window(self, watch: Watch) -> None:
+        """Begin a comparison if the candidate seems to have become slower, or if it is time for one."""
         watch.windows += 1
         now = median(watch.split) if watch.split else 0.0
         (suspect,) = self.ranks.greatest([float(now > watch.reference * (1 + watch.noise))])

@@ -1,10 +1,10 @@
-"""`strategy: auto`: per kind and size of batch, the candidate that was measured to win, or no split.
+"""The selector of `strategy: auto` picks, per bucket, the candidate that was measured to win, or no split.
 
 Contract
-- `serve_by` gives it a table of decisions. From then on a step is a look-up of its bucket, and the guard watches.
-- A batch of a bucket that was not decided runs un-split.
+- `serve_by` gives the selector a table of decisions. From then on a step looks up its bucket, and the guard watches.
+- A batch of an undecided bucket runs un-split.
 - A candidate is a strategy with one number of micro-batches, labelled `nanoflow x2`, or one that orders un-split steps,
-  labelled `fused_norms`. `PLAIN` is the one that leaves the step as it is.
+  labelled `fused_norms`. The candidate `PLAIN` leaves the step as it is.
 """
 
 from __future__ import annotations
@@ -44,33 +44,47 @@ logger = logging.getLogger("dynaflow_serving")
 
 
 class AutoOptions(Options):
+    """These are the options of `strategy: auto`."""
+
     candidates: list[str | dict[str, Any]] = Field(
         default=["nanoflow", "comm_overlap", "dual_batch"],
         min_length=1,
-        description="strategies to choose from: names, paths of .py files, or mappings with 'strategy' and 'options'",
+        description="The policy chooses from these strategies: names, paths of .py files, or mappings with 'strategy' "
+        "and 'options'.",
     )
-    micro_batches: list[int] = Field(default=[2, 3], min_length=1, description="each candidate with each of these")
+    micro_batches: list[int] = Field(
+        default=[2, 3], min_length=1, description="Each candidate is tried with each of these numbers of micro-batches."
+    )
     only: list[str] = Field(
         default=[],
-        description="measure these candidates alone, such as 'nanoflow x2': a share of a tuning that is spread",
+        description="Only these candidates are measured, such as 'nanoflow x2'. Tuning that is spread over workers "
+        "sets it.",
     )
-    budget_seconds: float = Field(60.0, gt=0, description="for tuning at start-up; what it does not reach is not split")
-    pairs: int = Field(5, ge=3, description="timed pairs of a candidate and an un-split step")
-    min_gain: float = Field(0.02, ge=0, description="relative gain that a candidate must show, besides the noise")
-    table: str | None = Field(None, description="file of the decisions; default: one per model and machine")
-    retune: bool = Field(False, description="measure anew, even if there is a table for this model and machine")
+    budget_seconds: float = Field(
+        60.0, gt=0, description="Tuning at start-up takes about this long. Batches that it does not reach run un-split."
+    )
+    pairs: int = Field(5, ge=3, description="A candidate is timed in so many pairs with an un-split step.")
+    min_gain: float = Field(
+        0.02, ge=0, description="A candidate must show this relative gain, and more than the noise, to be adopted."
+    )
+    table: str | None = Field(
+        None, description="The decisions are kept in this file. By default there is one per model and machine."
+    )
+    retune: bool = Field(
+        False, description="If true, the policy measures anew, even if there is a table for this model and machine."
+    )
     guard_window: int = Field(
         64,
         ge=8,
-        description="while serving, a candidate is looked at after so many steps of its bucket; has it become slower, "
-        "some un-split steps are made to compare with, and it is switched off if they are faster",
+        description="While serving, the guard looks at a candidate after so many steps of its bucket. If it has become "
+        "slower, some steps run un-split, and if these are faster, the candidate is switched off.",
     )
-    straddle: bool = Field(True, description="whether a split may cut inside a request")
+    straddle: bool = Field(True, description="If true, a split may cut inside a request.")
     min_collective_kib: int = Field(
         0,
         ge=0,
-        description="a split is declined if a micro-batch's collective would move less: many libraries take slower "
-        "algorithms there",
+        description="A split is declined if a micro-batch's collective would move fewer KiB, because many libraries "
+        "take slower algorithms there.",
     )
 
     @field_validator("micro_batches")
@@ -82,12 +96,22 @@ class AutoOptions(Options):
 
 
 class AutoSelector(Selector):
-    """The policy over the candidates that its options name."""
+    """This selector applies the policy to the candidates that its options name.
+
+    Attributes:
+        table: The decisions that it serves by, or None while there are none.
+        guard: The guard over adopted candidates, once there is a table.
+        switched_off: The number of buckets whose candidate the guard has switched off.
+    """
 
     name = AUTO
 
     def __init__(self, options: AutoOptions | None = None) -> None:
-        """Raises `ConfigError` for candidates that cannot be."""
+        """Build the candidates.
+
+        Raises:
+            ConfigError: A candidate is not valid, or `only` names one that does not exist.
+        """
         self._options = options or AutoOptions.model_validate({})
         self._by_label = _candidates(self._options)
         for label in self._options.only:
@@ -95,9 +119,9 @@ class AutoSelector(Selector):
                 raise ConfigError(f"option only of strategy 'auto': {unknown_name('candidate', label, self._by_label)}")
         self.table: Table | None = None
         self.guard: Guard | None = None
-        self.switched_off = 0  # buckets, by the guard
+        self.switched_off = 0
         self._adopted: dict[Bucket, str] = {}
-        self._why: dict[Bucket, str] = {}  # of decided buckets that are not split
+        self._why: dict[Bucket, str] = {}  # decided buckets that are not split, with the reason
 
     @property
     def options(self) -> AutoOptions:
@@ -109,10 +133,11 @@ class AutoSelector(Selector):
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The candidates that are for this process to measure."""
+        """These candidates are for this process to measure."""
         return tuple(c for c in self._by_label if not self._options.only or c in self._options.only)
 
     def strategy(self, candidate: str) -> OpScheduler:
+        """Return the strategy labelled `candidate`, or a sequential one where no candidate has that label."""
         if candidate in self._by_label:
             return self._by_label[candidate]
         prefix, _, number = candidate.rpartition(" x")
@@ -123,8 +148,13 @@ class AutoSelector(Selector):
     def serve_by(self, table: Table, session: Session, ranks: Ranks | None = None) -> None:
         """Look decisions up in `table` from now on, and watch them in the steps of `session`.
 
+        Args:
+            table: The decisions, equal on all ranks.
+            session: The guard observes the steps of this session.
+            ranks: The ranks that decide alike; by default, those of the session.
+
         Raises:
-            ConfigError: the table names a candidate that there is not.
+            ConfigError: The table names a candidate that does not exist.
         """
         if unknown := set(table.adopted.values()) - set(self._by_label):
             raise ConfigError(f"the policy table names {', '.join(sorted(unknown))}: no candidate of this config")
@@ -135,7 +165,8 @@ class AutoSelector(Selector):
         self.guard = Guard(self._options.guard_window, ranks or session.ranks, switch_off)
         for decision in table.decisions:
             if decision.candidate:
-                self.guard.add(decision.bucket, max(decision.noise or 0.0, self._options.min_gain))
+                self.guard.watch_bucket(decision.bucket, max(decision.noise or 0.0, self._options.min_gain))
+        # The guard estimates what a step saved, and the metrics count it afterwards.
         session.observe_with(self.guard, first=True)
 
     def split(self, batch: Batch) -> Split:
@@ -165,15 +196,15 @@ class AutoSelector(Selector):
 
 
 def in_turn(micro_batches: int) -> Sequential:
-    """The reference that operators are timed in: micro-batches one after the other on one stream."""
+    """Return the strategy that operators are timed in: micro-batches one after the other on one stream."""
     return Sequential(SequentialOptions(micro_batches=micro_batches, min_tokens=1))
 
 
 def build_selector(config: Config) -> Selector:
-    """What splits and orders the steps under `config`.
+    """Build the selector that splits and orders the steps under `config`.
 
     Raises:
-        ConfigError: the strategy or one of its options is not valid.
+        ConfigError: The strategy or one of its options is not valid.
     """
     if not config.strategy.endswith(".py") and config.strategy not in strategy_names():
         valid = unknown_name("strategy", config.strategy, strategy_names())
@@ -184,17 +215,21 @@ def build_selector(config: Config) -> Selector:
 
 
 def strategy_names() -> list[str]:
-    """All that a config's `strategy` may name, files aside."""
+    """Return all names that a config's `strategy` may have; paths of files are valid, too."""
     return sorted([AUTO, *strategies.strategy_names()])
 
 
 def options_of(strategy: str) -> type[BaseModel]:
-    """The model of a strategy's options. Raises `ConfigError` for an unknown strategy."""
+    """Return the pydantic model of a strategy's options.
+
+    Raises:
+        ConfigError: There is no such strategy.
+    """
     return AutoOptions if strategy == AUTO else strategies.get_strategy(strategy).Options
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a config file, with the options of every registered strategy."""
+    """Return the JSON Schema of a config file, with the options of every registered strategy."""
     schema = Config.model_json_schema()
     schema["title"] = "dynaflow_serving strategy config"
     schema["allOf"] = [
@@ -208,7 +243,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _candidates(options: AutoOptions) -> dict[str, OpScheduler]:
-    """Label -> strategy, each with thresholds lowered as far as they go: what is too small is for measuring to say."""
+    """Return the candidates by label. Their token thresholds are 1, because measuring finds out what is too small."""
     found: dict[str, OpScheduler] = {}
     for entry in options.candidates:
         name, given = (entry, {}) if isinstance(entry, str) else _named(entry)
@@ -231,6 +266,7 @@ def _candidates(options: AutoOptions) -> dict[str, OpScheduler]:
 
 
 def _named(entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of a candidate that is given as a mapping."""
     if not isinstance(entry.get("strategy"), str) or entry.keys() - {"strategy", "options"}:
         raise ConfigError(f"candidates of strategy 'auto': {entry!r} is not {{strategy: NAME, options: {{...}}}}")
     return entry["strategy"], dict(entry.get("options") or {})

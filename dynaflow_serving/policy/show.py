@@ -1,8 +1,8 @@
-"""The start-up table: what each kind of batch runs under, and why.
+"""The start-up table shows which strategy each kind of batch runs under, and why.
 
 Contract
-- `as_table` is for people, `log_lines` for logs: one line per decided bucket; both say what was predicted (simulated)
-  and what was measured.
+- `as_table` is for people and `log_lines` for logs. Both have one line per decided bucket.
+- Both give the predicted (simulated) speed-up and the measured one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ HEADS = ("batch", "tokens <=", "requests <=", "strategy", "plain ms", "noise", "
 
 
 def as_table(table: Table) -> RichTable:
+    """Render the decisions as a table for a terminal, with one row per bucket."""
     shown = RichTable(title=_title(table), title_justify="left")
     for head in HEADS:
         shown.add_column(head, justify="left" if head in ("batch", "strategy") else "right", no_wrap=True)
@@ -34,6 +35,7 @@ def as_table(table: Table) -> RichTable:
 
 
 def log_lines(table: Table) -> Iterator[str]:
+    """Yield a title, then one line per bucket."""
     yield _title(table)
     for d in table.decisions:
         figures = {"predicted": _predicted(d), "measured": _measured(d)}
@@ -42,6 +44,7 @@ def log_lines(table: Table) -> Iterator[str]:
 
 
 def as_text(table: Table, width: int = 160) -> str:
+    """Render the table as plain text of at most `width` columns."""
     console = Console(width=width, no_color=True, force_terminal=False)
     with console.capture() as captured:
         console.print(as_table(table))
@@ -49,6 +52,7 @@ def as_text(table: Table, width: int = 160) -> str:
 
 
 def progress_bar(shown: bool) -> Progress:
+    """Make the progress bar of a tuning, on stderr; it draws nothing unless `shown`."""
     columns = (TextColumn("DynaFlow tunes: {task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
 

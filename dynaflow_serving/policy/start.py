@@ -1,10 +1,10 @@
-"""From a config with `strategy: auto` to a policy that all ranks share, before an engine serves.
+"""`start_policy` decides how an engine serves under `strategy: auto`, before it serves, on all ranks alike.
 
 Contract
-- A table in the file is used if it is for exactly this model, machine and release; else the tuner measures, with a
-  progress bar on the first rank, and the file is written.
-- All ranks serve by one table: ranks that have loaded different ones are an `InactiveError` with the difference.
-- The table is shown once: to people on the first rank's terminal, to the log line by line, and as the JSON file.
+- A table in the file is used if its key fits this model, machine and release exactly.
+- Otherwise the tuner measures, with a progress bar on the first rank, which then writes the file.
+- All ranks serve by one table. If they have read different ones, `InactiveError` shows the difference.
+- The first rank shows the table once, on its terminal and line by line in the log.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dynaflow_serving.errors import InactiveError
-from dynaflow_serving.policy import table as tables
-from dynaflow_serving.policy.effects import Facts
 from dynaflow_serving.policy.selector import AutoSelector
 from dynaflow_serving.policy.show import as_text, log_lines, progress_bar
-from dynaflow_serving.policy.table import Table, default_path
+from dynaflow_serving.policy.side_effects import Facts
+from dynaflow_serving.policy.table import Table, default_path, read_table
 from dynaflow_serving.policy.tuner import Trials, Tuner
 from dynaflow_serving.session.agreement import differences
 from dynaflow_serving.session.ranks import Ranks
@@ -26,16 +25,16 @@ from dynaflow_serving.session.session import Session
 
 
 def start_policy(session: Session, trials: Trials, facts: Callable[[], Facts], ranks: Ranks | None = None) -> None:
-    """Decide, or load what was decided, and serve by it. Steps are counted from here on.
+    """Tune, or read the decisions of an earlier tuning, and serve by them. Steps are counted from here on.
 
     Args:
-        session: whose programs all ranks have confirmed. Where its selector decides nothing, neither does this.
-        trials: how the engine runs steps that no user asked for.
-        facts: tells what the policy has to know of the model; it is asked only where something is decided.
-        ranks: those that decide alike; default: those of the session.
+        session: All ranks have confirmed its programs. If its selector is not `auto`, nothing is decided.
+        trials: The engine's way to run steps that no user asked for.
+        facts: This returns the facts about the model. It is called only if something is decided.
+        ranks: The ranks that decide alike; by default, those of the session.
 
     Raises:
-        InactiveError: the ranks have different decisions.
+        InactiveError: The ranks have different decisions.
     """
     ranks = ranks or session.ranks
     session.agree_over(ranks)
@@ -44,7 +43,7 @@ def start_policy(session: Session, trials: Trials, facts: Callable[[], Facts], r
         return
     known = facts()
     path = Path(selector.options.table) if selector.options.table else default_path(known.key)
-    table = None if selector.options.retune else tables.load(path, known.key)
+    table = None if selector.options.retune else read_table(path, known.key)
     if (agreed := _agreed(table, ranks)) is None:
         with progress_bar(ranks.first and sys.stderr.isatty()) as bar:
             task = bar.add_task("", total=None)
@@ -66,7 +65,11 @@ def start_policy(session: Session, trials: Trials, facts: Callable[[], Facts], r
 
 
 def _agreed(table: Table | None, ranks: Ranks) -> Table | None:
-    """`table`, or None if some rank has none: then all measure."""
+    """Return `table`, or None if some rank has none, so that all ranks measure.
+
+    Raises:
+        InactiveError: The ranks have different tables.
+    """
     everyone = ranks.gather(None if table is None else table.model_dump_json(indent=1))
     if None in everyone:
         return None

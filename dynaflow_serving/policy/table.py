@@ -1,8 +1,8 @@
-"""What the policy decided, and for what it holds: kept in a file, shown at start-up, compared between ranks.
+"""A table holds the policy's decisions: it is kept in a file, shown at start-up and compared between ranks.
 
 Contract
-- A table holds for exactly its `key` (model, device, topology, engine and our version, strategies, ...): `load` does
-  not use another one's, and says which entries differ.
+- A table holds for exactly its `key` (model, device, topology, releases, strategies, ...). `read_table` uses no table
+  with another key, and logs the entries that differ.
 - The file is plain JSON, complete or absent.
 """
 
@@ -28,31 +28,35 @@ class _Record(BaseModel):
 
 
 class Trial(_Record):
-    """One candidate on one bucket."""
+    """A trial is the result of one candidate on one bucket."""
 
     candidate: str
-    predicted: float | None = Field(default=None, description="speed-up over the un-split step; simulated")
-    ratios: list[float] = Field(default_factory=list, description="un-split seconds over candidate's, pair by pair")
-    effects: list[str] = Field(default_factory=list, description="side effects of this split")
-    verdict: str = Field(default="", description="why it was not timed, or not adopted; empty for the adopted one")
+    predicted: float | None = Field(default=None, description="This is the simulated speed-up over the un-split step.")
+    ratios: list[float] = Field(
+        default_factory=list, description="Each pair gives the un-split seconds over the candidate's."
+    )
+    effects: list[str] = Field(default_factory=list, description="The split has these side effects.")
+    verdict: str = Field(
+        default="", description="This says why it was not timed or not adopted. It is empty for the adopted one."
+    )
 
     @property
     def measured(self) -> float | None:
-        """Median of the pairs."""
+        """The measured speed-up is the median of the pairs; it is None before there are any."""
         return median(self.ratios) if self.ratios else None
 
 
 class Decision(_Record):
-    """What a bucket runs under: `candidate`, "" for the un-split step."""
+    """A decision says which candidate a bucket runs under. An empty `candidate` is the un-split step."""
 
     kind: str
     tokens: int
     requests: int
     candidate: str = ""
     reason: str = ""
-    decided: bool = Field(default=True, description="false: the budget did not reach it")
-    plain_ms: float | None = Field(default=None, description="an un-split step, median")
-    noise: float | None = Field(default=None, description="relative spread of un-split steps")
+    decided: bool = Field(default=True, description="This is false if the budget did not reach the bucket.")
+    plain_ms: float | None = Field(default=None, description="An un-split step takes so many milliseconds (median).")
+    noise: float | None = Field(default=None, description="Un-split steps spread by this share of their time.")
     trials: list[Trial] = Field(default_factory=list)
 
     @property
@@ -61,7 +65,7 @@ class Decision(_Record):
 
     @property
     def best(self) -> Trial | None:
-        """The adopted trial, else the one that came closest."""
+        """This is the adopted trial, or else the one that came closest."""
         if adopted := [t for t in self.trials if t.candidate == self.candidate]:
             return adopted[0]
         measured = [t for t in self.trials if t.measured is not None]
@@ -70,20 +74,24 @@ class Decision(_Record):
 
 
 class Table(_Record):
+    """A table has one decision per bucket, and holds for its `key`."""
+
     key: dict[str, str]
     decisions: list[Decision]
-    seconds: float = Field(default=0.0, description="spent on tuning")
+    seconds: float = Field(default=0.0, description="Tuning took so long.")
 
     @property
     def adopted(self) -> dict[Bucket, str]:
+        """The adopted candidate of each bucket that is split."""
         return {d.bucket: d.candidate for d in self.decisions if d.candidate}
 
     def save(self, path: Path) -> None:
+        """Write the table to `path`, completely or not at all."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
-def load(path: Path, key: dict[str, str]) -> Table | None:
-    """The table at `path`, if there is one and it is for `key`."""
+def read_table(path: Path, key: dict[str, str]) -> Table | None:
+    """Read the table at `path`. Return None if it does not exist, cannot be read, or has another key than `key`."""
     try:
         table = Table.model_validate_json(path.read_text())
     except FileNotFoundError:
@@ -98,12 +106,12 @@ def load(path: Path, key: dict[str, str]) -> Table | None:
 
 
 def differences(first: Mapping[str, str], second: Mapping[str, str], one: str, other: str) -> str:
-    """Where two keys differ, in words; "" where they do not."""
+    """Say in words where two keys differ; return "" if they are equal. `one` and `other` name where each was found."""
     differing = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
     return "; ".join(f"{n}: {first.get(n)!r} {one}, {second.get(n)!r} {other}" for n in differing)
 
 
 def default_path(key: dict[str, str]) -> Path:
-    """Where the table for `key` is kept: `$XDG_CACHE_HOME/dynaflow_serving/policy`, else under `~/.cache`."""
+    """Return the file for the table of `key`, below `$XDG_CACHE_HOME/dynaflow_serving/policy` or `~/.cache/...`."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return cache_directory() / "policy" / f"{digest}.json"

@@ -1,16 +1,17 @@
-"""The decision, by measurement: each candidate against un-split steps, bucket by bucket, before serving.
+"""The tuner decides by measurement: it times candidates against un-split steps, bucket by bucket, before serving.
 
 Contract
-- What is timed is a real step of the engine, in the mode that will serve; an integration says how to run it (`Trials`).
-- Per bucket: un-split steps; per number of micro-batches one traced run on one stream, whose operator times and the
-  simulator predict every candidate's step; candidates predicted to lose are not timed; the best ones are timed against
-  un-split steps in turn, and the best of these is adopted if its median gain exceeds the measured noise and `min_gain`.
+- It times real steps of the engine, in the mode that will serve. An integration says how to run them (`Trials`).
+- Per bucket, it first times un-split steps. One traced run on one stream, per number of micro-batches, gives the times
+  of the operators. From these the simulator predicts every candidate's step.
+- Candidates that are predicted to lose are not timed. The best ones are timed in turn with un-split steps.
+- The best of these is adopted if its median gain exceeds the measured noise and `min_gain`.
 - A prediction knows no contention, so it errs towards timing. Plans with replacement kernels are always timed.
-- Where the best candidate of a larger bucket of the same kind and number of requests has lost clearly, smaller ones
-  are not tried, for what a split costs weighs more there.
-- Times are the slowest rank's, so that all ranks decide alike. The budget is checked between buckets.
+- A bucket is not tried if a larger one of the same kind and number of requests has lost clearly: a split costs
+  relatively more in a smaller batch.
+- All times are those of the slowest rank, so that all ranks decide alike. The budget is checked between buckets.
 
-Steps
+Flow
     for bucket, batch in representatives: plain -> profile -> predict -> prune -> time in pairs -> decide
 """
 
@@ -27,8 +28,8 @@ from dynaflow_serving.core.measurement import in_turn
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import PlanError, ScheduleError
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
-from dynaflow_serving.policy.effects import Facts, SideEffects
 from dynaflow_serving.policy.selector import PLAIN, AutoSelector
+from dynaflow_serving.policy.side_effects import Facts, SideEffects
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.ranks import Ranks
@@ -38,44 +39,52 @@ from dynaflow_serving.simulate.cost import MeasuredCosts
 from dynaflow_serving.simulate.engine import simulate
 from dynaflow_serving.strategies.sequential import Sequential
 
-LOSES_CLEARLY = 0.9  # speed-up under which smaller buckets are not tried
-HOPELESS = 0.97  # predicted speed-up under which a candidate is not timed
+LOSES_CLEARLY = 0.9  # below this speed-up, smaller buckets are not tried
+HOPELESS = 0.97  # below this predicted speed-up, a candidate is not timed
 PLAIN_STEPS = 3
-TIMED = 3  # candidates of a bucket that are timed at most, the best predicted ones, besides those with kernels
-UNTIMED = 2  # first steps of a candidate: its plan is made, and in the second, captured (`graph: whole`)
+TIMED = 3  # at most so many candidates of a bucket are timed: the best predicted ones, besides those with kernels
+UNTIMED = 2  # the first step of a candidate makes its plan, and the second may capture it (`graph: whole`)
 
-Progress = Callable[[int, int, str], None]  # (buckets done, of, what begins)
+Progress = Callable[[int, int, str], None]  # (buckets done, buckets in all, name of the next one)
 
 
 class Trials(Protocol):
-    """How an engine runs steps that no user asked for."""
+    """An engine's trials are steps that no user asked for."""
 
     def batches(self) -> Iterable[Batch]:
-        """One per bucket that can occur, in the order of their importance (`bucket.representatives`)."""
+        """Return one batch per bucket that can occur, the most important first (`bucket.representatives`)."""
 
-    def run(self, batch: Batch) -> None:
-        """One real step of `batch`, decided by the session like any other."""
+    def run_step(self, batch: Batch) -> None:
+        """Run one real step of `batch`; the session decides it like any other."""
 
 
 @dataclass(frozen=True)
 class _Profile:
-    """A step of sequential micro-batches: its seconds, and those of its operators."""
+    """A profile holds the seconds of a step of sequential micro-batches, and those of its operators.
+
+    Attributes:
+        step: The seconds of the whole step.
+        ran: For each program, the seconds of each (operator, micro-batch).
+    """
 
     step: float
-    ran: list[tuple[PlanCache, dict[tuple[str, int], float]]]  # (operator, micro-batch) -> seconds
+    ran: list[tuple[PlanCache, dict[tuple[str, int], float]]]
 
     @property
     def outside(self) -> float:
-        """Seconds of the step that no operator takes."""
+        """These seconds of the step are spent outside of its operators."""
         return max(0.0, self.step - sum(sum(seconds.values()) for _, seconds in self.ran))
 
 
 class Tuner:
+    """The tuner of one session measures the candidates of its selector."""
+
     def __init__(self, session: Session, selector: AutoSelector, trials: Trials, facts: Facts, ranks: Ranks) -> None:
         self.session, self.selector, self.trials, self.facts, self.ranks = session, selector, trials, facts, ranks
         self.options = selector.options
 
     def tune(self, progress: Progress = lambda done, of, what: None) -> Table:
+        """Decide for every bucket that the trials can produce, and return the table of the decisions."""
         refused = self._refused()
         started = time.perf_counter()
         work = list({bucket_of(batch): batch for batch in self.trials.batches()}.items())
@@ -98,6 +107,7 @@ class Tuner:
 
     # -- one bucket ----------------------------------------------------------------------------------
     def _decide(self, decision: Decision, batch: Batch, refused: dict[str, str]) -> None:
+        """Fill in the `decision` about batches like `batch`."""
         plain = [self._seconds(PLAIN, batch) for _ in range(1 + PLAIN_STEPS)][1:]
         profiles: dict[int, _Profile] = {}
         timed: list[Trial] = []
@@ -117,8 +127,8 @@ class Tuner:
                 else:
                     trial.verdict = split.reason
                 continue
-            effects = SideEffects.of(batch, split, self.facts)
-            trial.effects = effects.listed()
+            effects = SideEffects.of_split(batch, split, self.facts)
+            trial.effects = effects.in_words()
             if veto := effects.veto(self.options.straddle, self.options.min_collective_kib):
                 trial.verdict = veto
                 continue
@@ -141,11 +151,16 @@ class Tuner:
                 trial.effects.append(f"{more:,.0f} MiB of CUDA graphs")
         decision.plain_ms = median(plain) * 1e3
         decision.noise = noise(plain)
-        conclude(decision, self.options.min_gain)
+        adopt_best_trial(decision, self.options.min_gain)
 
     def _race(self, trial: Trial, batch: Batch) -> list[float]:
-        """Pairs in turn, until it is clear that there is nothing to win; what seems to win is timed as often again.
-        Returns the un-split seconds."""
+        """Time a candidate and un-split steps in turn, and record the ratio of each pair in `trial`.
+
+        It stops early when there is clearly nothing to win. A candidate that seems to win is timed as often again.
+
+        Returns:
+            The seconds of the un-split steps.
+        """
         plain: list[float] = []
         for _ in range(UNTIMED):
             self._seconds(trial.candidate, batch)
@@ -160,18 +175,18 @@ class Tuner:
         return plain
 
     def _graph_mib(self) -> float:
-        """Of the plans that executors have captured."""
+        """Return the memory of the plans that executors have captured as CUDA graphs."""
         graphs = [e.graphs for e in {id(r.executor): r.executor for r in self.session.plan_caches}.values()]
         return sum(g.mib for g in graphs if g is not None)
 
     def _seconds(self, label: str, batch: Batch) -> float:
-        """One step under `label`, from begin to end, on the slowest rank."""
+        """Run one step under `label`, and return its seconds on the slowest rank."""
         return self._timed(label, batch).seconds
 
     def _timed(self, label: str, batch: Batch, profiled: bool = False) -> StepTrial:
-        """One step under `label`; its seconds are the slowest rank's."""
+        """Run one step under `label`; the seconds of the result are the slowest rank's."""
         with self.session.trial(label, profiled) as trial:
-            self.trials.run(batch)
+            self.trials.run_step(batch)
             self.session.clock.synchronize()
             self.session.clock.poll()
         (trial.seconds,) = self.ranks.greatest([trial.seconds])
@@ -179,7 +194,7 @@ class Tuner:
 
     # -- prediction ----------------------------------------------------------------------------------
     def _profile(self, micro_batches: int, batch: Batch) -> _Profile:
-        """The faster of two traced steps, after one that is not counted."""
+        """Trace three steps, and return the profile of the faster of the last two."""
         label = f"{Sequential.name} x{micro_batches}"
         runs = [self._timed(label, batch, profiled=True) for _ in range(3)]
         fastest = min(runs[1:], key=lambda run: run.seconds)
@@ -191,7 +206,7 @@ class Tuner:
         return _Profile(fastest.seconds, ran)
 
     def _predict(self, profile: _Profile, signature: Signature) -> float:
-        """Seconds of a step under the plan of `signature`; simulated."""
+        """Return the simulated seconds of a step under the plan of `signature`."""
         seconds = profile.outside
         for plan_cache, operators in profile.ran:
             plan = plan_cache.prepare(signature).plan
@@ -199,11 +214,12 @@ class Tuner:
         return seconds
 
     def _replaces(self, signature: Signature) -> bool:
+        """Return whether a plan of `signature` has replacement kernels, whose times no profile knows."""
         plans = [c.prepare(signature).plan for c in self.session.plan_caches]
         return any(action.kind is ActionKind.REPLACE for plan in plans for action in plan.actions)
 
     def _refused(self) -> dict[str, str]:
-        """Candidates that cannot schedule this model, or have the plan of an earlier one -> why."""
+        """Return the reason for each candidate that cannot schedule this model, or that has an earlier one's plan."""
         found: dict[str, str] = {}
         plans: dict[Any, str] = {}
         for label in self.selector.candidates:
@@ -219,8 +235,8 @@ class Tuner:
         return found
 
 
-def conclude(decision: Decision, min_gain: float) -> None:
-    """Adopt the best timed trial, or none, and say why; un-split steps are measured by now."""
+def adopt_best_trial(decision: Decision, min_gain: float) -> None:
+    """Adopt the best timed trial of `decision`, or none, and give the reason. The noise has been measured before."""
     assert decision.noise is not None
     winners: list[Trial] = []
     for trial in decision.trials:
@@ -243,7 +259,7 @@ def conclude(decision: Decision, min_gain: float) -> None:
 
 
 def _lost(trial: Trial, noise: float, min_gain: float) -> str:
-    """Why a measured trial is not adopted; "" if it may be."""
+    """Return why a measured trial is not adopted, or "" if it may be."""
     assert trial.measured is not None
     wins, pairs = sum(r > 1 for r in trial.ratios), len(trial.ratios)
     if trial.measured <= 1:
@@ -256,7 +272,7 @@ def _lost(trial: Trial, noise: float, min_gain: float) -> str:
 
 
 def noise(seconds: list[float]) -> float:
-    """Half of the middle half's width, relative to the median."""
+    """Return half of the interquartile range, relative to the median."""
     ordered = sorted(seconds)
     quarter = len(ordered) // 4
     low, high = ordered[quarter], ordered[-1 - quarter]
@@ -264,7 +280,7 @@ def noise(seconds: list[float]) -> float:
 
 
 def _lost_before(bucket: Bucket, decisions: list[Decision]) -> str:
-    """Why a bucket need not be tried; "" if it must."""
+    """Return why a bucket need not be tried, or "" if it must."""
     for larger in _larger(bucket, decisions):
         best = larger.best
         speed_up = (best.measured or best.predicted) if best is not None else None
@@ -274,6 +290,7 @@ def _lost_before(bucket: Bucket, decisions: list[Decision]) -> str:
 
 
 def _larger(bucket: Bucket, decisions: list[Decision]) -> Iterator[Decision]:
+    """Yield the decisions with trials about larger buckets of the same kind and, unless they decode, requests."""
     for d in decisions:
         same = d.kind == bucket.kind and (d.kind == "decode" or d.requests == bucket.requests)
         if same and d.tokens > bucket.tokens and d.trials:

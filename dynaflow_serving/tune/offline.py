@@ -27,7 +27,7 @@ from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.policy.bucket import Bucket
 from dynaflow_serving.policy.selector import AutoSelector, build_selector
 from dynaflow_serving.policy.table import Decision, Table, Trial, differences
-from dynaflow_serving.policy.tuner import conclude
+from dynaflow_serving.policy.tuner import adopt_best_trial
 
 EXAMPLE_DRIVER = "dynaflow_serving.tune.example:ExampleDriver"
 
@@ -248,5 +248,5 @@ def _merged(bucket: Bucket, parts: Sequence[tuple[TuningJob, Decision]], selecto
     timed = [d for d in tried if any(t.ratios for t in d.trials)] or tried
     merged.plain_ms = median(d.plain_ms for d in timed if d.plain_ms is not None)
     merged.noise = max(d.noise for d in timed if d.noise is not None)
-    conclude(merged, selector.options.min_gain)
+    adopt_best_trial(merged, selector.options.min_gain)
     return merged

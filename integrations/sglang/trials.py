@@ -1,20 +1,21 @@
-"""Steps that no user asked for, for the policy (`strategy: auto`): real ones, in the mode that serves.
+"""The policy's trials in SGLang (`strategy: auto`) are real steps that no user asked for, in the mode that serves.
 
 Contract
-- A trial is a `ScheduleBatch` of new requests that is forwarded and sampled as SGLang's worker does it; an un-split
-  decode step replays its CUDA graph. What is timed is that: a batch is prepared once, in its first run, for SGLang
-  prepares batches while the device is busy with the one before.
-- Tokens that a batch has in the KV cache are slots whose contents do not matter. Token ids are drawn, so that a router
-  spreads them over the experts.
-- Leaving the `with` block gives back all that was allocated, and restores the runner's counters.
+- A trial is a `ScheduleBatch` of new requests that is forwarded and sampled as SGLang's worker does it. An un-split
+  decode step replays its CUDA graph.
+- Preparing a batch is not timed: it happens once, in the batch's first run. SGLang prepares a batch while the device is
+  busy with the one before.
+- A batch's tokens in the KV cache are slots whose contents do not matter. Token ids are drawn at random, so that a
+  router spreads them over the experts.
+- Leaving the `with` block gives back everything that was allocated, and restores the runner's counters.
 - The ranks of a tensor-parallel group run the same trials in lock step.
-- `facts` says what the decisions hold for: what changes none (log folders, ports, budgets) is not in the key.
+- `facts` gives the key of the decisions. Settings that change no decision (log folders, ports, budgets) are not in it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,12 @@ from typing import Any
 
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.policy.bucket import Limits, representatives
-from dynaflow_serving.policy.calls import machine_key, selector_key
-from dynaflow_serving.policy.effects import Facts
+from dynaflow_serving.policy.key import engine_key
+from dynaflow_serving.policy.side_effects import Facts
 from dynaflow_serving.session.session import Session
 
-STEP_STATE = ("forward_pass_id", "shared_read_done_event")  # of a ModelRunner, that every step changes
-# Resolved arguments that the time of a step depends on, besides those that `facts` names one by one.
+STEP_STATE = ("forward_pass_id", "shared_read_done_event")  # every step changes these attributes of a ModelRunner
+# The time of a step depends on these resolved arguments, besides those that `facts` names one by one.
 MODE = (
     "attention_backend",
     "bf16_gemm_backend",
@@ -54,11 +55,17 @@ MODE = (
 
 
 class RunnerTrials:
-    """Of one ModelRunner under DynaFlow; a context manager. `tree_cache`: of the same pools, and empty."""
+    """These are the trials of one ModelRunner under DynaFlow. It is a context manager."""
 
     def __init__(self, runner: Any, tree_cache: Any) -> None:
+        """Prepare no batch yet.
+
+        Args:
+            runner: The `ModelRunner` that runs the steps.
+            tree_cache: The scheduler's cache over the runner's pools; it must be empty.
+        """
         self.runner, self.tree_cache = runner, tree_cache
-        self._batch = Batch(())  # the one that is prepared
+        self._batch = Batch(())  # the batch that is prepared
         self._prepared: Any = None
         self._requests: list[Any] = []
         self._kept: dict[str, Any] = {}
@@ -74,6 +81,7 @@ class RunnerTrials:
 
     @property
     def limits(self) -> Limits:
+        """The scheduler's own limits, and those of the pools."""
         from sglang.srt.runtime_context import get_schedule
 
         chunk, most = get_schedule().chunked_prefill_size or 0, get_schedule().max_prefill_tokens
@@ -87,25 +95,28 @@ class RunnerTrials:
 
     @property
     def mixes(self) -> bool:
-        """Whether the scheduler puts prompts and decodes into one step."""
+        """This says whether the scheduler puts prompts and decodes into one step."""
         from sglang.srt.runtime_context import get_schedule
 
         return bool(get_schedule().enable_mixed_chunk) and (get_schedule().chunked_prefill_size or 0) > 0
 
     def batches(self) -> Iterator[Batch]:
-        """Those that the pool has room for, a request having pages of its own; prompts before decodes, as SGLang
-        mixes them."""
+        """Yield one batch of each bucket that the pool has room for.
+
+        A request has pages of its own. Prompts come before decodes, because SGLang mixes them in this order.
+        """
         page = self.tree_cache.token_to_kv_pool_allocator.page_size
         limits, mixes = self.limits, self.mixes
         for batch in representatives(limits):
             requests = sorted(zip(batch.tokens, batch.context, strict=True), key=lambda request: request[1] > 0)
             requests = [(new, max(1, (c + 1) // page * page - 1) if c else 0) for new, c in requests]
             mixed = len({context > 0 for _, context in requests}) > 1
-            used = sum(-(-(new + context) // page) * page for new, context in requests)
+            used = sum(math.ceil((new + context) / page) * page for new, context in requests)
             if used <= limits.cached and (mixes or not mixed):
                 yield Batch(tuple(new for new, _ in requests), tuple(context for _, context in requests))
 
-    def run(self, batch: Batch) -> None:
+    def run_step(self, batch: Batch) -> None:
+        """Forward and sample `batch`, which is prepared anew if it is not the batch of the call before."""
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
         from sglang.srt.utils import DynamicGradMode
 
@@ -119,7 +130,7 @@ class RunnerTrials:
 
     # -- the batch -----------------------------------------------------------------------------------
     def _prepare(self, batch: Batch) -> None:
-        """Allocate for `batch`, and make it what the scheduler hands to its worker."""
+        """Allocate for `batch`, and turn it into the `ScheduleBatch` that the scheduler hands to its worker."""
         import torch
 
         draw = random.Random(0)
@@ -147,7 +158,7 @@ class RunnerTrials:
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         ids = array("q", draw.choices(range(self.runner.model_config.vocab_size), k=tokens))
-        # Greedy: nothing is drawn from the generators that users' requests will draw from.
+        # Greedy sampling draws nothing from the generators that users' requests will draw from.
         sampling = SamplingParams(temperature=0, max_new_tokens=2)
         request = Req("dynaflow-trial", "", ids, sampling)
         request.full_untruncated_fill_ids = ids
@@ -182,28 +193,22 @@ class RunnerTrials:
 
 
 def facts(runner: Any, session: Session, body: Any, limits: Limits) -> Facts:
-    """What the policy has to know of `runner`'s model and engine. `body`: the part that is split."""
+    """Return the facts about `runner`'s model and engine that the policy needs; `body` is the part that is split."""
     from sglang.srt.model_executor.runner.eager_runner import EagerRunner
     from sglang.srt.runtime_context import get_context, get_parallel
     from sglang.version import __version__
 
     model, ranks, arguments = runner.model_config, get_parallel().tp_size, get_context().resolved_server_args_dict()
-    architecture = {k: v for k, v in model.hf_config.to_dict().items() if k != "_name_or_path"}
     graphs = {phase: [c["backend"], c["max_bs"]] for phase, c in (arguments["cuda_graph_config"] or {}).items()}
     key = {
         "engine": f"sglang {__version__}",
         "mode": f"{session.mode} " + json.dumps({name: arguments[name] for name in MODE}, default=str),
-        "model": f"{type(runner.model).__name__} {_digest(json.dumps(architecture, sort_keys=True, default=str))}",
         "dtype": f"{runner.dtype}, KV cache {runner.kv_cache_dtype}",
         "ranks": str(ranks),
         "limits": f"{limits.tokens} tokens, {limits.requests} requests, {limits.length} long, pages of "
         f"{runner.token_to_kv_pool_allocator.page_size}, mixed: {arguments['enable_mixed_chunk']}",
         "graphs": "none" if arguments["disable_cuda_graph"] else json.dumps(graphs),
-        "executor": session.config.model_dump_json(exclude={"strategy", "options", "trace", "shadow", "fallback"}),
-        "programs": " ".join(c.captured.program.digest for c in session.plan_caches),
-        "plans": _digest("\n".join(c.texts() for c in session.plan_caches)),
-        **machine_key(str(runner.device).partition(":")[0]),
-        **selector_key(session.selector),
+        **engine_key(session, runner.model, model.hf_config.to_dict(), str(runner.device).partition(":")[0]),
     }
     replayed = (runner.decode_cuda_graph_runner, runner.prefill_cuda_graph_runner)
     return Facts(
@@ -212,7 +217,3 @@ def facts(runner: Any, session: Session, body: Any, limits: Limits) -> Facts:
         collective_bytes=model.hidden_size * runner.dtype.itemsize if ranks > 1 else 0,
         graphs=any(g is not None and not isinstance(g, EagerRunner) for g in replayed),
     )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,18 +1,18 @@
-"""Steps that no user asked for, for the policy (`strategy: auto`): real ones, in the mode that serves.
+"""The policy's trials in vLLM (`strategy: auto`) are real steps that no user asked for, in the mode that serves.
 
 Contract
-- A trial is one `SchedulerOutput` of new requests, run by the worker's own `execute_model` and `sample_tokens`, as
-  vLLM's warm-up does it in Model Runner V2; a second, empty one finishes them. Nothing of them stays in the engine.
-- Tokens that a batch has in the KV cache are blocks whose contents do not matter. Block 0 is vLLM's null block; no two
-  requests share one, so that no prefix-cache hit is seen where there is none.
+- A trial is one `SchedulerOutput` of new requests, run by the worker's own `execute_model` and `sample_tokens`. vLLM's
+  warm-up does the same in Model Runner V2.
+- A second, empty `SchedulerOutput` finishes the requests. Nothing of them stays in the engine.
+- A batch's tokens in the KV cache are blocks whose contents do not matter. Block 0 is vLLM's null block. No two
+  requests share a block, or `hazards` would see prefix-cache hits.
 - The ranks of a tensor-parallel group run the same trials in lock step.
-- `facts` says what the decisions hold for: what changes none (log folders, budgets) is not in the key.
+- `facts` gives the key of the decisions. Settings that change no decision (log folders, budgets) are not in it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,15 +20,15 @@ import torch
 
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.policy.bucket import Limits, representatives
-from dynaflow_serving.policy.calls import machine_key, selector_key
-from dynaflow_serving.policy.effects import Facts
+from dynaflow_serving.policy.key import engine_key
+from dynaflow_serving.policy.side_effects import Facts
 from dynaflow_serving.session.session import Session
 
 NAME = "_dynaflow_trial_{}_{}_"
 
 
 class WorkerTrials:
-    """Of one worker (`vllm.v1.worker.gpu_worker.Worker`), whose KV cache is empty."""
+    """These are the trials of one worker (`vllm.v1.worker.gpu_worker.Worker`), whose KV cache is empty."""
 
     def __init__(self, worker: Any) -> None:
         from vllm import SamplingParams
@@ -36,24 +36,33 @@ class WorkerTrials:
         self.worker, self._run = worker, 0
         groups = worker.model_runner.kv_cache_config.kv_cache_groups
         self._block_sizes: list[int] = [group.kv_cache_spec.block_size for group in groups]
-        # Greedy, with a seed: nothing is drawn from the generators that users' requests will draw from.
+        # Greedy sampling with a seed draws nothing from the generators that users' requests will draw from.
         self._sampling = SamplingParams(temperature=0.0, max_tokens=2, seed=0)
 
     @property
     def limits(self) -> Limits:
-        """Every batch within them fits into the KV cache: a request leaves less than a block per group unused."""
+        """Every batch within these limits fits into the KV cache.
+
+        A request leaves less than a block per KV-cache group unused, so one block per request and group is set aside.
+        """
         scheduler, model = self.worker.vllm_config.scheduler_config, self.worker.vllm_config.model_config
         blocks = self.worker.model_runner.kv_cache_config.num_blocks - 1  # without the null block
         groups = len(self._block_sizes)
         requests = max(1, min(scheduler.max_num_seqs, blocks // (2 * groups)))
         cached = int((blocks - requests * groups) / sum(1 / size for size in self._block_sizes))
-        # The sampled token needs a place, too.
-        return Limits(scheduler.max_num_batched_tokens, requests, model.max_model_len - 1, cached)
+        return Limits(
+            tokens=scheduler.max_num_batched_tokens,
+            requests=requests,
+            length=model.max_model_len - 1,  # the sampled token needs a place, too
+            cached=cached,
+        )
 
     def batches(self) -> Iterator[Batch]:
+        """Yield one batch of each bucket that can occur."""
         return representatives(self.limits)
 
-    def run(self, batch: Batch) -> None:
+    def run_step(self, batch: Batch) -> None:
+        """Run `batch` as one step of new requests, and finish them."""
         from vllm.v1.core.sched.output import SchedulerOutput
 
         self._run += 1  # asynchronous scheduling looks for the names of the step before
@@ -70,7 +79,7 @@ class WorkerTrials:
     def _requests(self, names: Sequence[str], batch: Batch) -> list[Any]:
         from vllm.v1.core.sched.output import NewRequestData
 
-        free = 1  # block; 0 is the null block
+        free = 1  # the first free block; block 0 is the null block
         requests = []
         for name, new, context in zip(names, batch.tokens, batch.context, strict=True):
             # Model Runner V2 tells a decode by its prompt being computed already; V1 by the number of new tokens alone.
@@ -78,7 +87,7 @@ class WorkerTrials:
             prompt = [0] * (context if decodes else context + new)
             blocks = []
             for size in self._block_sizes:
-                stop = free - (-(context + new) // size)
+                stop = free + math.ceil((context + new) / size)
                 blocks.append(list(range(free, stop)))
                 free = stop
             requests.append(
@@ -98,41 +107,34 @@ class WorkerTrials:
 
 
 def facts(worker: Any, session: Session) -> Facts:
-    """What the policy has to know of `worker`'s model and engine."""
+    """Return the facts about `worker`'s model and engine that the policy needs."""
     from vllm import __version__
     from vllm.config import CUDAGraphMode
 
     config = worker.vllm_config
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
     ranks, module = parallel.tensor_parallel_size, worker.model_runner.get_model()
-    architecture = {k: v for k, v in model.hf_config.to_dict().items() if k != "_name_or_path"}  # not where it is kept
     key = {
         "engine": f"vllm {__version__}",
         "mode": session.mode,
-        "model": f"{type(module).__name__} {_digest(json.dumps(architecture, sort_keys=True, default=str))}",
         "dtype": f"{model.dtype}, KV cache {config.cache_config.cache_dtype}, quantization {model.quantization}",
         "ranks": f"{ranks} of {parallel.world_size}",
         "limits": f"{scheduler.max_num_batched_tokens} tokens, {scheduler.max_num_seqs} requests, "
         f"{model.max_model_len} long",
         "attention": " ".join(sorted({g.backend.get_name() for gs in worker.model_runner.attn_groups for g in gs})),
         "graphs": str(config.compilation_config.cudagraph_mode),
-        "executor": session.config.model_dump_json(exclude={"strategy", "options", "trace", "shadow", "fallback"}),
-        "programs": " ".join(c.captured.program.digest for c in session.plan_caches),
-        "plans": _digest("\n".join(c.texts() for c in session.plan_caches)),
-        **machine_key(worker.device.type),
-        **selector_key(session.selector),
+        **engine_key(session, module, model.hf_config.to_dict(), worker.device.type),
     }
-    wide = model.get_hidden_size() * model.dtype.itemsize if ranks > 1 else 0
-    graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-    return Facts(key, weight_bytes(module), wide, graphs)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Facts(
+        key,
+        weight_bytes=weight_bytes(module),
+        collective_bytes=model.get_hidden_size() * model.dtype.itemsize if ranks > 1 else 0,
+        graphs=config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE),
+    )
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Of this rank, without the embedding and the head: they are not part of what is split."""
+    """Return the bytes of this rank's weights without the embedding and the head, which are not split."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     tables = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]

@@ -12,8 +12,8 @@ from support import manual, program_of
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.policy.bucket import bucket_of
-from dynaflow_serving.policy.effects import Facts
 from dynaflow_serving.policy.selector import AutoSelector, build_selector
+from dynaflow_serving.policy.side_effects import Facts
 from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
@@ -76,7 +76,7 @@ class Engine:
     def batches(self) -> list[Batch]:
         return self._batches
 
-    def run(self, batch: Batch) -> None:
+    def run_step(self, batch: Batch) -> None:
         self.ran.append(batch)
         self.step(batch)
 

@@ -21,13 +21,13 @@ from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy import table as tables
 from dynaflow_serving.policy.bucket import DECODE, MIXED, PREFILL, Bucket, Limits, bucket_of, representatives
-from dynaflow_serving.policy.effects import Facts, SideEffects
 from dynaflow_serving.policy.guard import COMPARED, RECHECKED, Guard
 from dynaflow_serving.policy.selector import COMPARING, NOT_DECIDED, SWITCHED_OFF, AutoSelector, build_selector
 from dynaflow_serving.policy.show import as_text, log_lines
+from dynaflow_serving.policy.side_effects import Facts, SideEffects
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.table import Decision, Table
-from dynaflow_serving.policy.tuner import Tuner, conclude, noise
+from dynaflow_serving.policy.tuner import Tuner, adopt_best_trial, noise
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.base import OpScheduler
@@ -160,7 +160,7 @@ def test_a_gain_must_exceed_noise_and_least_gain(
     ratios: tuple[float, ...], plain: tuple[float, ...], adopted: bool, why: str
 ) -> None:
     decision = Decision(kind=PREFILL, tokens=64, requests=4, trials=[trial(*ratios)], noise=noise(list(plain)))
-    conclude(decision, min_gain=0.02)
+    adopt_best_trial(decision, min_gain=0.02)
     assert bool(decision.candidate) is adopted
     assert why in decision.reason
 
@@ -168,7 +168,7 @@ def test_a_gain_must_exceed_noise_and_least_gain(
 def test_the_best_of_several_winners_is_adopted() -> None:
     trials = [trial(1.2, 1.2, 1.2), trial(1.4, 1.4, 1.4, name="b")]
     decision = Decision(kind=PREFILL, tokens=64, requests=4, trials=trials, noise=0.0)
-    conclude(decision, min_gain=0.02)
+    adopt_best_trial(decision, min_gain=0.02)
     assert decision.candidate == "b" and trials[0].verdict == "b is faster"
 
 
@@ -185,8 +185,8 @@ def test_candidates_that_cannot_or_need_not_be_tried_say_why() -> None:
 def test_side_effects_are_told_and_can_veto() -> None:
     facts = Facts({}, weight_bytes=3 << 20, collective_bytes=512, graphs=True)
     batch = Batch((30, 4))
-    effects = SideEffects.of(batch, cut_evenly(batch, 3), facts)
-    assert effects.listed() == [
+    effects = SideEffects.of_split(batch, cut_evenly(batch, 3), facts)
+    assert effects.in_words() == [
         "reads 6.0 MiB of weights again",
         "collectives of 6 KiB and more",
         "2 cuts inside a request",
@@ -268,13 +268,13 @@ def watched(steps: int, seconds: Callable[[int, bool], float]) -> tuple[list[flo
     """(speed-ups at switching off, un-split steps) of so many steps that take `seconds(step, split)`."""
     off: list[float] = []
     guard, plain_steps = Guard(16, Ranks(), lambda bucket, speed_up: off.append(speed_up)), 0
-    guard.add(BUCKET, noise=0.05)
+    guard.watch_bucket(BUCKET, noise=0.05)
     for step in range(steps):
         plain = guard.runs_plain(BUCKET)
         if off:
             break
         plain_steps += plain
-        guard.observe(BUCKET, not plain, 60, seconds(step, not plain))
+        guard.record_step(BUCKET, not plain, 60, seconds(step, not plain))
     return off, plain_steps
 
 
@@ -295,13 +295,13 @@ def test_what_un_split_steps_have_gained_is_found_by_the_regular_comparison() ->
 
 def test_time_saved_is_estimated_from_the_last_comparison() -> None:
     guard = Guard(16, Ranks(), lambda bucket, speed_up: None)
-    guard.add(BUCKET, noise=0.1)
+    guard.watch_bucket(BUCKET, noise=0.1)
     saved = 0.0
     for _ in range(COMPARED + 2):
         plain = guard.runs_plain(BUCKET)
-        saved += guard.observe(BUCKET, not plain, 50, 1.0 if plain else 0.8)
+        saved += guard.record_step(BUCKET, not plain, 50, 1.0 if plain else 0.8)
     assert saved == pytest.approx(2 * 0.2)  # nothing is claimed before the comparison is over
-    assert guard.observe(Bucket(DECODE, 4, 4), True, 50, 0.6) == 0.0
+    assert guard.record_step(Bucket(DECODE, 4, 4), True, 50, 0.6) == 0.0
 
 
 # -- the file ------------------------------------------------------------------------------------------

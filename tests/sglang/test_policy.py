@@ -72,8 +72,8 @@ def test_trials_are_steps_of_exactly_these_batches_and_leave_nothing(
         ours.session.step = lambda batch: seen.append(batch) or step(batch)
         batches = list(trials.batches())
         for batch in batches:
-            trials.run(batch)
-            trials.run(batch)
+            trials.run_step(batch)
+            trials.run_step(batch)
         assert left(runner, cache) != before  # those of the last batch are held
         assert not ours.session.counts.split and not ours.session.counts.unsplit
     assert seen == [batch for batch in batches for _ in range(2)]
@@ -103,7 +103,7 @@ def test_trials_of_a_batch_repeat(one_process, runner, cache_of, monkeypatch):
         for batch in [b for b in trials.batches() if sum(b.tokens) in (16, 64)]:
             for candidate in ("", "nanoflow x2", "sequential x2", ""):
                 with ours.session.trial(candidate):
-                    trials.run(batch)
+                    trials.run_step(batch)
             first, *others = logits[-4:]
             assert first.shape[0] == len(batch.tokens) and not first.isnan().any()
             for other in others:
@@ -125,7 +125,7 @@ def test_unsplit_trials_replay_graphs_as_serving_does(one_process, runner, cache
         decode = next(b for b in trials.batches() if bucket_of(b).kind == DECODE)
         for candidate in ("", "nanoflow x2", ""):
             with ours.session.trial(candidate):
-                trials.run(decode)
+                trials.run_step(decode)
     assert replayed == ["", ""]
 
 

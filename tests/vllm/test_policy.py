@@ -43,15 +43,15 @@ class Watched:
         from dynaflow_serving.integrations.vllm.trials import WorkerTrials
 
         self.asked, self.begun, self.left = [], [], None
-        stock = WorkerTrials.run
+        stock = WorkerTrials.run_step
 
-        def run(trials, batch):
+        def run_step(trials, batch):
             stock(trials, batch)
             self.asked.append(batch)
             self.begun.append(trials.worker.dynaflow._batch)
             self.left = requests_in(trials.worker.model_runner)
 
-        patch.setattr(WorkerTrials, "run", run)
+        patch.setattr(WorkerTrials, "run_step", run_step)
 
 
 def requests_in(runner):
