@@ -1,8 +1,9 @@
-"""Do all ranks of a process group hold the same plans? Compared as text, before the first collective of a plan.
+"""`agree` checks that all ranks of a process group hold the same plans, before the first collective of a plan.
 
 Contract
-- Ranks that would run different plans would wait for each other's collectives for ever, or mix up their data:
-  every rank raises, with the difference between rank 0's plans and the first other rank's.
+- Ranks with different plans would wait for each other's collectives for ever, or mix up their data.
+- Plans are compared as text. If they differ, every rank raises, with the difference between rank 0's plans and the
+  first other rank's.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ SHOWN_LINES = 40
 
 
 def agree(texts: list[str], group: Any) -> None:
-    """Raise `InactiveError` unless `texts` are equal on all ranks of `group` (a `ProcessGroup`)."""
+    """Compare `texts` over all ranks of `group`, a `ProcessGroup` for CPU objects, or None for one rank.
+
+    Raises:
+        InactiveError: The texts differ.
+    """
     if found := differences(Ranks(group).gather("\n".join(texts))):
         raise InactiveError("the ranks would run different plans:\n" + found)
 
 
 def differences(texts: Sequence[str]) -> str:
-    """Between rank 0's text and the first other one, as a diff; "" if all are equal."""
+    """Return the diff between rank 0's text and the first text that differs, or "" if all are equal."""
     for rank, other in enumerate(texts):
         if other != texts[0]:
             lines = difflib.unified_diff(texts[0].splitlines(), other.splitlines(), "rank 0", f"rank {rank}", n=2)
@@ -37,7 +42,7 @@ def differences(texts: Sequence[str]) -> str:
 
 
 def groups_of(gm: fx.GraphModule) -> list[Any]:
-    """The process groups of the functional collectives in `gm`, in order of first use."""
+    """Return the process groups of the functional collectives in `gm`, in order of first use."""
     names: dict[str, None] = {}
     for n in calls(gm):
         schema = getattr(n.target, "_schema", None)

@@ -1,8 +1,9 @@
-"""How long a step took, on the device that ran it.
+"""A clock tells how long a step took, on the device that ran it.
 
 Contract
-- `CPUClock` answers at once. `CUDAClock` records events on the current stream and answers when the device has passed
-  them, at the next `poll`: it never waits.
+- `CPUClock` answers at once.
+- `CUDAClock` records events on the current stream, and answers in the first `poll` after the device has passed them. It
+  never waits.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ Told = Callable[[float], None]
 
 
 class Clock(Protocol):
-    def start(self) -> Any: ...
+    """A clock times steps, several of which may be under way on a device."""
+
+    def start(self) -> Any:
+        """Return the time of now, for `stop`."""
 
     def stop(self, started: Any, told: Told) -> None:
-        """Tell `told` the seconds since `started`, now or in a later `poll`."""
+        """Call `told` with the seconds since `started`, now or in a later `poll`."""
 
-    def poll(self) -> None: ...
+    def poll(self) -> None:
+        """Tell the times of the steps that have ended since the last call."""
 
     def synchronize(self) -> None:
         """Wait for the device."""
 
 
 class CPUClock:
+    """This clock is for steps that have ended when their call returns."""
+
     def start(self) -> float:
         return time.perf_counter()
 
@@ -42,9 +49,10 @@ class CPUClock:
 
 
 class CUDAClock:
-    """`cuda`: `torch.cuda`, or a stand-in."""
+    """This clock measures with CUDA events on the current stream."""
 
     def __init__(self, cuda: Any) -> None:
+        """Make a clock over `cuda`, which is `torch.cuda` or a stand-in."""
         self._cuda = cuda
         self._running: deque[tuple[Any, Any, Told]] = deque()
 
@@ -66,6 +74,7 @@ class CUDAClock:
 
 
 def clock_of(device_type: str) -> Clock:
+    """Return a new clock for devices of that type."""
     if device_type != "cuda":
         return CPUClock()
     import torch

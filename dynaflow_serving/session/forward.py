@@ -1,8 +1,8 @@
-"""What replaces a model's forward: the plan where the step in flight is split, else the whole.
+"""`SplitForward` replaces a model's forward: it runs the plan where the step in flight is split, else the whole batch.
 
 Contract
-- `SplitForward` is the only place that chooses between the two. Outside a step it runs the whole.
-- A subclass says how to run either: a captured graph (`GraphForward`), a model without a graph (`EagerForward`).
+- `SplitForward` is the only place that chooses between the two. Outside a step it runs the whole batch.
+- A subclass says how to run either: `GraphForward` for a captured graph, `EagerForward` for a model without a graph.
 """
 
 from __future__ import annotations
@@ -23,22 +23,29 @@ from dynaflow_serving.strategy.rules import Rule
 
 
 class Contexts(NamedTuple):
-    """The engine's contexts of a split step."""
+    """An engine has one context per micro-batch of a split step.
 
-    enter: Enter  # switches to the context of the i-th micro-batch
-    arguments: Arguments | None = None  # of each micro-batch, where they hold more than tensors to cut
+    Attributes:
+        enter: This switches to the context of the i-th micro-batch.
+        arguments: This returns the i-th micro-batch's arguments, where they hold more than tensors to cut.
+    """
+
+    enter: Enter
+    arguments: Arguments | None = None
 
 
-# Given the forward's arguments, it enters the engine's contexts of the split step in flight, and leaves them again.
+# It is called with the forward's arguments, enters the contexts of the split step in flight, and leaves them again.
 Entering = Callable[..., AbstractContextManager[Contexts]]
 
 
 def without_context(*args: Any, **kwargs: Any) -> AbstractContextManager[Contexts]:
-    """The `Entering` of programs whose operators read no context."""
+    """This is the `Entering` of programs whose operators read no context."""
     return nullcontext(Contexts(no_context))
 
 
 class SplitForward(abc.ABC):
+    """This callable takes the place of a model's forward."""
+
     def __init__(self, session: Session) -> None:
         self.session = session
 
@@ -50,15 +57,15 @@ class SplitForward(abc.ABC):
 
     @abc.abstractmethod
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of the whole batch."""
+        """Run the whole batch at once."""
 
     @abc.abstractmethod
     def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of the whole batch under the plan of `step`."""
+        """Run the whole batch under the plan of `step`."""
 
 
 class GraphForward(SplitForward):
-    """A captured graph. Without `whole`, the engine's own forward, un-split steps run the un-split plan."""
+    """This is the forward of one captured graph."""
 
     def __init__(
         self,
@@ -67,6 +74,14 @@ class GraphForward(SplitForward):
         whole: Callable[..., Any] | None = None,
         entering: Entering = without_context,
     ) -> None:
+        """Make the forward of the graph in `plan_cache`.
+
+        Args:
+            session: Its step in flight decides what runs.
+            plan_cache: The plans of the graph.
+            whole: The engine's own forward for un-split steps. Without one they run the un-split plan.
+            entering: This enters the engine's contexts of a split step.
+        """
         super().__init__(session)
         self.plan_cache, self._stock, self._entering = plan_cache, whole, entering
         self._count = plan_cache.captured.token_counter()
@@ -83,14 +98,14 @@ class GraphForward(SplitForward):
 
 
 class EagerForward(SplitForward):
-    """The forward of a model without a graph (`capture: eager`).
+    """This is the forward of a model without a graph (`capture: eager`).
 
     Contract
-    - Un-split calls run the model's own forward. They are recorded, until there is a Program, inside `recording` and in
-      steps that the session counts. Other dummy runs (memory profiling, warm-up, graph capture) are left alone.
-    - If a micro-batch takes another path than the recorded one, the step runs again without a plan, micro-batch after
-      micro-batch: each is a batch that the engine could have made. The step is counted as un-split, and the model is
-      recorded anew.
+    - Un-split calls run the model's own forward. Until there is a Program, they are recorded inside `recording` and in
+      steps that the session counts. Other dummy runs (memory profiling, warm-up, graph capture) are not recorded.
+    - If a micro-batch takes another path than the recorded one, the step runs again without a plan, one micro-batch
+      after the other. Each of them is a batch that the engine could have made.
+    - Such a step is counted as un-split, and the model is recorded anew.
     """
 
     def __init__(
@@ -102,16 +117,18 @@ class EagerForward(SplitForward):
         states: Mapping[str, str],
         entering: Entering,
     ) -> None:
-        """
+        """Prepare to record `forward`.
+
         Args:
-            forward: the model's own.
-            module: where rules for modules look.
-            rules: the integration's, for its engine's attention and collectives; the strategy's own come first.
-            states: name of a rule -> engine state that it reads and writes.
-            entering: enters the engine's contexts of a split step.
+            session: Its step in flight decides what runs.
+            forward: The model's own forward.
+            module: Rules for modules look here.
+            rules: The integration's rules for attention and collectives. The strategy's own rules come first.
+            states: The engine state that the operators of a rule read and write, by the rule's name.
+            entering: This enters the engine's contexts of a split step.
 
         Raises:
-            AnnotationError: a rule matches nothing.
+            AnnotationError: A rule matches nothing.
         """
         super().__init__(session)
         self._entering = entering
@@ -122,10 +139,10 @@ class EagerForward(SplitForward):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the integration's dummy runs in this block: two, with different numbers of tokens.
+        """Record the integration's two dummy runs in this block, which have different numbers of tokens.
 
         Raises:
-            InactiveError: they do not give a Program.
+            InactiveError: The runs do not give a Program.
         """
         self._recording = True
         try:
@@ -154,5 +171,5 @@ class EagerForward(SplitForward):
 
     @staticmethod
     def count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """The size of the first tensor argument: tokens are dimension 0 of every engine's inputs."""
+        """Return the size of the first tensor argument, because dimension 0 of every engine's inputs is the tokens."""
         return next(int(t.shape[0]) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))

@@ -1,13 +1,13 @@
-"""Counters of one worker, for Prometheus.
+"""`Metrics` counts the steps of one worker for Prometheus.
 
 Contract
-- `dynaflow_steps_total{strategy, reason}` counts every step: `strategy` is the candidate or strategy that ran it,
-  "none" for an un-split step, whose `reason` is given.
+- `dynaflow_steps_total{strategy, reason}` counts every step. `strategy` is the candidate or strategy that ran it. An
+  un-split step has strategy "none" and a `reason`.
 - All workers of a process share one registry. An engine's integration brings it to the engine's own endpoint.
-- Of ranks that run the same steps the first counts them, the others nothing.
-- prometheus_client is imported with the first worker, not before: engines choose how it keeps values across processes
+- Only the first of the ranks that run the same steps counts them.
+- prometheus_client is imported with the first worker, not before. Engines choose how it keeps values across processes
   by a variable that must be set by then.
-- Time saved is an estimate: against the latest un-split steps of the same bucket, which only the policy has.
+- The time saved is an estimate, made by the policy from the latest un-split steps of the same bucket.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NONE = "none"
 
 @cache
 def _instruments() -> dict[str, Any]:
-    """Made once per process: Prometheus refuses a name twice."""
+    """Return the counters and gauges by name. They are made once per process, as Prometheus refuses a name twice."""
     from prometheus_client import Counter, Gauge
 
     counters = {
@@ -49,7 +49,7 @@ def _instruments() -> dict[str, Any]:
 
 
 def registry() -> Any:
-    """A Prometheus registry of this process' DynaFlow metrics, and nothing else."""
+    """Return a Prometheus registry that holds this process' DynaFlow metrics, and nothing else."""
     from prometheus_client import CollectorRegistry
 
     made = CollectorRegistry()
@@ -59,7 +59,7 @@ def registry() -> Any:
 
 
 class _Uncounted:
-    """In place of every counter and gauge."""
+    """On ranks that do not count, this stands in for every counter and gauge."""
 
     def labels(self, *values: str) -> _Uncounted:
         return self
@@ -72,18 +72,19 @@ class _Uncounted:
 
 
 class Metrics(Observer):
-    """The counters of one worker."""
+    """This observer counts the steps of one worker."""
 
     def __init__(self, strategy: str, counted: bool = True) -> None:
-        """
+        """Start with the process' counters.
+
         Args:
-            strategy: name of the configured one.
-            counted: whether this rank is the one that counts.
+            strategy: The name of the configured strategy.
+            counted: Whether this rank is the one that counts.
         """
         self.strategy = strategy
         self._made: Mapping[str, Any] = _instruments() if counted else defaultdict(_Uncounted)
         self._steps: dict[tuple[str, str], Any] = {}
-        self._seen: dict[str, float] = {}  # totals that are counted elsewhere
+        self._seen: dict[str, float] = {}  # how far totals that are counted elsewhere have been added
 
     def timed(self, step: Step, seconds: float) -> None:
         split = step.split
@@ -100,7 +101,7 @@ class Metrics(Observer):
             self._count_plans(step.plan_caches)
 
     def traced(self, step: Step, timelines: Sequence[Timeline]) -> None:
-        """Of a step in several graphs, the gauges show the mean by time."""
+        """Set the gauges of overlap; for a step in several graphs they show the mean by time."""
         seconds = sum(t.makespan for t in timelines)
         if seconds:
             self._made["overlap_ratio"].set(sum(t.overlapped for t in timelines) / seconds)
@@ -110,7 +111,7 @@ class Metrics(Observer):
         self._made["shadow_steps"].labels("equal" if equal else "different").inc()
 
     def switched_off(self) -> None:
-        """The guard has switched off a bucket's strategy."""
+        """Count that the guard has switched off a bucket's strategy."""
         self._made["guard_switch_offs"].inc()
 
     def _count_plans(self, plan_caches: Sequence[PlanCache]) -> None:

@@ -1,9 +1,9 @@
-"""What looks at a worker's steps: counters, metrics, traces, shadow mode, and the policy's guard.
+"""An observer looks at a worker's steps: counters, metrics, traces, shadow mode and the policy's guard are observers.
 
 Contract
 - A `Session` tells its observers of every step that is not a trial, in the order in which they were added.
-- An observer overrides what it wants to know; the others cost nothing.
-- `decided` runs before the step, on all ranks alike: there an observer may ask for a trace or a comparison.
+- An observer overrides the methods that it needs. Methods that are not overridden are not called.
+- `decided` runs before the step, on all ranks alike. There an observer may ask for a trace or a comparison.
 - `timed` may come later than the end of the step (a device's clock), or never (a failed step).
 """
 
@@ -18,12 +18,14 @@ from dynaflow_serving.session.step import Step
 
 
 class Observer:
+    """This is the base of all observers; none of its methods does anything."""
+
     def veto(self) -> str:
-        """Why no step may be split from now on; "" if steps may."""
+        """Return why no step may be split from now on, or "" if steps may be split."""
         return ""
 
     def decided(self, step: Step) -> None:
-        """`step` begins, and its split is known."""
+        """`step` begins, and its split has been decided."""
 
     def withdrew(self, step: Step, reason: str) -> None:
         """`step` was counted as split, but did not run under its plan."""
@@ -32,22 +34,22 @@ class Observer:
         """`step` also ran un-split."""
 
     def traced(self, step: Step, timelines: Sequence[Timeline]) -> None:
-        """`step` has ended, and this is when its actions ran: one timeline per graph."""
+        """`step` has ended. `timelines` say when its actions ran, one per graph."""
 
     def timed(self, step: Step, seconds: float) -> None:
-        """`step` took so long, from begin to end."""
+        """`step` took `seconds` from begin to end."""
 
     def left(self) -> None:
         """A step has ended or failed."""
 
 
 def overridden(observers: Sequence[Observer], name: str) -> list[Callable[..., Any]]:
-    """The methods called `name` of those observers that have one of their own."""
+    """Return the methods called `name` of those observers that override it."""
     return [getattr(o, name) for o in observers if getattr(type(o), name) is not getattr(Observer, name)]
 
 
 class StepCounts(Observer):
-    """Whether steps were split, and why the others were not."""
+    """This observer counts the split steps, and the un-split ones by reason."""
 
     def __init__(self, split: int = 0, unsplit: Counter[str] | None = None) -> None:
         self.split = split
@@ -64,5 +66,6 @@ class StepCounts(Observer):
         self.unsplit[reason] += 1
 
     def reset(self) -> None:
+        """Count from zero."""
         self.split = 0
         self.unsplit.clear()

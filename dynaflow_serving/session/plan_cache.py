@@ -1,9 +1,10 @@
-"""The plans of one captured program: record, lower, verify and bind on first use, then replay.
+"""A `PlanCache` holds the plans of one captured program.
 
 Contract
-- A Plan is made once per Split signature, verified, bound and cached; a step is a dictionary look-up.
-- A step that is not split runs in the program's own order on the compute stream, unless the strategy
-  schedules these steps too (`OpScheduler.schedules_unsplit`).
+- A Plan is recorded, lowered, verified and bound once per Split signature, on first use. From then on a step looks it
+  up in a dictionary.
+- An un-split step runs in the program's own order on the compute stream, unless the strategy schedules un-split steps
+  too (`OpScheduler.schedules_unsplit`).
 """
 
 from __future__ import annotations
@@ -26,27 +27,46 @@ from dynaflow_serving.strategy.splitting import whole
 
 
 def no_context(micro_batch: int) -> None:
-    """The `enter` of programs whose operators read no context."""
+    """This is the `enter` of programs whose operators read no context."""
 
 
 class PlanCache:
-    """`zero_copy=False` keeps operators from writing into given buffers, as autograd requires."""
+    """This cache makes the plans of one program, and keeps them.
+
+    Attributes:
+        made: The number of plans that were made.
+        hits: The number of look-ups that found a plan.
+    """
 
     def __init__(
         self, captured: CapturedProgram, selector: Selector, executor: Executor, zero_copy: bool = True
     ) -> None:
+        """Start without plans.
+
+        Args:
+            captured: The program and the code of its operators.
+            selector: Its strategies record the plans.
+            executor: It binds the plans.
+            zero_copy: Whether operators may write into given buffers. Autograd forbids that.
+        """
         self.captured, self.selector, self.executor = captured, selector, executor
         self.zero_copy = zero_copy
-        self.made = self.hits = 0  # plans made, and found made
+        self.made = self.hits = 0
         self._prepared: dict[tuple[Signature, bool, bool], BoundPlan] = {}
         self._vetoed: dict[Signature, str] = {}
 
     def decide(self, batch: Batch) -> Split:
-        """The selector's split, or the whole batch with the reason why it cannot be run split."""
+        """Return the selector's split, or the whole batch with the reason why it cannot be split."""
         return self.allowed_split(batch, self.selector.split(batch))
 
     def allowed_split(self, batch: Batch, split: Split) -> Split:
-        """`split`, unless the program cannot be split or cross-micro-batch dependences leave no valid order."""
+        """Return `split` if it can be run, else the whole batch with the reason.
+
+        A program may be unsplittable, or dependences between micro-batches may leave no valid order.
+
+        Raises:
+            PlanError, ScheduleError: The strategy makes no correct plan even without the dependences.
+        """
         if self.captured.program.unsplittable and len(split.micro_batches) > 1:
             return whole(batch, f"program: {self.captured.program.unsplittable}")
         if not split.depends or split.signature in self._vetoed:
@@ -55,13 +75,23 @@ class PlanCache:
         try:
             self.prepare(split.signature)
         except ScheduleError as e:
-            self.prepare(split.signature._replace(depends=()))  # an error of the strategy itself is raised here
+            self.prepare(split.signature._replace(depends=()))  # this raises an error of the strategy itself
             self._vetoed[split.signature] = f"micro-batches depend on each other: {e}"
             return whole(batch, self._vetoed[split.signature])
         return split
 
     def prepare(self, signature: Signature, zero_copy: bool | None = None, traced: bool = False) -> BoundPlan:
-        """The verified, bound Plan for a signature. Raises `ScheduleError`, `PlanError`."""
+        """Return the verified, bound Plan of a signature.
+
+        Args:
+            signature: The number of micro-batches, their dependences and the candidate.
+            zero_copy: Whether operators may write into given buffers; by default, as the cache was told.
+            traced: Whether the plan is bound with a tracer.
+
+        Raises:
+            ScheduleError: The strategy asked for something that is not possible.
+            PlanError: The plan is not a correct schedule of the program.
+        """
         zero_copy = self.zero_copy if zero_copy is None else zero_copy
         key = (signature, zero_copy, traced)
         if key not in self._prepared:
@@ -79,19 +109,19 @@ class PlanCache:
         return self._prepared[key]
 
     def timeline(self, signature: Signature, zero_copy: bool | None = None) -> Timeline:
-        """Of the latest traced run of that signature."""
+        """Return the timeline of the latest traced run of `signature`."""
         prepared = self.prepare(signature, zero_copy, traced=True)
         assert prepared.tracer is not None
         return measured(self.captured.program, prepared.plan, prepared.tracer)
 
     @property
     def plans(self) -> list[Plan]:
-        """All plans made so far, un-split first."""
+        """These plans have been made so far; the un-split ones come first."""
         made = {key[:2]: p.plan for key, p in sorted(self._prepared.items(), key=lambda item: item[0])}
         return list(made.values())
 
     def texts(self) -> str:
-        """What ranks compare before the first step: the plans of every number of micro-batches."""
+        """Return the text of all plans without dependences, which the ranks compare before the first step."""
         program = self.captured.program
         signatures = []
         for candidate in self.selector.candidates:
@@ -106,7 +136,7 @@ class PlanCache:
         except (PlanError, ScheduleError) as error:
             if not signature.candidate:
                 raise
-            return f"{signature.candidate}: {error}"  # one of several: it will not be chosen
+            return f"{signature.candidate}: {error}"  # the policy will not choose this candidate
 
     def run(
         self,
@@ -116,10 +146,21 @@ class PlanCache:
         zero_copy: bool | None = None,
         traced: bool = False,
     ) -> Any:
-        """One step. `args` are the program's inputs without constants; returns the model's own structure."""
+        """Run one step under the plan of `split`.
+
+        Args:
+            args: The program's inputs, without constants.
+            split: The cut of the batch.
+            enter: This switches to the context of the i-th micro-batch.
+            zero_copy: Whether operators may write into given buffers; by default, as the cache was told.
+            traced: Whether the run is traced.
+
+        Returns:
+            The outputs in the model's own structure.
+        """
         prepared = self.prepare(split.signature, zero_copy, traced)
         return self.captured.rebuild(prepared.run(args, split.bounds, enter))
 
     def run_whole(self, args: Sequence[Any], tokens: int, enter: Callable[[int], Any] = no_context) -> Any:
-        """The un-split step of a batch of `tokens`."""
+        """Run the un-split plan on a batch of `tokens` tokens; the arguments and the result are those of `run`."""
         return self.captured.rebuild(self.prepare(Signature(1)).run(args, (0, tokens), enter))

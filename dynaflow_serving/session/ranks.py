@@ -1,7 +1,7 @@
-"""The ranks that must decide alike.
+"""`Ranks` lets the ranks that must decide alike exchange values.
 
 Contract
-- Every method is a collective: all ranks of the group call it, in the same order.
+- Every method is a collective, so all ranks of the group call it, in the same order.
 - Without a group there is one rank, and nothing is sent.
 """
 
@@ -12,9 +12,10 @@ from typing import Any
 
 
 class Ranks:
-    """`group`: a `ProcessGroup` for CPU tensors and objects, or None."""
+    """These are the ranks of one process group."""
 
     def __init__(self, group: Any = None) -> None:
+        """Take the ranks of `group`, a `ProcessGroup` for CPU tensors and objects, or this rank alone for None."""
         self.group = group
         self.size = 1
         if group is not None:
@@ -24,7 +25,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank is the one that shows and writes."""
+        """This says whether this rank is the one that shows results and writes files."""
         if self.size == 1:
             return True
         import torch.distributed as dist
@@ -32,7 +33,7 @@ class Ranks:
         return dist.get_rank(self.group) == 0
 
     def greatest(self, values: Sequence[float]) -> list[float]:
-        """Per place, the greatest value of all ranks."""
+        """Return, for each place in `values`, the greatest value of all ranks."""
         if self.size == 1:
             return list(values)
         import torch
@@ -43,7 +44,7 @@ class Ranks:
         return [float(v) for v in tensor]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`."""
+        """Return the `value` of every rank, in order of the ranks."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist

@@ -1,7 +1,7 @@
-"""What one worker did, as it crosses processes.
+"""A `WorkerReport` tells another process what a worker has done.
 
 Contract
-- Plain data: `model_dump(mode="json")` on one side, `WorkerReport.model_validate` on the other.
+- A report is plain data: one side calls `model_dump(mode="json")`, the other `WorkerReport.model_validate`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ class _Report(BaseModel):
 
 
 class StepReport(_Report):
-    split: int = Field(default=0, description="steps that ran as micro-batches")
-    unsplit: dict[str, int] = Field(default={}, description="reason -> steps that ran whole")
+    """A worker has run so many steps."""
+
+    split: int = Field(default=0, description="So many steps ran as micro-batches.")
+    unsplit: dict[str, int] = Field(default={}, description="So many steps ran whole, by reason.")
 
 
 class ProgramReport(_Report):
-    program: str = Field(description="text of the Program")
-    plans: list[str] = Field(description="texts of its Plans, un-split first")
+    """A captured program has these plans."""
+
+    program: str = Field(description="This is the text of the Program.")
+    plans: list[str] = Field(description="These are the texts of its Plans. The un-split ones come first.")
 
 
 class WorkerReport(_Report):
+    """A worker tells `dynaflow bench` and `dynaflow explain` what it has done."""
+
     strategy: str
-    mode: str = Field(description="how the engine compiles")
+    mode: str = Field(description="This says how the engine compiles.")
     steps: StepReport = StepReport()
     plan_hash: str = Field(
-        default="", description="digest of the newest plan with micro-batches; empty if there is none"
+        default="", description="This is the digest of the newest plan with micro-batches, or empty."
     )
     executors: list[dict[str, Any]] = []
     programs: list[ProgramReport] = []
-    policy: dict[str, Any] | None = Field(default=None, description="the policy's table, where it decides")
-    timelines: list[dict[str, Any]] = Field(default=[], description="of the latest traced step, one per graph")
+    policy: dict[str, Any] | None = Field(default=None, description="This is the policy's table, where there is one.")
+    timelines: list[dict[str, Any]] = Field(
+        default=[], description="These belong to the latest traced step, one per graph."
+    )
