@@ -1,9 +1,9 @@
-"""The YAML strategy config.
+"""`Config` is the YAML strategy config.
 
 Contract
-- `load` takes a path, a strategy name, a mapping or a Config; every mistake is one `ConfigError` that says
-  where it is and what is valid there.
-- A `Config` is data: what its strategy and options mean is checked when they are built (`policy.build_selector`).
+- `load` takes a path, a strategy name, a mapping or a Config.
+- Every mistake is one `ConfigError` that says where it is and what is valid there.
+- A `Config` is only data. Its strategy and options are checked when they are built (`build_selector`).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class StreamOptions(BaseModel):
-    """One stream of a plan, by name."""
+    """These are the options of one stream of a plan."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     priority: int | None = Field(
         default=None,
-        description="CUDA priority, lower goes first; default -1 for stream 'network', else 0; a hint that executors "
-        "without devices ignore",
+        description="This is the CUDA priority, of which the lower goes first. The default is -1 for stream 'network', "
+        "else 0. It is a hint that executors without devices ignore.",
     )
     sm_share: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="share of the device's multiprocessors that the stream may use at most (green context, "
-        "experimental); streams with one share have the same multiprocessors, different shares may overlap",
+        description="The stream may use at most this share of the device's multiprocessors (green context, "
+        "experimental). Streams with equal shares have the same multiprocessors; different shares may overlap.",
     )
 
     @model_validator(mode="after")
@@ -47,20 +47,21 @@ class StreamOptions(BaseModel):
 
 
 class ExecutorOptions(BaseModel):
-    """How plans are executed; part of the YAML config."""
+    """These options, a part of the YAML config, say how plans are executed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     streams: dict[str, StreamOptions] = Field(
         default_factory=dict,
-        description="options of the strategy's streams, by name; the compute stream is the caller's and has none",
+        description="The strategy's streams have these options, by name. The compute stream is the caller's and has "
+        "no options.",
     )
     graph: Literal["off", "whole"] = Field(
         default="off",
-        description="whole: capture each plan, per token offsets of the micro-batches, into one CUDA graph when they "
-        "come up for the second time",
+        description="If 'whole', each plan is captured into one CUDA graph, per token offsets of the micro-batches, "
+        "when they come up for the second time.",
     )
-    max_graphs: int = Field(default=32, ge=1, description="with graph: whole, how many graphs are captured at most")
+    max_graphs: int = Field(default=32, ge=1, description="With graph: whole, at most so many graphs are captured.")
 
     @field_validator("graph", mode="before")
     @classmethod
@@ -76,54 +77,63 @@ class ExecutorOptions(BaseModel):
 
 
 class TraceOptions(BaseModel):
-    """Traces of real split steps, for chrome://tracing or Perfetto."""
+    """These options ask for traces of real split steps, for chrome://tracing or Perfetto."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    folder: str = Field(description="where the traces go; made if need be")
-    every: int = Field(100, ge=1, description="one split step in so many is traced")
-    limit: int = Field(20, ge=1, description="how many traces are written at most, per rank")
+    folder: str = Field(description="The traces go to this folder, which is made if need be.")
+    every: int = Field(100, ge=1, description="One split step in so many is traced.")
+    limit: int = Field(20, ge=1, description="Each rank traces at most so many steps.")
 
 
 class ShadowOptions(BaseModel):
-    """Split steps that are also run un-split, and compared."""
+    """These options ask for split steps that also run un-split, and are compared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    every: int = Field(100, ge=1, description="one split step in so many is compared")
+    every: int = Field(100, ge=1, description="One split step in so many is compared.")
     tolerance: float | None = Field(
         None,
         ge=0,
-        description="greatest difference, relative to the greatest magnitude of the un-split output; 0: bit for bit; "
-        "default: by dtype (float32 1e-4, bfloat16 and float16 5e-2), because kernels sum in another order for another "
-        "number of rows",
+        description="Outputs may differ by this much, relative to the greatest magnitude of the un-split output; 0 "
+        "asks for equal bits. The default depends on the dtype (float32 1e-4, bfloat16 and float16 5e-2), because kernels "
+        "sum in another order for another number of rows.",
     )
-    folder: str = Field("dynaflow-mismatch", description="where a reproducer goes when outputs differ")
+    folder: str = Field("dynaflow-mismatch", description="A reproducer goes to this folder when outputs differ.")
 
 
 class Config(ExecutorOptions):
-    """What a YAML file holds."""
+    """A YAML file holds these settings."""
 
-    strategy: str = Field(description="name of a registered strategy, or the path of a .py file that registers one")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of the strategy")
+    strategy: str = Field(
+        description="This names a registered strategy, or is the path of a .py file that registers one."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="These are the options of the strategy.")
     executor: Literal["auto", "sequential", "cpu", "cuda"] = Field(
-        default="auto", description="auto: cuda on CUDA devices, else cpu"
+        default="auto", description="'auto' means cuda on CUDA devices, else cpu."
     )
     capture: Literal["auto", "graph", "eager"] = Field(
         default="auto",
-        description="what is scheduled: the engine's graph, or, without one, the code between annotated calls; auto: "
-        "the graph where the engine makes one",
+        description="The engine's graph is scheduled, or, without one, the code between annotated calls. 'auto' means "
+        "the graph where the engine makes one.",
     )
-    trace: TraceOptions | None = Field(default=None, description="write traces of real split steps")
-    shadow: ShadowOptions | None = Field(default=None, description="run some split steps un-split too, and compare")
+    trace: TraceOptions | None = Field(default=None, description="If given, traces of real split steps are written.")
+    shadow: ShadowOptions | None = Field(
+        default=None, description="If given, some split steps also run un-split, and the outputs are compared."
+    )
     fallback: bool = Field(
         default=False,
-        description="run the stock engine with a warning, instead of an error, where DynaFlow cannot be active",
+        description="If true, the stock engine runs with a warning, instead of an error, where DynaFlow cannot be "
+        "active.",
     )
 
 
 def load(source: str | Path | Mapping[str, Any] | Config) -> Config:
-    """Read a config. Raises `ConfigError`."""
+    """Read a config from a YAML file or a mapping, or make one from the name of a strategy.
+
+    Raises:
+        ConfigError: The file does not exist, or some of its content is not valid.
+    """
     if isinstance(source, Config):
         return source
     if isinstance(source, Mapping):
@@ -132,7 +142,16 @@ def load(source: str | Path | Mapping[str, Any] | Config) -> Config:
 
 
 def read_mapping(source: str, what: str, holds: str) -> dict[str, Any]:
-    """The mapping in the YAML file `source`; `holds` says, in an error, what it should be. Raises `ConfigError`."""
+    """Read the mapping in a YAML file.
+
+    Args:
+        source: The path of the file.
+        what: The kind of the file, for errors.
+        holds: The content that the mapping should have, for errors.
+
+    Raises:
+        ConfigError: The file does not exist, or holds no mapping.
+    """
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"{what} file {source!r} does not exist (looked in {Path.cwd()})")
@@ -146,7 +165,11 @@ def read_mapping(source: str, what: str, holds: str) -> dict[str, Any]:
 
 
 def checked_options(model: type[M], options: Mapping[str, Any], strategy: str) -> M:
-    """`options` of `strategy` as its `model`. Raises `ConfigError`."""
+    """Return the `options` of `strategy` as an instance of its `model`.
+
+    Raises:
+        ConfigError: An option is unknown or not valid.
+    """
     try:
         return model(**options)
     except ValidationError as e:
@@ -154,6 +177,7 @@ def checked_options(model: type[M], options: Mapping[str, Any], strategy: str) -
 
 
 def _from_text(source: str) -> Config:
+    """Read `source` as the path of a YAML file, or take it as the name of a strategy."""
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or (path.exists() and path.is_file() and path.suffix != ".py"):
         return _parse(read_mapping(source, "config", "with at least 'strategy: NAME'"), source)
@@ -172,6 +196,7 @@ def _parse(content: dict[str, Any], where: str) -> Config:
 
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """Return one sentence per mistake that pydantic found at `where`."""
     lines = []
     for item in error.errors():
         key = ".".join(map(str, item["loc"]))

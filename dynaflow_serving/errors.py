@@ -1,8 +1,8 @@
-"""Every error that a user can meet.
+"""These are all errors that a user can meet.
 
 Contract
-- All derive from `DynaflowError`; each message names the cause and the remedy in one paragraph.
-- `unknown_name` is the one wording for "no such X": it lists what is valid and the nearest match.
+- All derive from `DynaflowError`. Each message names the cause and the remedy in one paragraph.
+- `unknown_name` is the one wording for a name that does not exist. It lists the valid names and the nearest match.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 
 class DynaflowError(Exception):
-    """Base of all errors raised on purpose."""
+    """This is the base of all errors that are raised on purpose."""
 
 
 class ConfigError(DynaflowError):
@@ -32,7 +32,11 @@ class ScheduleError(DynaflowError):
 
 
 class PlanError(DynaflowError):
-    """A Plan is not a correct schedule of its Program. `action` is the offending index, -1 for none."""
+    """A Plan is not a correct schedule of its Program.
+
+    Attributes:
+        action: The index of the offending action, or -1 for none.
+    """
 
     def __init__(self, message: str, action: int = -1) -> None:
         super().__init__(message)
@@ -48,6 +52,7 @@ class InactiveError(DynaflowError):
 
 
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> str:
+    """Return the message for an unknown `name`; `what` says what it should name."""
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,7 @@
-"""Files that we leave on a machine.
+"""These functions write the files that we leave on a machine.
 
 Contract
-- A file is complete or absent: it is written beside its place and moved there.
+- A file is complete or absent, because it is written beside its place and then moved there.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 
 
 def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/dynaflow_serving`, else `~/.cache/dynaflow_serving`."""
+    """Return `$XDG_CACHE_HOME/dynaflow_serving`, or `~/.cache/dynaflow_serving` where the variable is not set."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dynaflow_serving"
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, and make its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

@@ -1,10 +1,10 @@
-"""What shadow mode wrote when outputs differed, read again: `dynaflow check FILE.pt`.
+"""`load_reproducer` reads the file that shadow mode wrote when outputs differed (`dynaflow check FILE.pt`).
 
 Contract
-- A file is loaded as data only (`weights_only`): nothing in it is run. Anything that is not a reproducer is a
-  `ConfigError`.
-- A row is an index on an output's token axis: of the program's output where outputs and programs can be matched, else
-  the first axis that is as long as the batch. Without one, rows are not attributed to micro-batches.
+- A file is loaded as data only (`weights_only`), so nothing in it is run. Any other file is a `ConfigError`.
+- A row is an index on an output's token axis. The program tells this axis where its outputs match those in the file.
+  Otherwise it is the first axis that is as long as the batch.
+- Without a token axis, rows are not attributed to micro-batches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,17 @@ WORST = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One row of an output. apart: its greatest difference, and the two values there."""
+    """One row of an output differs.
+
+    Attributes:
+        output: The place of the tensor among the outputs.
+        row: The index on the token axis.
+        micro_batch: The micro-batch of the row, or None if it is unknown.
+        request: The request of the row, or None if it is unknown.
+        apart: The greatest absolute difference in the row.
+        split: The value of the split run where the difference is greatest.
+        whole: The value of the un-split run in the same place.
+    """
 
     output: int
     row: int
@@ -45,30 +55,41 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
+        """The fields as text, for a table."""
         where = (str(i) if i is not None else "unknown" for i in (self.micro_batch, self.request))
         return (str(self.output), str(self.row), *where, *(f"{x:.6g}" for x in (self.apart, self.split, self.whole)))
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor, as the split step and the un-split one gave it. axis, rows: where its tokens are, and how many rows
-    one has; None if that is unknown."""
+    """One output tensor is given as the split run and as the un-split run made it.
+
+    Attributes:
+        index: The place of the tensor among the outputs.
+        split: The tensor of the split run.
+        whole: The tensor of the un-split run.
+        axis: The token axis, or None if it is unknown.
+        rows: The number of rows per token.
+        bounds: The token offsets of the micro-batches.
+        requests: The token offsets of the requests.
+    """
 
     index: int
     split: torch.Tensor
     whole: torch.Tensor
     axis: int | None
     rows: int
-    bounds: tuple[int, ...]  # token offsets of the micro-batches
-    requests: tuple[int, ...]  # token offsets of the requests
+    bounds: tuple[int, ...]
+    requests: tuple[int, ...]
 
     @property
     def comparable(self) -> bool:
+        """This says whether both tensors have the same shape."""
         return self.split.shape == self.whole.shape
 
     @cached_property
     def apart(self) -> torch.Tensor:
-        """[rows, rest]: absolute differences; infinite where one side alone is NaN or infinite."""
+        """The absolute differences, [rows, rest], are infinite where one side alone is NaN or infinite."""
         a, b = (self._by_row(t) for t in (self.split, self.whole))
         same = (a == b) | (a.isnan() & b.isnan())
         return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=float("inf"), posinf=float("inf")))
@@ -79,14 +100,16 @@ class Output:
 
     @cached_property
     def differing(self) -> list[int]:
-        """Rows with any difference."""
+        """These rows have any difference."""
         found: list[int] = self.apart.any(1).nonzero().flatten().tolist() if self.apart.numel() else []
         return found
 
     def micro_batch(self, row: int) -> int | None:
+        """Return the micro-batch of `row`, or None if the token axis is unknown."""
         return None if self.axis is None else bisect_right(self.bounds, row // self.rows) - 1
 
     def row(self, row: int) -> Row:
+        """Describe `row` by its greatest difference."""
         at = int(self.apart[row].argmax())
         request = None if self.axis is None else bisect_right(self.requests, row // self.rows) - 1
         values = (float(self._by_row(t)[row, at]) for t in (self.split, self.whole))
@@ -94,6 +117,7 @@ class Output:
 
     @property
     def cells(self) -> tuple[str, ...]:
+        """The comparison as text, for a table."""
         kind = (str(self.index), str(list(self.whole.shape)), str(self.whole.dtype).removeprefix("torch."))
         if not self.comparable:
             return (*kind, f"split has {list(self.split.shape)}", "-", "-", "-")
@@ -106,16 +130,19 @@ class Output:
 
 @dataclass(frozen=True)
 class Reproducer:
+    """A reproducer holds the content of a file, with the programs and plans parsed."""
+
     content: dict[str, Any]
     plans: tuple[tuple[Program, Plan], ...]
 
     @property
     def difference(self) -> str:
+        """The difference that shadow mode reported."""
         return str(self.content["difference"])
 
     @property
     def facts(self) -> dict[str, str]:
-        """Name -> value, in words."""
+        """These facts about the step are in words, by name."""
         c = self.content
         bounds = c["bounds"]
         parts = (f"{i}: tokens {a}..{b - 1} ({b - a})" for i, (a, b) in enumerate(pairwise(bounds)))
@@ -133,6 +160,7 @@ class Reproducer:
 
     @cached_property
     def outputs(self) -> list[Output]:
+        """The outputs of both runs, with their token axes."""
         c = self.content
         found = []
         places = self._token_axes(len(c["whole"]))
@@ -145,22 +173,22 @@ class Reproducer:
         return found
 
     def worst_rows(self) -> list[Row]:
-        """The rows with the greatest differences, over all outputs."""
+        """Return the rows with the greatest differences, over all outputs."""
         rows = [row for output in self.outputs if output.comparable for row in _worst(output)]
         return sorted(rows, key=lambda r: -r.apart)[:WORST]
 
     @property
     def kernels(self) -> dict[str, str]:
-        """Replacement kernel -> the operators that it replaces, in words."""
+        """The operators that each replacement kernel replaces, in words, by the name of the kernel."""
         found: dict[str, list[str]] = {}
         for _, plan in self.plans:
-            for step in plan.actions:
-                if step.kind is ActionKind.REPLACE:
-                    found.setdefault(step.kernel, []).append(" + ".join(step.operators))
+            for action in plan.actions:
+                if action.kind is ActionKind.REPLACE:
+                    found.setdefault(action.kernel, []).append(" + ".join(action.operators))
         return {kernel: _short(list(dict.fromkeys(names))) for kernel, names in found.items()}
 
     def _token_axes(self, outputs: int) -> list[tuple[int | None, int] | None]:
-        """(token axis, rows per token) of each output, where one program has exactly these outputs."""
+        """Return (token axis, rows per token) of each output, or None where no program tells it."""
         if len(self.plans) == 1 and len(self.plans[0][0].outputs) == outputs:
             program = self.plans[0][0]
             values = [program.values[name] for name in program.outputs]
@@ -169,7 +197,12 @@ class Reproducer:
 
 
 def load_reproducer(path: Path) -> Reproducer:
-    """Raises `ConfigError` for a file that is none, `TextError` for programs or plans that cannot be read."""
+    """Read the reproducer at `path`.
+
+    Raises:
+        ConfigError: The file is not a reproducer, or it is incomplete.
+        TextError: A program or a plan in it cannot be parsed.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
@@ -191,6 +224,7 @@ def load_reproducer(path: Path) -> Reproducer:
 
 
 def _worst(output: Output) -> Iterator[Row]:
+    """Yield the rows of `output` that differ most."""
     if not output.apart.numel():
         return
     per_row = output.apart.max(1).values
@@ -200,6 +234,7 @@ def _worst(output: Output) -> Iterator[Row]:
 
 
 def _guessed(tensor: torch.Tensor, tokens: int) -> tuple[int | None, int]:
+    """Return the first axis that is as long as the batch, or None, and one row per token."""
     axes = [axis for axis, size in enumerate(tensor.shape) if size == tokens]
     return (axes[0], 1) if axes else (None, 1)
 

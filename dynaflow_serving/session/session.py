@@ -1,13 +1,13 @@
-"""DynaFlow in this worker: its steps, executors and plan caches.
+"""A `Session` is DynaFlow in one worker: its steps, executors and plan caches.
 
 Contract
 - An integration makes one session per worker, adds a plan cache per captured graph, and runs each real step in
-  `with session.step(batch):`. Calls outside a step (dummy, profiling and capture runs) find `in_flight` None, run
-  whole and are not counted.
-- A split depends on the batch, the programs and the number of steps only, so all ranks of a group decide alike. What
-  hangs on measured times or on values is agreed on over the ranks.
-- In `with session.trial(candidate):` steps run as that candidate splits them. They are timed, not counted.
-- A step that is not sampled pays for two clock readings, a look-up and the counters.
+  `with session.step(batch):`.
+- Calls outside a step (dummy, profiling and capture runs) find `in_flight` None, run whole and are not counted.
+- A split depends only on the batch, the programs and the number of steps, so all ranks of a group decide alike. They
+  exchange whatever depends on measured times or on values.
+- Steps in `with session.trial(candidate):` run as that candidate splits them. They are timed, not counted.
+- A step that is not sampled costs two clock readings, a look-up and the counters.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class LiveStep(Step):
         """Compare the step with an un-split one, if this is a step to compare.
 
         Args:
-            result: outputs of the split step, a pytree of tensors.
-            run_whole: runs the same step un-split; it finds `micro_batches` empty.
-            inputs: tensors for the reproducer.
+            result: The outputs of the split step, a pytree of tensors.
+            run_whole: This runs the same step un-split; it finds `micro_batches` empty.
+            inputs: The tensors for the reproducer.
 
         Returns:
             `result`, or, where the outputs differ, those of `run_whole`.
@@ -86,13 +86,24 @@ class LiveStep(Step):
         return result if self._session.compare(self, kept, expected, inputs) else expected
 
     def withdraw(self, reason: str) -> None:
-        """The step did not run under its plan, and the recorded programs do not hold any more."""
+        """Count the step as un-split and drop the recorded programs: the step could not follow its plan."""
         self.split = whole(self.batch, reason)
         self.to_trace = self.to_compare = self.planned = False
         self._session.withdraw(self, reason)
 
 
 class Session:
+    """The session decides, runs, counts and reports the steps of one worker.
+
+    Attributes:
+        selector: It splits the batches, and names the strategies.
+        plan_caches: There is one per captured graph.
+        eager: The recorder of a model without a graph, or None.
+        in_flight: The step that runs now, or None.
+        timelines: The timelines of the latest traced step, with their programs.
+        counts: The numbers of split and un-split steps.
+    """
+
     _on_veto: list[Callable[[], str]]
     _on_decided: list[Callable[[Step], None]]
     _on_withdrew: list[Callable[[Step, str], None]]
@@ -111,31 +122,32 @@ class Session:
         logger: logging.Logger | None = None,
         rank: int = 0,
     ) -> None:
-        """
+        """Start without programs.
+
         Args:
-            selector: which strategy splits and orders a step.
-            config: of the executors, traces and shadow mode.
-            device_type: of the worker; None where only a graph says on which device it is.
-            mode: how the engine compiles, for reports.
-            logger: the engine's.
-            rank: of this worker, for the names of files; the first one counts in metrics.
+            selector: It says which strategy splits and orders a step.
+            config: The settings of executors, traces and shadow mode.
+            device_type: The worker's device, or None where only a graph says on which device it runs.
+            mode: The way in which the engine compiles, for reports.
+            logger: The engine's logger.
+            rank: The rank of this worker, for the names of files. Only rank 0 counts in metrics.
 
         Raises:
-            ConfigError: the trace folder cannot be made.
-            InactiveError: the executor cannot run here, or cannot honour its options.
+            ConfigError: The trace folder cannot be made.
+            InactiveError: The executor cannot run here, or cannot honour its options.
         """
         self.selector, self.config, self.mode, self.rank = selector, config, mode, rank
         self.logger = logger or logging.getLogger("dynaflow_serving")
         self.plan_caches: list[PlanCache] = []
-        self.eager: EagerCapture | None = None  # where the engine has no graph
+        self.eager: EagerCapture | None = None
         self.in_flight: LiveStep | None = None
-        self.timelines: list[tuple[PlanCache, Timeline]] = []  # of the latest traced step
+        self.timelines: list[tuple[PlanCache, Timeline]] = []
         self.clock = clock_of(device_type or "cpu")
         self._device_type = device_type
-        self._executors: dict[str, Executor] = {}  # by device
+        self._executors: dict[str, Executor] = {}  # by type of device
         if device_type is not None:
-            self._executor(device_type)  # what it cannot honour is an error now
-        self._group: Any = None  # of the ranks, once they have compared plans
+            self._executor(device_type)  # options that it cannot honour are an error now, not in the first step
+        self._group: Any = None  # the process group, once its ranks have compared plans
         self._trial: Trial | None = None
         self._planned_steps = 0
         self.counts = StepCounts()
@@ -146,36 +158,44 @@ class Session:
         self._observers += [observer for observer in sampling if observer is not None]
         self.observe_with(self.metrics)
 
-    # -- what an integration sets up ---------------------------------------------------------------------
+    # -- set-up by an integration ---------------------------------------------------------------------
     def observe_with(self, observer: Observer, first: bool = False) -> None:
-        """Tell `observer` of steps from now on; `first`: before the others."""
+        """Tell `observer` of steps from now on, before the other observers if `first`."""
         self._observers.insert(0 if first else len(self._observers), observer)
         for name in ("veto", "decided", "withdrew", "compared", "traced", "timed", "left"):
             setattr(self, f"_on_{name}", overridden(self._observers, name))
 
     def add(self, captured: CapturedProgram, device_type: str | None = None) -> PlanCache:
-        """Run the steps of `captured` from now on, on its device (default: the worker's).
+        """Run the steps of `captured` from now on, and return the cache of its plans.
 
-        Ranks that serve already compare its plans.
+        Args:
+            captured: The program and the code of its operators.
+            device_type: The device of the graph; by default, the worker's.
+
+        Raises:
+            InactiveError: The ranks serve already, and have different plans for the program.
         """
         plan_cache = PlanCache(captured, self.selector, self._executor(device_type or self._device_type or "cpu"))
         self.plan_caches.append(plan_cache)
-        if self._group is not None:  # recorded anew while serving, by all ranks in one step
+        if self._group is not None:  # all ranks have recorded the model anew, in the same step
             agree([plan_cache.texts()], self._group)
         return plan_cache
 
     def _executor(self, device_type: str) -> Executor:
-        """The graphs of one device share streams, events and memory."""
+        """Return the executor of a device, whose graphs share streams, events and memory."""
         if device_type not in self._executors:
             self._executors[device_type] = get_executor(self.config.executor, device_type, self.config)
             self.clock = clock_of(device_type)
         return self._executors[device_type]
 
     def confirm(self, group: Any) -> None:
-        """Raise `InactiveError` unless there is a program, it can be split, and all ranks have the same plans for it.
+        """Check that there is a program, that it can be split, and that all ranks have the same plans for it.
 
         Args:
-            group: a process group for CPU objects, or None for one rank.
+            group: A process group for CPU objects, or None for one rank.
+
+        Raises:
+            InactiveError: One of these does not hold.
         """
         if not self.plan_caches:
             raise InactiveError(
@@ -197,34 +217,38 @@ class Session:
         return Ranks(self._group)
 
     def agree_over(self, ranks: Ranks) -> None:
-        """From now on shadow mode's verdicts are those of all `ranks`."""
+        """From now on, shadow mode stops on all `ranks` if the outputs differ on any of them."""
         if self.shadow is not None:
             self.shadow.ranks = ranks
 
     # -- a step ------------------------------------------------------------------------------------------
     @property
     def micro_batches(self) -> tuple[MicroBatch, ...]:
-        """Those of the step in flight; () if it runs whole, or if there is none."""
+        """They belong to the step in flight; they are empty if it runs whole, or if there is no step."""
         return () if self.in_flight is None else self.in_flight.micro_batches
 
     def step(self, batch: Batch, plan_caches: Sequence[PlanCache] | None = None) -> LiveStep:
-        """The step of `batch`, as a context manager. It runs the programs of `plan_caches` (default: all).
+        """Return the step of `batch`, a context manager.
 
-        Raises (when entered):
-            ScheduleError: the strategy made too many micro-batches.
-            InactiveError: the engine has compiled no graph.
+        Args:
+            batch: The requests of the step.
+            plan_caches: The plans of the programs that the step runs; by default, all.
+
+        Raises:
+            ScheduleError: On entry, if the strategy makes too many micro-batches.
+            InactiveError: On entry, if the engine has compiled no graph.
         """
         return LiveStep(self, batch, self.plan_caches if plan_caches is None else plan_caches, self._trial)
 
     def count_unsplit(self, batch: Batch, reason: str) -> None:
-        """Count a step that is not for the strategy to decide."""
+        """Count a step that ran whole for `reason`, without asking the strategy."""
         step = Step(batch, ())
         step.split = whole(batch, reason)
         self.counts.decided(step)
         self.metrics.timed(step, 0.0)
 
     def begin(self, step: LiveStep) -> None:
-        """Decide the split of `step`; `Step.__enter__` calls it."""
+        """Decide the split of `step`; `LiveStep.__enter__` calls this."""
         self.clock.poll()
         step.split = self._decide(step)
         split = len(step.split.micro_batches) > 1
@@ -269,7 +293,7 @@ class Session:
             self.logger.info("DynaFlow: first split step, %d micro-batches of %s tokens", len(sizes), sizes)
 
     def end(self, step: Step, started: Any) -> None:
-        """`step` has ended, or failed; `Step.__exit__` calls it."""
+        """Time the `step`, which has ended or failed, and tell the observers; `LiveStep.__exit__` calls this."""
         self.in_flight = None
         self.clock.stop(started, functools.partial(self._took, step))
         if step.to_trace:
@@ -294,7 +318,7 @@ class Session:
             traced(step, [timeline for _, timeline in found])
 
     def compare(self, step: Step, result: Any, expected: Any, inputs: Any) -> bool:
-        """Whether a split step's outputs equal the un-split ones, on all ranks; `Step.checked` calls it."""
+        """Return whether a step's outputs equal the un-split ones on all ranks; `LiveStep.checked` calls this."""
         assert self.shadow is not None
         equal = self.shadow.compare(result, expected, functools.partial(self._describe, step, inputs))
         for compared in self._on_compared:
@@ -307,7 +331,7 @@ class Session:
             "step": step.number,
             "strategy": step.split.candidate or self.selector.name,
             "options": self.selector.strategy(step.split.candidate).options.model_dump(mode="json"),
-            "torch": str(torch.__version__),  # a class of its own, which torch.load refuses
+            "torch": str(torch.__version__),  # torch.load refuses the class of the version
             "tokens": list(step.batch.tokens),
             "context": list(step.batch.context),
             "bounds": list(step.split.bounds),
@@ -317,7 +341,7 @@ class Session:
         }
 
     def withdraw(self, step: Step, reason: str) -> None:
-        """Forget the programs, which do not hold any more; `Step.withdraw` calls it."""
+        """Forget the programs, which do not hold any more; `LiveStep.withdraw` calls this."""
         self.plan_caches.clear()
         if step.trial is None:
             for withdrew in self._on_withdrew:
@@ -327,7 +351,7 @@ class Session:
     # -- trials and reports ------------------------------------------------------------------------------
     @contextmanager
     def trial(self, candidate: str, profiled: bool = False) -> Iterator[Trial]:
-        """Steps in this block run as `candidate` of the selector splits them; `profiled`: split ones are traced."""
+        """Run the steps in this block as `candidate` of the selector splits them; trace split ones if `profiled`."""
         outer, self._trial = self._trial, Trial(candidate, profiled)
         try:
             yield self._trial
@@ -339,7 +363,7 @@ class Session:
         self.counts.reset()
 
     def report(self) -> WorkerReport:
-        """What `dynaflow bench` and `dynaflow explain` show."""
+        """Return the report that `dynaflow bench` and `dynaflow explain` show."""
         plans = [p for c in self.plan_caches for p in c.plans if p.micro_batches > 1]
         return WorkerReport(
             strategy=self.selector.name,
@@ -356,6 +380,7 @@ class Session:
         )
 
     def close(self) -> None:
+        """Log the counts, and release the executors' streams and graphs."""
         unsplit = dict(self.counts.unsplit) or "none"
         self.logger.info("DynaFlow: %d steps split, un-split: %s", self.counts.split, unsplit)
         for executor in self._executors.values():

@@ -1,7 +1,7 @@
-"""One step of the engine: its batch, how it is cut, and what is asked of it.
+"""A `Step` is one step of the engine: its batch, the cut of the batch, and the samples that observers ask for.
 
 Contract
-- Only data; `Session.step` makes and runs it.
+- A step is only data. `Session.step` makes and runs it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,34 @@ UNDECIDED = Split(())
 
 @dataclass
 class Trial:
-    """What the steps in `with session.trial(candidate):` took."""
+    """A trial collects the times of the steps in `with session.trial(candidate):`.
+
+    Attributes:
+        candidate: The selector splits the steps as this candidate does.
+        profiled: Whether split steps are traced.
+        seconds: All steps together took so long, as far as the clock has told.
+        timelines: The timelines of split steps, with their programs; empty unless `profiled`.
+    """
 
     candidate: str
-    profiled: bool  # whether split steps are traced
-    seconds: float = 0.0  # of all steps, from begin to end, as far as the clock has told
+    profiled: bool
+    seconds: float = 0.0
     timelines: list[tuple[PlanCache, Timeline]] = field(default_factory=list)
 
 
 class Step:
-    """One step. `plan_caches`: of the programs that it runs.
+    """A step runs one batch of the engine.
 
     Attributes:
-        split: how the batch is cut; it holds until the step has ended.
-        number: among the steps under a chosen plan, from 1; 0 for the others and for a trial.
-        to_trace, to_compare: whether an observer has asked for a trace, or for an un-split run beside it.
-        planned: whether it runs under a plan that somebody chose, split or not.
-        saved: seconds that the split saved, by the guard's estimate.
+        batch: The requests of the step.
+        plan_caches: The plans of the programs that the step runs.
+        trial: The trial that the step is part of, or None.
+        split: The cut of the batch; it holds until the step has ended.
+        number: Steps under a chosen plan are numbered from 1. It is 0 for other steps and in a trial.
+        to_trace: Whether an observer has asked for a trace.
+        to_compare: Whether an observer has asked for an un-split run beside it.
+        planned: Whether the step runs under a plan that the selector chose, split or not.
+        saved: The plan saved so many seconds, by the guard's estimate.
     """
 
     __slots__ = ("batch", "number", "plan_caches", "planned", "saved", "split", "to_compare", "to_trace", "trial")
@@ -49,10 +60,10 @@ class Step:
 
     @property
     def micro_batches(self) -> tuple[MicroBatch, ...]:
-        """Empty where the whole batch runs at once, and while shadow mode runs a split step un-split."""
+        """They are empty where the whole batch runs at once, and while shadow mode runs a split step un-split."""
         parts = self.split.micro_batches
         return parts if len(parts) > 1 else ()
 
     def plan(self, plan_cache: PlanCache) -> BoundPlan:
-        """What runs the program of `plan_cache` in this split step."""
+        """Return the plan that runs the program of `plan_cache` in this split step."""
         return plan_cache.prepare(self.split.signature, traced=self.to_trace)

@@ -1,9 +1,9 @@
-"""Traces of real steps, one file each.
+"""`TraceWriter` writes traces of real steps, one file each.
 
 Contract
-- A sampled split step runs the same plan bound with a tracer; its Chrome trace has operator names, micro-batches and
-  streams, and the overlap computed from the spans.
-- At most `limit` files per rank; a folder that cannot be written is an error at start-up.
+- A sampled split step runs the same plan, bound with a tracer. Its Chrome trace has operator names, micro-batches and
+  streams, and the overlap that follows from the spans.
+- Each rank writes traces of at most `limit` steps. A folder that cannot be made is an error at start-up.
 """
 
 from __future__ import annotations
@@ -21,8 +21,18 @@ from dynaflow_serving.session.step import Step
 
 
 class TraceWriter(Observer):
+    """This observer asks for traces of some split steps, and writes them."""
+
     def __init__(self, options: TraceOptions, rank: int) -> None:
-        """Raises `ConfigError` if the folder cannot be made."""
+        """Make the folder of the traces.
+
+        Args:
+            options: The folder, and how many steps are traced.
+            rank: The rank of this worker, for the names of the files.
+
+        Raises:
+            ConfigError: The folder cannot be made.
+        """
         self.options, self.rank, self.written = options, rank, 0
         try:
             Path(options.folder).mkdir(parents=True, exist_ok=True)
