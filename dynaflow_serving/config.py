@@ -96,8 +96,8 @@ class ShadowOptions(BaseModel):
         None,
         ge=0,
         description="Outputs may differ by this much, relative to the greatest magnitude of the un-split output; 0 "
-        "asks for equal bits. The default depends on the dtype (float32 1e-4, bfloat16 and float16 5e-2), because kernels "
-        "sum in another order for another number of rows.",
+        "asks for equal bits. The default depends on the dtype (float32 1e-4, bfloat16 and float16 5e-2), because "
+        "kernels sum in another order for another number of rows.",
     )
     folder: str = Field("dynaflow-mismatch", description="A reproducer goes to this folder when outputs differ.")
 
