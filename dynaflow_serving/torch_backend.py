@@ -1,17 +1,17 @@
-"""`dynaflow_serving.compile`, and the `torch.compile` backend "dynaflow": any PyTorch model under a strategy.
+"""`dynaflow_serving.compile` and the `torch.compile` backend "dynaflow" run any PyTorch model under a strategy.
 
 Contract
-- `compile(model, "nanoflow")` marks the batch dimension and names our errors; it is `torch.compile(model,
-  backend="dynaflow", options={"strategy": "nanoflow"})`, where the caller sees to a dynamic batch.
-- The graph is captured by Dynamo and, with `level="aot"`, lowered to ATen, where DTensor's collectives
-  are operators of their own; `level="inductor"` also compiles each compute operator.
-- `batch_dim` of every tensor argument that has the same size there is the token axis; it is made dynamic,
-  so that one graph serves the micro-batches and the whole.
-- Outputs equal those of the un-split model; models that mix the batch are refused by name, after their first,
-  un-split, call. Of a model in several graphs those that mix the batch run whole, which is counted.
-- Training works at `level="dynamo"`: autograd runs through the operators of the plan. At the other levels the
-  forward runs under the plan, and so does the backward graph: it sums gradients over the batch, so it is not
-  split, but a strategy that orders un-split steps (`comm_overlap`) runs its collectives under other compute.
+- `compile(model, "nanoflow")` marks the batch dimension as dynamic, and raises our errors as they are. With
+  `torch.compile(model, backend="dynaflow", options={"strategy": "nanoflow"})` the caller marks the dimension.
+- Dynamo captures the graph. `level="aot"` lowers it to ATen, where DTensor's collectives are operators of their own.
+  `level="inductor"` also compiles each compute operator.
+- The token axis is dimension `batch_dim` of every tensor argument that has the same size there. It is made dynamic, so
+  that one graph serves the micro-batches and the whole batch.
+- Outputs equal those of the un-split model. A model that mixes the batch is refused by name, after its first, un-split
+  call. If a model has several graphs, those that mix the batch run whole, which is counted.
+- Training works at `level="dynamo"`, where autograd runs through the operators of the plan.
+- At the other levels, both the forward and the backward graph run under plans. The backward graph sums gradients over
+  the batch, so it is not split. A strategy that orders un-split steps (`comm_overlap`) still overlaps its collectives.
 - With collectives in a graph, all ranks of their groups compare plans before the first one runs.
 """
 
@@ -53,7 +53,7 @@ LEVELS = get_args(Level)
 
 
 class Compiled(torch.nn.Module):
-    """A model under a strategy; call it like the model."""
+    """This module runs a model under a strategy; it is called like the model."""
 
     def __init__(self, model: Callable[..., Any], backend: Backend, batch_dim: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Compiled(torch.nn.Module):
 
     @property
     def session(self) -> Session:
-        """The steps so far, and one plan cache per graph."""
+        """The session has counted the steps so far, and holds one plan cache per graph."""
         return self._backend.session
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,17 +78,30 @@ class Compiled(torch.nn.Module):
         return result
 
     def run(self, batched: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model; `batched` are the tensors (arguments, caches) of one batch size, which is above 1. Whether
-        anything could be split is the caller's to ask (`Backend.check_active`)."""
+        """Call the model, without checking that anything could be split (`Backend.check_active` does).
+
+        Args:
+            batched: The tensors (arguments, caches) that share the batch size, which is above 1.
+            args: The positional arguments of the model.
+            kwargs: The keyword arguments of the model.
+        """
         for tensor in batched:
             torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
         with unwrapped_errors():
             return self._compiled(list(batched), args, kwargs)
 
     def tune(self, *inputs: tuple[Any, ...]) -> Table:
-        """Have `strategy: auto` decide, by measuring, for batches like `inputs`: positional arguments of a call each.
+        """Have `strategy: auto` decide, by measuring, for batches like `inputs`.
 
-        Raises `ConfigError` for another strategy, and for inputs that cannot be split."""
+        Args:
+            inputs: Each holds the positional arguments of one call.
+
+        Returns:
+            The table of the decisions.
+
+        Raises:
+            ConfigError: The strategy is another one, or no input can be split.
+        """
         calls, dim = [], self._batch_dim
         for given in inputs:
             sizes = [a.shape[dim] for a in given if isinstance(a, torch.Tensor) and a.dim() > dim]
@@ -98,7 +111,10 @@ class Compiled(torch.nn.Module):
         return tune_calls(self.session, calls, parameters, {"engine": "torch", "level": self._backend.level})
 
     def _same_batch(self, batched: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model, with the batch sizes equal by decree: a tensor that is only indexed would keep its own symbol."""
+        """Call the model, and tell Dynamo that the batch sizes are equal.
+
+        Otherwise a tensor that is only indexed would keep a symbol of its own.
+        """
         for tensor in batched:
             torch._check(tensor.shape[self._batch_dim] == batched[0].shape[self._batch_dim])  # type: ignore[no-untyped-call]
         return self.model(*args, **kwargs)
@@ -106,7 +122,7 @@ class Compiled(torch.nn.Module):
 
 @contextlib.contextmanager
 def unwrapped_errors() -> Iterator[None]:
-    """Our own errors as they are, not as Dynamo's `BackendCompilerFailed`."""
+    """Raise our own errors in this block as they are, not as Dynamo's `BackendCompilerFailed`."""
     try:
         yield
     except torch._dynamo.exc.BackendCompilerFailed as e:
@@ -116,11 +132,11 @@ def unwrapped_errors() -> Iterator[None]:
 
 
 class Backend:
-    """The `torch.compile` backend: captures each graph and runs it under the strategy."""
+    """This `torch.compile` backend captures each graph and runs it under the strategy."""
 
     def __init__(self, session: Session, batch_dim: int, level: Level) -> None:
         self.session, self.batch_dim, self.level = session, batch_dim, level
-        self.width = 1  # positions per row of the batch, in the call in flight (`Batch.width`)
+        self.width = 1  # the positions per row of the batch (`Batch.width`), set anew for each call
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         apply_rules(gm, self.session.selector.annotations)
@@ -129,7 +145,8 @@ class Backend:
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch._aot_autograd.utils import make_boxed_func
 
-        rows: dict[str, int] = {}  # of the forward's values, some of which are inputs of the backward graph
+        # The rows per token of the forward's values, some of which are inputs of the backward graph.
+        rows: dict[str, int] = {}
         compiler = aot_autograd(
             fw_compiler=lambda graph, _: make_boxed_func(self._forward_runner(graph, rows)),
             bw_compiler=lambda graph, _: make_boxed_func(self._backward_runner(graph, rows)),
@@ -139,8 +156,12 @@ class Backend:
         return compiled
 
     def check_active(self) -> None:
-        """Raise `InactiveError` if no graph has a batch, `PartitionError` if none that has can be split (one of
-        several may well run whole, with the reason counted)."""
+        """Check that some graph can be split. Other graphs may run whole, with the reason counted.
+
+        Raises:
+            InactiveError: No graph has a batch.
+            PartitionError: No graph that has a batch can be split.
+        """
         selector, plan_caches = self.session.selector, self.session.plan_caches
         if not plan_caches:
             raise InactiveError(
@@ -173,10 +194,10 @@ class Backend:
         return self._add(gm, partition(gm, tokens=tokens, rows=rows))
 
     def _runner(self, gm: fx.GraphModule, rows: dict[str, int] | None = None) -> Callable[..., Any]:
-        """`rows` is filled with the rows per token of the graph's values."""
+        """Capture the graph, and return what runs it; add the rows per token of the graph's values to `rows`."""
         tokens = batch_symbols(gm, self.batch_dim)
         if not tokens:
-            return gm  # a graph without a batch (set-up between graph breaks) has nothing to split
+            return gm  # the set-up between graph breaks has no batch, so there is nothing to split
         capture = partition(gm, tokens=tokens)
         if rows is not None:
             rows |= {capture.nodes.get(v.name, v.name): v.rows for v in capture.program.values.values() if v.rows > 1}
@@ -194,10 +215,16 @@ class Backend:
 
 
 class CompiledGraph(SplitForward):
-    """One captured graph. Each call is a step, unless it is part of a whole forward that is one."""
+    """This callable runs one captured graph. Each call is a step, unless a whole forward is one step."""
 
     def __init__(self, backend: Backend, plan_cache: PlanCache, groups: list[Any]) -> None:
-        """groups: process groups whose ranks have to compare plans before the first call."""
+        """Prepare the graph's first call.
+
+        Args:
+            backend: It has captured the graph.
+            plan_cache: The plans of the graph.
+            groups: The process groups whose ranks have to compare plans before the first call.
+        """
         super().__init__(backend.session)
         self.backend, self.plan_cache, self._groups = backend, plan_cache, groups
         self._count = plan_cache.captured.token_counter()
@@ -207,7 +234,7 @@ class CompiledGraph(SplitForward):
             agree([self.plan_cache.texts()], self._groups[0])
             del self._groups[0]
         run = super().__call__
-        if self.session.in_flight is not None:  # what began the step ends and checks it, too
+        if self.session.in_flight is not None:  # the caller that began the step ends and checks it, too
             return run(*args)
         batch = Batch((1,) * self._count(args), width=self.backend.width)
         with self.session.step(batch, [self.plan_cache]) as step:
@@ -235,11 +262,22 @@ def compile(
     level: Level = "dynamo",
     executor: str = "auto",
 ) -> Compiled:
-    """`model` under `strategy`: a name, a YAML file, a mapping, or a strategy object.
+    """Return `model` under `strategy`.
 
-    config: options of the strategy, when `strategy` is a name.
-    level: "dynamo" keeps the model's own calls as operators; "aot" lowers to ATen first; "inductor" compiles these too.
-    Raises `ConfigError` here, and `AnnotationError`, `PartitionError` on the first call.
+    Args:
+        model: A PyTorch module or function.
+        strategy: A name, a YAML file, a mapping, a `Config` or a strategy object.
+        config: The options of the strategy, where `strategy` is a name.
+        batch_dim: The dimension of the tensor arguments that is the batch.
+        level: "dynamo" keeps the model's own calls as operators, "aot" lowers them to ATen, and "inductor" also
+            compiles them.
+        executor: The name of an executor; "auto" chooses by the device.
+
+    Raises:
+        ConfigError: The strategy or one of its options is not valid.
+        AnnotationError: On the first call, if an annotation matches nothing.
+        PartitionError: On the first call, if the model cannot be split.
+        InactiveError: On the first call, if no graph has a dynamic batch.
     """
     return Compiled(model, make_backend(strategy, config, batch_dim, level, executor), batch_dim)
 
@@ -251,7 +289,11 @@ def make_backend(
     level: Level = "dynamo",
     executor: str = "auto",
 ) -> Backend:
-    """The backend that `compile` uses. Raises `ConfigError`."""
+    """Make the backend that `compile` uses; its arguments are explained there.
+
+    Raises:
+        ConfigError: An argument or an option is not valid.
+    """
     if level not in LEVELS:
         raise ConfigError(unknown_name("level", level, LEVELS))
     if executor not in (*EXECUTORS, "auto"):
@@ -272,15 +314,21 @@ def make_backend(
 
 
 def _on(config: Config, executor: str) -> Config:
-    """`config`, with an `executor` that is asked for."""
+    """Return `config` with the `executor` that the caller asks for; "auto" leaves the config's own."""
     return config if executor == "auto" else config.model_copy(update={"executor": executor})
 
 
 def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
-    """Entry point of `torch.compile(model, backend="dynaflow", options=...)`: the options are `make_backend`'s.
+    """This is the entry point of `torch.compile(model, backend="dynaflow", options=...)`.
 
-    Raises `ConfigError` for unknown options, `PartitionError` for a graph without a dynamic batch dimension, or with
-    inputs of which it cannot be told whether they are batched.
+    Args:
+        gm: The graph that Dynamo has captured.
+        example_inputs: Its inputs, as Dynamo gives them.
+        options: The arguments of `make_backend`.
+
+    Raises:
+        ConfigError: An option is unknown or not valid.
+        PartitionError: The graph has no dynamic batch dimension, or an input may or may not be batched.
     """
     options = {"strategy": "nanoflow", **(options or {})}
     valid = inspect.signature(make_backend).parameters
@@ -303,8 +351,10 @@ def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapp
 
 
 def _same_size(gm: fx.GraphModule, batch_dim: int, symbols: set[Any]) -> list[str]:
-    """Inputs whose size at `batch_dim` is another symbol than `symbols`, but was the same number while tracing: a
-    split would hand them whole to every micro-batch."""
+    """Return the inputs that seem to be batched, but whose size at `batch_dim` is none of `symbols`.
+
+    Their size was the same number while tracing. A split would hand them whole to every micro-batch.
+    """
     sizes: dict[str, Any] = {
         n.name: fake.shape[batch_dim]
         for n in gm.graph.nodes
@@ -316,7 +366,7 @@ def _same_size(gm: fx.GraphModule, batch_dim: int, symbols: set[Any]) -> list[st
 
 
 def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, int]]) -> Callable[[list[Any]], Any]:
-    """`rebuild` of outputs whose token axis is marked: the graph after a graph break is to be split too."""
+    """Return a `rebuild` that marks the token axes of the outputs, so that the next graph can be split, too."""
 
     def mark_and_rebuild(values: list[Any]) -> Any:
         for i, axis in axes:
@@ -327,6 +377,7 @@ def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, i
 
 
 def _device(gm: fx.GraphModule) -> str:
+    """Return the type of the device that the graph's first tensor is on."""
     for n in gm.graph.nodes:
         if isinstance(fake := fake_value(n), torch.Tensor):
             return fake.device.type

@@ -1,10 +1,10 @@
-"""vLLM's forward contexts of the live step's micro-batches.
+"""`ForwardContexts` holds vLLM's forward contexts of the live step's micro-batches.
 
 Contract
-- Either model runner gives `set` the attention metadata and slot mappings of each micro-batch. What runs the model
-  gets them through `entering`, whatever it is (a compiled graph or not).
-- A micro-batch's context has no CUDA graph: graphs are keyed by batch and share static outputs.
-- `unsplit` is the live step's context for the batch as a whole, where shadow mode compares.
+- Either model runner calls `set` with the attention metadata and slot mappings of each micro-batch. The model's
+  forward, compiled or not, gets them through `entering`.
+- A micro-batch's context has no CUDA graph, because graphs are keyed by batch and share static outputs.
+- `unsplit` enters a context for the whole batch, where shadow mode compares.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from dynaflow_serving.session.session import Session
 
 
 class ForwardContexts(Observer):
+    """These are the contexts of one worker; the end of a step drops them."""
+
     def __init__(self, session: Session, vllm_config: Any) -> None:
         self.session, self.vllm_config = session, vllm_config
-        self._contexts: list[Any] = []  # vLLM's ForwardContext of each micro-batch of the live step
+        self._contexts: list[Any] = []  # one ForwardContext of vLLM per micro-batch of the live step
         session.observe_with(self)
 
     def left(self) -> None:
@@ -32,9 +34,9 @@ class ForwardContexts(Observer):
         """Make the forward context of each micro-batch of the live step.
 
         Args:
-            metadata: per micro-batch, by layer name.
-            slot_mappings: per micro-batch, by layer name.
-            is_padding: bool [tokens of the step], or None.
+            metadata: The attention metadata of each micro-batch, by layer name.
+            slot_mappings: The slot mappings of each micro-batch, by layer name.
+            is_padding: A bool tensor [tokens of the step], or None.
         """
         from vllm.forward_context import BatchDescriptor, create_forward_context
 
@@ -51,11 +53,11 @@ class ForwardContexts(Observer):
 
     @contextmanager
     def entering(self, *args: Any, **kwargs: Any) -> Iterator[Contexts]:
-        """Give what enters the context of the i-th micro-batch; the step's own is back afterwards."""
+        """Let the block enter the context of any micro-batch, and restore the step's own afterwards."""
         from vllm import forward_context
 
         def enter(micro_batch: int) -> None:
-            # The module global is what every vLLM operator reads; override_forward_context restores it.
+            # Every vLLM operator reads this module global; override_forward_context restores it.
             forward_context._forward_context = self._contexts[micro_batch]
 
         with forward_context.override_forward_context(self._contexts[0]):
@@ -63,7 +65,7 @@ class ForwardContexts(Observer):
 
     @contextmanager
     def unsplit(self, metadata: Any, slot_mapping: Any) -> Iterator[None]:
-        """The live step's context, with the whole batch's `metadata` and `slot_mapping` (by layer name)."""
+        """Enter the live step's context, with the whole batch's `metadata` and `slot_mapping` (by layer name)."""
         from vllm import forward_context
 
         step = forward_context.get_forward_context()

@@ -1,11 +1,11 @@
-"""Models that vLLM runs without a graph: `--enforce-eager`, compilation mode 0, and models that it cannot compile.
+"""DynaFlow schedules models without a graph: `--enforce-eager`, compilation mode 0, and models vLLM cannot compile.
 
 Contract
-- The model's own forward runs once per micro-batch as a suspended computation (`capture.eager`) that stops
-  at attention, at the expert layers and at collectives, and at what the strategy's own annotations name.
-- It is recorded in two dummy runs of vLLM's, after the model is loaded and before the ranks compare their plans.
-- A collective that none of the rules names would run wherever the code between borders does, out of the common order
-  of the ranks: every method of vLLM's `GroupCoordinator` that the model's code calls is therefore a border.
+- The model's own forward runs once per micro-batch as a suspended computation (`capture.eager`). It stops at attention,
+  expert layers and collectives, and where the strategy's own annotations say.
+- It is recorded in two of vLLM's dummy runs, after the model is loaded and before the ranks compare their plans.
+- A collective that no rule names would run out of the common order of the ranks. Therefore the computation stops at
+  every method of vLLM's `GroupCoordinator` that the model's code calls.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ RECORDED_TOKENS = 16
 
 
 def rules() -> tuple[Rule, ...]:
+    """Return the rules for vLLM's attention, experts and collectives."""
     network = Resource.NETWORK
     return (
         *(SplitModule(n, "attention", Resource.MEMORY, (Tag.ATTENTION,), "", True, False) for n in ATTENTION),
@@ -39,7 +40,7 @@ def rules() -> tuple[Rule, ...]:
 
 
 def has_graph(vllm_config: Any, model: torch.nn.Module) -> bool:
-    """Whether vLLM compiles `model`, or a part of it."""
+    """Return whether vLLM compiles `model`, or a part of it."""
     from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
     from vllm.config import CompilationMode
 
@@ -50,7 +51,12 @@ def has_graph(vllm_config: Any, model: torch.nn.Module) -> bool:
 
 
 def attach(worker: WorkerState, runner: Any) -> EagerForward | None:
-    """Put the model's forward under DynaFlow, if there is no graph. Raises `AnnotationError`, `InactiveError`."""
+    """Put the model's forward under DynaFlow, if vLLM compiles no graph of it; otherwise return None.
+
+    Raises:
+        AnnotationError: An annotation of the strategy matches nothing.
+        InactiveError: The config asks for a graph.
+    """
     model, session = runner.get_model(), worker.session
     if has_graph(worker.vllm_config, model):
         return None
@@ -66,7 +72,11 @@ def attach(worker: WorkerState, runner: Any) -> EagerForward | None:
 
 
 def record(forward: EagerForward, runner: Any) -> None:
-    """Have the model recorded. Raises `InactiveError` if that gives no Program."""
+    """Record the model in two dummy runs.
+
+    Raises:
+        InactiveError: The runs give no Program.
+    """
     most = runner.vllm_config.scheduler_config.max_num_batched_tokens
     with forward.recording():
         for tokens in (min(RECORDED_TOKENS, most - 1), min(2 * RECORDED_TOKENS, most)):

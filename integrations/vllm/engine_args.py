@@ -1,13 +1,13 @@
-"""From the user's flag to a checked VllmConfig, in the process that parses the arguments.
+"""`create_engine_config` turns the user's flag into a checked VllmConfig, in the process that parses the arguments.
 
 Contract
 - `--dynaflow PATH|NAME`, `--additional-config '{"dynaflow": ...}'` and `LLM(additional_config={"dynaflow": ...})`
-  are the same: `additional_config["dynaflow"]` becomes the checked content of the config, so that every
-  worker process, and vLLM's compile hash, see the same.
-- vLLM decides mode, backend and custom ops as it always does; only then are worker class, Dynamo backend
-  (mode 2) and split points (mode 3) changed, so that baseline and DynaFlow compile alike.
-- Whatever cannot be active raises `InactiveError` here, before any weight is loaded; on the command line
-  it is one paragraph and exit code 1. With `fallback: true` it is a warning and vLLM runs as it is.
+  are the same. `additional_config["dynaflow"]` becomes the checked content of the config, so that every worker process
+  and vLLM's compile hash see the same.
+- vLLM decides mode, backend and custom ops as it always does. Only then are worker class, Dynamo backend (mode 2) and
+  split points (mode 3) changed, so that baseline and DynaFlow compile alike.
+- If DynaFlow cannot be active, `InactiveError` is raised here, before any weight is loaded. On the command line it is
+  one paragraph and exit code 1. With `fallback: true` it is a warning, and vLLM runs as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.strategy.rules import Rule
 from dynaflow_serving.strategy.selector import Selector
 
-PIECE_COMPILER = "dynaflow_piece_compiler"  # mode 2: what vLLM would have compiled the graph with
+PIECE_COMPILER = "dynaflow_piece_compiler"  # in mode 2, vLLM would have compiled the graph with it
 # vLLM reads it while it builds the config and again in every child process. Its ahead-of-time compile would
 # bring stock stitching back on the second start.
 ENVIRONMENT = {"VLLM_USE_AOT_COMPILE": "0"}
@@ -35,7 +35,12 @@ logger = logging.getLogger("vllm.dynaflow")
 
 
 def create_engine_config(args: Any, requested: Any, create: Callable[[], Any]) -> Any:
-    """vLLM's config of `args`, with DynaFlow as `requested` (what `config.load` takes); `create`: vLLM's own way.
+    """Create vLLM's config, with DynaFlow as requested.
+
+    Args:
+        args: vLLM's EngineArgs.
+        requested: A source that `config.load` takes.
+        create: This creates vLLM's own config of `args`.
 
     Raises:
         ConfigError: The config is wrong.
@@ -66,7 +71,7 @@ def _activate(args: Any, config: Config, selector: Selector, create: Callable[[]
         check(vllm_config, config, selector)
         check_annotations(vllm_config, selector.annotations)
     except BaseException:
-        for name, value in before.items():  # what runs next in this process may be the stock engine
+        for name, value in before.items():  # the next engine in this process may be a stock one
             if value is None:
                 del os.environ[name]
             else:

@@ -1,10 +1,10 @@
-"""What DynaFlow declines in vLLM, each by name and before weights load.
+"""DynaFlow declines some settings and features of vLLM, each by name and before weights load.
 
 Contract
-- `check` sees the final VllmConfig (vLLM has resolved modes and platform rewrites by then) and raises
-  `InactiveError` with all causes and what to change.
-- An annotation whose class or function does not exist in vLLM and torch is an `AnnotationError` here; one
-  that exists but is not part of the model's graph is found when the graph is captured.
+- `check` sees the final VllmConfig, after vLLM has resolved modes and platform rewrites. It raises `InactiveError` with
+  all causes and their remedies.
+- `check_annotations` raises `AnnotationError` for a class or function that does not exist in vLLM and torch. If it
+  exists, but is not part of the model's graph, capturing the graph finds that out.
 - The support matrix in the README is this list.
 """
 
@@ -26,7 +26,11 @@ from dynaflow_serving.strategy.selector import Selector
 
 
 def check(vllm_config: Any, config: Config, selector: Selector) -> None:
-    """Raise `InactiveError` with all that keeps DynaFlow from being active under `config`."""
+    """Check that DynaFlow can be active under `config`.
+
+    Raises:
+        InactiveError: It cannot; the message lists all causes.
+    """
     from vllm.platforms import current_platform
 
     causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, selector.annotations)]
@@ -36,7 +40,11 @@ def check(vllm_config: Any, config: Config, selector: Selector) -> None:
 
 
 def check_annotations(vllm_config: Any, rules: Iterable[Rule]) -> None:
-    """Raise `AnnotationError` for a rule that names nothing that exists."""
+    """Check that the targets of all required rules exist.
+
+    Raises:
+        AnnotationError: One does not exist.
+    """
     for rule in rules:
         if rule.required and isinstance(rule.target, str):
             known = _module_classes(vllm_config) if isinstance(rule, SplitModule) else _functions()
@@ -50,7 +58,7 @@ def check_annotations(vllm_config: Any, rules: Iterable[Rule]) -> None:
 
 
 def _module_classes(vllm_config: Any) -> set[str]:
-    """Module classes that the model's code can use: all that its imports have brought into vLLM."""
+    """Return the names of the module classes that the model's code can use, as imported by vLLM's modules."""
     from vllm.model_executor.model_loader.utils import get_model_architecture
 
     get_model_architecture(vllm_config.model_config)
@@ -60,6 +68,7 @@ def _module_classes(vllm_config: Any) -> set[str]:
 
 
 def _functions() -> set[str]:
+    """Return the names of torch's functions and of all registered operators, in every spelling that a rule may use."""
     import vllm.model_executor.layers.attention  # registers vLLM's operators  # noqa: F401
     from vllm import _custom_ops  # noqa: F401
 
@@ -71,6 +80,7 @@ def _functions() -> set[str]:
 
 
 def _mode(vllm_config: Any, capture: str) -> list[str]:
+    """Return the causes in the compilation mode."""
     from vllm.config import CompilationMode
 
     compilation = vllm_config.compilation_config
@@ -94,6 +104,7 @@ def _mode(vllm_config: Any, capture: str) -> list[str]:
 
 
 def _cuts(vllm_config: Any, rules: Iterable[Rule]) -> list[str]:
+    """Return a cause for each annotation that mode 3 cannot cut at."""
     from vllm.config import CompilationMode
 
     if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
@@ -107,6 +118,7 @@ def _cuts(vllm_config: Any, rules: Iterable[Rule]) -> list[str]:
 
 
 def _unsplit(vllm_config: Any, selector: Selector) -> list[str]:
+    """Return a cause if the strategy only orders un-split steps, which mode 3 leaves to vLLM."""
     from vllm.config import CompilationMode
 
     if vllm_config.compilation_config.mode != CompilationMode.VLLM_COMPILE:
@@ -117,6 +129,7 @@ def _unsplit(vllm_config: Any, selector: Selector) -> list[str]:
 
 
 def _features(vllm_config: Any) -> list[str]:
+    """Return a cause for each unsupported feature that is on."""
     parallel, model, offload = vllm_config.parallel_config, vllm_config.model_config, vllm_config.offload_config
     found = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
@@ -138,7 +151,7 @@ def _features(vllm_config: Any) -> list[str]:
         # Its hooks give the layer's weight buffer to a later layer after the first micro-batch.
         "weight offloading with prefetch": offload.offload_backend == "prefetch"
         or (offload.offload_backend == "auto" and offload.prefetch.offload_group_size > 0),
-        # Keeps one record per step, by a token's row in the batch: micro-batches would write over each other.
+        # It keeps one record per step, by a token's row in the batch, so micro-batches would overwrite each other's.
         "returning routed experts": vllm_config.aux_output_config.enabled,
         "diffusion models": model.is_diffusion,
         "a model with its own state in Model Runner V2": _has_own_state(vllm_config),
@@ -147,7 +160,7 @@ def _features(vllm_config: Any) -> list[str]:
 
 
 def _has_own_state(vllm_config: Any) -> bool:
-    """Whether the model prepares its inputs itself (`get_model_state_cls`): what it keeps per step is unknown."""
+    """Return whether the model prepares its inputs itself (`get_model_state_cls`), with a state that we do not know."""
     from vllm.model_executor.model_loader.utils import get_model_architecture
 
     if not vllm_config.use_v2_model_runner:

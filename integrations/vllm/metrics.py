@@ -1,11 +1,11 @@
-"""The worker's counters on vLLM's own `/metrics`.
+"""The worker's counters appear on vLLM's own `/metrics`.
 
 Contract
-- The first rank's worker writes its `dynaflow_*` metrics to a file, at most once a second, and at once on a report;
-  the process that parsed the arguments serves them from the registry that vLLM serves, while it is asked for them.
-- Where the file is travels in an environment variable: vLLM's compile hash and the policy's key do not see it.
-- With the worker in the same process, and with several API servers (`--api-server-count`: vLLM's are then in
-  Prometheus' multiprocess mode), the counters are on the endpoint as they are, and no file is written.
+- The first rank's worker writes its `dynaflow_*` metrics to a file, at most once a second, and at once on a report.
+- The process that parsed the arguments reads the file whenever vLLM's registry is asked for its metrics.
+- An environment variable holds the path of the file, so vLLM's compile hash and the policy's key do not see it.
+- No file is written where the counters are on the endpoint anyway: with the worker in the same process, and with
+  several API servers (`--api-server-count`), which use Prometheus' multiprocess mode.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _serving: _Reader | None = None
 
 
 class _Reader:
-    """A Prometheus collector: what the worker has written last."""
+    """This Prometheus collector yields the metrics that the worker has written last."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="dynaflow-metrics-")  # removed at exit
@@ -35,7 +35,7 @@ class _Reader:
         self.process = os.getpid()
 
     def describe(self) -> list[Any]:
-        return []  # or the registry would ask now, before there is a worker
+        return []  # without this method, the registry would collect now, before there is a worker
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.parser import text_string_to_metric_families
@@ -48,7 +48,7 @@ class _Reader:
 
 
 def attach() -> None:
-    """In the process that parses the arguments: serve what a worker will write. Idempotent."""
+    """Serve the metrics that a worker will write; the process that parses the arguments calls this, even repeatedly."""
     global _serving
     if MULTIPROCESS in os.environ:
         return
@@ -57,12 +57,12 @@ def attach() -> None:
 
         _serving = _Reader()
         REGISTRY.register(_serving)
-    _serving.file.unlink(missing_ok=True)  # of an engine that was here before: counters of the next one start anew
+    _serving.file.unlink(missing_ok=True)  # an earlier engine's counters; the next one starts anew
     os.environ[VARIABLE] = str(_serving.file)
 
 
 class Writer(Observer):
-    """Writes the metrics of one worker."""
+    """This observer writes the metrics of one worker to a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -70,7 +70,7 @@ class Writer(Observer):
         self._lock = threading.Lock()
 
     def left(self) -> None:
-        """What the step has counted is in the file within `PERIOD`."""
+        """Write the metrics within `PERIOD`, on another thread."""
         if not self._waiting:
             self._waiting = True
             timer = threading.Timer(PERIOD, self.write)
@@ -78,18 +78,19 @@ class Writer(Observer):
             timer.start()
 
     def write(self) -> None:
+        """Write the metrics now."""
         from prometheus_client import write_to_textfile
 
         from dynaflow_serving.session.metrics import registry
 
         self._waiting = False
         with self._lock:  # a report may come while the timer writes
-            if self.file.parent.is_dir():  # not if the server is gone already
+            if self.file.parent.is_dir():  # the server removes the folder when it ends
                 write_to_textfile(str(self.file), registry())
 
 
 def writer(rank: int) -> Writer | None:
-    """For the worker of `rank`; None where it has nothing to write."""
+    """Return the writer for the worker of `rank`, or None where no file is needed."""
     file = os.environ.get(VARIABLE)
     same_process = _serving is not None and _serving.process == os.getpid()
     if rank != 0 or file is None or same_process or MULTIPROCESS in os.environ:

@@ -1,11 +1,12 @@
-"""Mode 2 (Dynamo once): `backend` is the torch.compile backend that vLLM resolves by name.
+"""In mode 2 (Dynamo once), vLLM resolves `backend`, a torch.compile backend, by its name.
 
 Contract
 - The whole Dynamo graph is cut at vLLM's operators (`operators`) and the strategy's own annotations.
-- Each compute operator is compiled as vLLM would have compiled the graph: by Inductor with vLLM's own
-  options, or not at all when vLLM's backend is "eager". Custom operators run as they are.
-- Un-split steps run Dynamo's graph as it is where nothing compiles it; compiled, the un-split plan of these operators,
-  so that nothing is compiled twice. A strategy that schedules un-split steps has them under its plan in both cases.
+- Each compute operator is compiled as vLLM would have compiled the graph: by Inductor with vLLM's own options, or not
+  at all if vLLM's backend is "eager". Custom operators run as they are.
+- Un-split steps run Dynamo's graph as it is where nothing compiles it. Where operators are compiled, they run the
+  un-split plan of these operators, so that nothing is compiled twice.
+- Un-split steps always run under a plan if the strategy schedules them.
 - Compiled operators that produce the graph's outputs get a second form that writes into a merge buffer.
 """
 
@@ -24,6 +25,13 @@ from dynaflow_serving.integrations.vllm.state import current
 
 
 def backend(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
+    """Capture the graph of the whole model, and return the forward that takes its place.
+
+    Raises:
+        AnnotationError: An annotation of the strategy matches nothing.
+        PartitionError: The graph cannot be turned into a Program.
+        InactiveError: This process has no DynaFlow worker.
+    """
     worker = current()
     selector = worker.session.selector
     capture = partition(gm, rules=(*selector.annotations, *rules()), tokens=input_symbols(gm), effects=effects())
@@ -31,5 +39,5 @@ def backend(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., 
     if worker.piece_compiler == "inductor":
         compile_pieces(capture, worker.vllm_config.compilation_config.inductor_compile_config)
     elif not selector.schedules_unsplit:
-        whole = gm.forward  # what vLLM would have run
+        whole = gm.forward  # vLLM's backend "eager" would run the same
     return worker.forward(worker.session.add(capture), whole)

@@ -1,10 +1,10 @@
-"""Mode 3 (VllmBackend): vLLM's pieces, fusion passes, graph wrappers and compile cache stay; the stitching
-of split steps is ours.
+"""In mode 3 (VllmBackend), only the stitching of split steps is ours.
 
 Contract
-- `attach` wraps `CompilationConfig.init_backend`; the VllmBackend it returns for the language model keeps
-  everything it does and is asked afterwards for its pieces.
-- vLLM cuts the graph at operators (`splitting_ops`): the collectives, and what the strategy's `SplitFunc`
+- vLLM's pieces, fusion passes, graph wrappers and compile cache stay as they are.
+- `attach` wraps `CompilationConfig.init_backend`. The VllmBackend that this returns for the language model keeps
+  everything it does, and is asked for its pieces afterwards.
+- vLLM cuts the graph at operators (`splitting_ops`): the collectives, and the operators that the strategy's `SplitFunc`
   rules name. `limits` declines rules that it cannot cut at.
 - Un-split steps and capture runs call vLLM's own stitching, CUDA graphs included.
 """
@@ -26,6 +26,7 @@ from dynaflow_serving.session.forward import GraphForward
 
 
 def attach() -> None:
+    """Wrap vLLM's choice of a backend in this process. Further calls change nothing."""
     from vllm.compilation.backends import VllmBackend
     from vllm.config import CompilationConfig
 
@@ -33,25 +34,27 @@ def attach() -> None:
         return
     stock = CompilationConfig.init_backend
 
-    class DynaflowBackend(VllmBackend):
-        def __call__(self, graph: fx.GraphModule, example_inputs: Any) -> Any:
-            # Before the graph is cut: annotations go with the nodes into the pieces.
-            apply_rules(graph, (*current().session.selector.annotations, *rules()))
-            result = super().__call__(graph, example_inputs)
-            result.optimized_call = _stitch(self, result.optimized_call)
-            return result
-
     @functools.wraps(stock)
     def init_backend(self: Any, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> Any:
         backend = stock(self, vllm_config, prefix=prefix, is_encoder=is_encoder)
         if isinstance(backend, VllmBackend) and not is_encoder and KEY in (vllm_config.additional_config or {}):
-            backend.__class__ = DynaflowBackend
+            return functools.partial(_compile, backend)
         return backend
 
     CompilationConfig.init_backend = init_backend
 
 
+def _compile(backend: Any, graph: fx.GraphModule, example_inputs: Any) -> Any:
+    """Compile `graph` by vLLM's `backend`, and put our stitching in the place of its own."""
+    # Before the graph is cut: annotations go with the nodes into the pieces.
+    apply_rules(graph, (*current().session.selector.annotations, *rules()))
+    result = backend(graph, example_inputs)
+    result.optimized_call = _stitch(backend, result.optimized_call)
+    return result
+
+
 def _stitch(backend: Any, whole: Any) -> GraphForward:
+    """Capture the pieces of `backend`, and return the forward over them; un-split steps call `whole`."""
     worker = current()
     graphs = {item.submod_name: item.graph for item in backend.piecewise_graphs}
     capture = capture_pieces(backend.split_gm, graphs, tokens=input_symbols(backend.split_gm), effects=effects())

@@ -1,12 +1,12 @@
-"""vLLM's operators: where its graphs are cut, and which state they touch that no schema shows.
+"""vLLM's graphs are cut at these operators, some of which touch state that their schema does not show.
 
 Contract
-- Attention and KV-cache update read the module-global forward context, so they have `context`; the KV
-  cache of a layer is a state, written by the update (or by an attention without one) and read by attention.
-- Collectives are NETWORK operators of group "tp". The CPU's shared-memory all-reduce works in place, as
-  its schema says.
-- Mixture-of-experts kernels are operators of their own: on CUDA they read the forward context, on CPU they
-  share one scratch pad with attention, so both stay on the compute stream.
+- Attention and KV-cache update read the module-global forward context, so they have `context`.
+- The KV cache of a layer is a state. The update writes it (or an attention without one), and attention reads it.
+- Collectives are NETWORK operators of group "tp". The CPU's shared-memory all-reduce works in place, as its schema
+  says.
+- Mixture-of-experts kernels are operators of their own. They read the forward context on CUDA, and share one scratch
+  pad with attention on CPU, so both stay on the compute stream.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ COLLECTIVES = {
 
 
 def rules() -> tuple[Rule, ...]:
+    """Return the rules that cut vLLM's graphs."""
     memory, compute, network = Resource.MEMORY, Resource.COMPUTE, Resource.NETWORK
     return (
         *(SplitFunc(n, "kv_update", memory, (Tag.KV_UPDATE,), context=True, required=False) for n in KV_UPDATE),
@@ -42,6 +43,7 @@ def rules() -> tuple[Rule, ...]:
 
 
 def effects() -> EffectTable:
+    """Return the states that operators read and write, by the name of the operator."""
     return {
         **{name: _kv_written for name in KV_UPDATE},
         **{name: _kv_attended for name in ATTENTION},
@@ -49,7 +51,7 @@ def effects() -> EffectTable:
 
 
 def collective_names() -> list[str]:
-    """Split points for mode 3, as vLLM spells them: the collectives that exist on this platform."""
+    """Return the collectives that exist on this platform, spelled as vLLM's split points."""
     import torch
 
     return [n for n in COLLECTIVES if hasattr(getattr(torch.ops, n.partition("::")[0]), n.partition("::")[2])]
@@ -65,11 +67,12 @@ def _kv_attended(node: fx.Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _state(node: fx.Node) -> str:
-    """The layer's KV cache, by the name (or the graph input that carries it) of the layer."""
+    """Return the state of the layer's KV cache, named by the layer or by the graph input that carries its name."""
     return f"kv:{_argument(node, 'layer_name')}"
 
 
 def _argument(node: fx.Node, name: str) -> Any:
+    """Return the argument that the operator's schema calls `name`, or None where it is left out."""
     if name in node.kwargs:
         return node.kwargs[name]
     target: Any = node.target

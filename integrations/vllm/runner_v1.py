@@ -1,10 +1,9 @@
-"""Model Runner V1: decides each step's split and builds attention metadata per micro-batch.
+"""`V1RunnerMixin` decides each step's split in Model Runner V1, and has attention metadata built per micro-batch.
 
 Contract
-- Only the methods named in `patches.md` are overridden, each calls vLLM's own; outside a live step
-  nothing changes.
-- vLLM builds the metadata itself, given the micro-batches as `ubatch_slices`; and once more, without them, where shadow
-  mode runs a step un-split, too.
+- Only the methods named in `patches.md` are overridden, and each calls vLLM's own. Outside a live step nothing changes.
+- vLLM builds the metadata itself, given the micro-batches as `ubatch_slices`. It builds them once more, without
+  micro-batches, where shadow mode also runs the step un-split.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dynaflow_serving.integrations.vllm.runner import RunnerMixin
 
 
 class V1RunnerMixin(RunnerMixin):
-    """Goes over `vllm.v1.worker.gpu_model_runner.GPUModelRunner` and its CPU subclass."""
+    """This goes over `vllm.v1.worker.gpu_model_runner.GPUModelRunner` and its CPU subclass."""
 
     _live: Any = None  # the live step's SchedulerOutput
     # The live step's arguments of the two methods that describe the batch, without micro-batches.
@@ -43,7 +42,7 @@ class V1RunnerMixin(RunnerMixin):
             tokens = kwargs["num_scheduled_tokens_np"]
             batch = self.input_batch  # type: ignore[attr-defined]
             tables = ((t.block_size, t.get_numpy_array()) for t in batch.block_table.block_tables)
-            self.begin(tokens, batch.num_computed_tokens_cpu[: len(tokens)], self._joined(), tables)
+            self.begin_step(tokens, batch.num_computed_tokens_cpu[: len(tokens)], self._joined(), tables)
         if self.dynaflow.session.micro_batches:
             kwargs["force_eager"] = True
         return super()._determine_batch_execution_and_padding(*args, **kwargs)  # type: ignore[misc]
@@ -70,10 +69,10 @@ class V1RunnerMixin(RunnerMixin):
         context = get_forward_context()
         self.dynaflow.contexts.set(context.attn_metadata, context.slot_mapping, context.is_padding)
         result = forward()
-        return step.checked(result, lambda: self._whole(forward), (*args, *kwargs.values()))
+        return step.checked(result, lambda: self._run_whole(forward), (*args, *kwargs.values()))
 
-    def _whole(self, forward: Callable[[], Any]) -> Any:
-        """The live split step's forward, un-split, for shadow mode, under which there are no micro-batches."""
+    def _run_whole(self, forward: Callable[[], Any]) -> Any:
+        """Run the live split step's forward un-split, for shadow mode, under which there are no micro-batches."""
         # Builders of metadata keep buffers that the split forward may still read.
         self.dynaflow.session.clock.synchronize()
         args, kwargs = self._slots
@@ -84,7 +83,7 @@ class V1RunnerMixin(RunnerMixin):
             return forward()
 
     def _joined(self) -> list[int]:
-        """Rows of the requests that are new in the live step, or resumed after a preemption."""
+        """Return the rows of the requests that are new in the live step, or resumed after a preemption."""
         names = [r.req_id for r in self._live.scheduled_new_reqs]
         names += self._live.scheduled_cached_reqs.resumed_req_ids
         return [self.input_batch.req_id_to_index[n] for n in names]  # type: ignore[attr-defined]

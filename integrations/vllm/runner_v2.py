@@ -1,12 +1,12 @@
-"""Model Runner V2: decides each step's split and stands in for vLLM's own dual-batch overlap.
+"""`V2RunnerMixin` decides each step's split in Model Runner V2, and takes the place of vLLM's dual-batch overlap.
 
 Contract
-- V2 asks its CUDA-graph manager what a step runs as; of a split step the answer is "that many micro-batches,
-  no graph", and V2 then calls its `ubatch_runner`, which is `MicroBatchRunner` here.
+- V2 asks its CUDA-graph manager how a step runs. For a split step the answer is "that many micro-batches, no graph".
+  V2 then calls its `ubatch_runner`, which is `MicroBatchRunner` here.
 - Where shadow mode compares, it also runs the whole batch, under metadata prepared as for an un-split step.
 - Warm-up runs whole: vLLM sends it through `execute_model` too, and the ranks have not compared plans yet.
-- V2 keeps its block tables on the device; the ids are kept here as well, so that looking for prefix-cache
-  hits within a step does not wait for the device.
+- V2 keeps its block tables on the device. The ids are also kept here, so that looking for prefix-cache hits within a
+  step does not wait for the device.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dynaflow_serving.integrations.vllm.runner import RunnerMixin
 
 
 class V2RunnerMixin(RunnerMixin):
-    """Goes over `vllm.v1.worker.gpu.model_runner.GPUModelRunner` and its CPU subclass."""
+    """This goes over `vllm.v1.worker.gpu.model_runner.GPUModelRunner` and its CPU subclass."""
 
-    _block_ids: dict[str, list[list[int]]]  # by request, then by KV-cache group
+    _block_ids: dict[str, list[list[int]]]  # the block ids, by request, then by KV-cache group
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
@@ -34,6 +34,7 @@ class V2RunnerMixin(RunnerMixin):
         manager.dispatch = self._dispatch_over(manager.dispatch)
 
     def _dispatch_over(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a `dispatch` that answers for split steps, and leaves the others to `stock`."""
         from vllm.config import CUDAGraphMode
         from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
@@ -59,7 +60,7 @@ class V2RunnerMixin(RunnerMixin):
                 (size, [self._block_ids[name][group] for name in state.req_ids])
                 for group, size in enumerate(self.block_tables.block_sizes)  # type: ignore[attr-defined]
             )
-            self.begin(state.num_scheduled_tokens, computed, joined, tables)
+            self.begin_step(state.num_scheduled_tokens, computed, joined, tables)
         return state, uniform
 
     def add_requests(self, scheduler_output: Any) -> None:
@@ -81,20 +82,27 @@ class V2RunnerMixin(RunnerMixin):
 
 
 class MicroBatchRunner:
-    """What `execute_model` calls for a step of several micro-batches, as it does vLLM's `UBatchRunner`."""
+    """In place of vLLM's `UBatchRunner`, `execute_model` calls this for a step of several micro-batches."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        # Offsets and lengths are relative to the micro-batch, so they are no views of the whole batch's.
+        # Offsets and lengths are relative to the micro-batch, so they cannot be views of the whole batch's.
         shape = (runner.dynaflow.session.selector.max_micro_batches, runner.max_num_reqs + 1)
         self._query_start_loc = torch.zeros(shape, dtype=torch.int32, device=runner.device)
         self._seq_lens = torch.zeros(shape, dtype=torch.int32, device=runner.device)
-        self._step: tuple[Any, ...] = ()  # the live step, as `prepare_attn` takes it
+        self._step: tuple[Any, ...] = ()  # the arguments of `_run_whole` for the live step
 
     def prepare(
         self, input_batch: Any, block_tables: tuple[torch.Tensor, ...], slot_mappings: torch.Tensor, **kwargs: Any
     ) -> Any:
-        """block_tables: per KV-cache group, [requests, blocks]; slot_mappings: [groups, tokens]."""
+        """Prepare the forward contexts of the live step's micro-batches.
+
+        Args:
+            input_batch: vLLM's inputs of the whole batch.
+            block_tables: One tensor [requests, blocks] per KV-cache group.
+            slot_mappings: A tensor [groups, tokens].
+            **kwargs: `cg_mode` is how the step runs, by vLLM's CUDA-graph manager.
+        """
         from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
         from vllm.v1.worker.gpu.ubatch_utils import UBatchState, _slice_input_batch
 
@@ -120,6 +128,7 @@ class MicroBatchRunner:
         return UBatchState(slices, forward_contexts=[])  # `ForwardContexts` has them
 
     def run(self, model: Callable[..., Any], model_inputs: dict[str, Any], state: Any) -> Any:
+        """Run the prepared step; shadow mode may compare it."""
         step, self._step = self._step, ()
         live = self.runner.dynaflow.session.in_flight
         result = model(**model_inputs)
@@ -129,7 +138,7 @@ class MicroBatchRunner:
         self, model: Callable[..., Any], model_inputs: dict[str, Any], input_batch: Any, cg_mode: Any,
         block_tables: tuple[torch.Tensor, ...], slot_mappings: torch.Tensor,
     ) -> Any:  # fmt: skip
-        """The live split step, un-split, for shadow mode, under which there are no micro-batches."""
+        """Run the live split step un-split, for shadow mode, under which there are no micro-batches."""
         from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 
         runner = self.runner

@@ -1,7 +1,7 @@
-"""What DynaFlow has in the vLLM worker of this process.
+"""`WorkerState` is DynaFlow in the vLLM worker of this process.
 
 Contract
-- `current()` is how vLLM's compile backends, which it calls by name, reach it. A new engine in the same process
+- vLLM calls our compile backends by name, so they reach the state by `current()`. A new engine in the same process
   replaces it.
 """
 
@@ -27,7 +27,7 @@ _current: WorkerState | None = None
 
 
 class WorkerState:
-    """The session of one worker, and what its runner and its compile backends share."""
+    """The state of a worker holds its session, and is shared by its runner and its compile backends."""
 
     def __init__(self, vllm_config: Any, device_type: str, rank: int) -> None:
         global _current
@@ -52,16 +52,27 @@ class WorkerState:
         _current = self
 
     def forward(self, plan_cache: PlanCache, whole: Callable[..., Any] | None) -> GraphForward:
-        """What vLLM calls in place of its compiled graph: `whole` is its own stitching, or its un-compiled graph."""
+        """Return the forward that vLLM calls in place of its compiled graph.
+
+        Args:
+            plan_cache: The plans of the graph.
+            whole: vLLM's own stitching or its un-compiled graph, for un-split steps; None if plans run these, too.
+        """
         return GraphForward(self.session, plan_cache, whole, self.contexts.entering)
 
     def report(self) -> WorkerReport:
+        """Write the metrics, and return the session's report."""
         if self._metrics_file is not None:
             self._metrics_file.write()
         return self.session.report()
 
 
 def current() -> WorkerState:
+    """Return the state of this process' worker.
+
+    Raises:
+        InactiveError: There is none.
+    """
     if _current is None:
         raise InactiveError("no DynaFlow worker in this process: the worker class was replaced by another plugin")
     return _current

@@ -1,10 +1,10 @@
-"""vLLM workers with DynaFlow; named by `engine_args` as `worker_cls`.
+"""These are vLLM's workers with DynaFlow; `engine_args` names one of them as `worker_cls`.
 
 Contract
 - The model runner that vLLM selected, V1 or V2, becomes a DynaFlow runner before the model is loaded.
 - A model without a graph is put under DynaFlow when it is loaded (`eager`).
 - After warm-up the worker refuses to serve if DynaFlow has no program of the model, or if the ranks would run
-  different plans. Then the policy decides, where the strategy is one that decides (`trials`).
+  different plans. Then the policy decides, if the strategy is `auto` (`trials`).
 - `dynaflow_report` and `dynaflow_reset` are for `collective_rpc`.
 """
 
@@ -24,6 +24,8 @@ from dynaflow_serving.policy.start import start_policy
 
 
 class DynaflowWorkerMixin:
+    """This goes over one of vLLM's workers."""
+
     dynaflow: WorkerState
 
     def init_device(self) -> None:
@@ -34,6 +36,8 @@ class DynaflowWorkerMixin:
         runner = self.model_runner  # type: ignore[attr-defined]
         mixin = V2RunnerMixin if self.use_v2_model_runner else V1RunnerMixin  # type: ignore[attr-defined]
         runner.dynaflow = self.dynaflow
+        # The mixin overrides methods that the runner calls on itself, and a wrapper would not see these calls. vLLM has
+        # made the runner by now, so its class can only be extended afterwards. The mixin has no `__init__` to miss.
         runner.__class__ = type(f"Dynaflow{type(runner).__name__}", (mixin, type(runner)), {})
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,9 +58,11 @@ class DynaflowWorkerMixin:
         return result
 
     def dynaflow_report(self) -> dict[str, Any]:
+        """Return the worker's report as plain data."""
         return self.dynaflow.report().model_dump(mode="json")
 
     def dynaflow_reset(self) -> None:
+        """Count steps from zero."""
         self.dynaflow.session.reset()
 
     def shutdown(self) -> None:
@@ -66,11 +72,11 @@ class DynaflowWorkerMixin:
 
 
 class GPUDynaflowWorker(DynaflowWorkerMixin, Worker):
-    pass
+    """This is vLLM's GPU worker with DynaFlow."""
 
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     class CPUDynaflowWorker(DynaflowWorkerMixin, CPUWorker):
-        pass
+        """This is vLLM's CPU worker with DynaFlow."""
