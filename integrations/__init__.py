@@ -1,4 +1,4 @@
-"""The systems that DynaFlow hooks, one package each.
+"""These are the systems that DynaFlow hooks; each has a package.
 
 Contract
 - This registry is data: importing it imports no system and no integration.

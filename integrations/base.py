@@ -1,12 +1,12 @@
-"""What every integration of a system has.
+"""An `Integration` describes a system that DynaFlow hooks.
 
 Contract
 - A system's own plug-in mechanism calls `plugin.register`, which hooks the system in this process. It is idempotent,
   imports nothing heavy, and changes nothing for processes that do not ask for DynaFlow. Where there is no mechanism,
   the user enables a model.
 - A release outside `supported` is an `InactiveError` that names the supported ones. It is raised before weights load.
-- What an integration does in a worker (capture, describe a step's batch, enter a micro-batch's context) it does with
-  a `Session` and a `SplitForward`.
+- In a worker, an integration captures the model, describes each step's batch and enters micro-batches' contexts. It
+  does so with a `Session` and a `SplitForward`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 from dynaflow_serving.errors import InactiveError
 
-KEY = "dynaflow"  # of the config, among a system's own arguments
+KEY = "dynaflow"  # the config has this key among a system's own arguments
 
 
 @dataclass(frozen=True)
 class Integration:
-    """One system.
+    """An integration describes one system.
 
     Attributes:
+        name: The name of the system.
         package: The distribution whose version counts.
         supported: The releases that were tested.
     """
@@ -33,17 +34,22 @@ class Integration:
     supported: tuple[str, ...]
 
     def installed_version(self) -> str | None:
+        """Return the installed release, or None."""
         try:
             return version(self.package)
         except PackageNotFoundError:
             return None
 
     def is_supported(self) -> bool:
-        """Whether the installed release was tested; its local part, as in +cpu, does not count."""
+        """Return whether the installed release was tested; its local part, as in +cpu, does not count."""
         return (self.installed_version() or "").partition("+")[0] in self.supported
 
     def check_release(self) -> None:
-        """Raise `InactiveError` unless the installed release is supported."""
+        """Check that the installed release is supported.
+
+        Raises:
+            InactiveError: It is not; the message names the supported ones.
+        """
         if not self.is_supported():
             raise InactiveError(
                 f"DynaFlow supports {self.name} {', '.join(self.supported)}; installed is "

@@ -1,8 +1,8 @@
-"""What the limits of all serving engines say alike.
+"""These functions are common to the limits of all serving engines.
 
 Contract
-- An engine's own `limits` collects causes, each a phrase with the remedy where there is one; `refuse` raises them
-  together.
+- An engine's own `limits` collects causes. Each is a phrase, with the remedy where there is one.
+- `refuse` raises all causes together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from dynaflow_serving.strategy.selector import Selector
 
 
 def refuse(engine: str, config: Config, causes: Iterable[str]) -> None:
-    """Raise `InactiveError` if there are any `causes`. `engine`: as it spells itself."""
+    """Raise all `causes`, if there are any; `engine` is its name for people.
+
+    Raises:
+        InactiveError: There are causes.
+    """
     if listed := "; ".join(causes):
         raise InactiveError(
             f"DynaFlow was requested (strategy {config.strategy}) but cannot be active: {listed}. "
@@ -32,11 +36,12 @@ def unsplit_causes(engine: str, selector: Selector) -> list[str]:
 
 
 def unsupported(found: Mapping[str, object], verb: str = "is") -> list[str]:
-    """A cause for each feature that is there."""
+    """Return a cause for each feature that is there; `verb` follows its name."""
     return [f"{name} {verb} not supported yet" for name, present in found.items() if present]
 
 
 def executor_causes(engine: str, config: Config, device: str) -> list[str]:
+    """Return the causes in the type of the device, the executor and its graphs."""
     if device not in ("cpu", "cuda"):
         return [f"device {device!r} is not supported (cpu and cuda are)"]
     if config.executor not in ("auto", "sequential", device):

@@ -1,8 +1,9 @@
-"""What DynaFlow declines in SGLang, each by name and before weights load.
+"""DynaFlow declines some settings and features of SGLang, each by name and before weights load.
 
 Contract
-- `check` sees the resolved arguments and raises `InactiveError` with all causes and what to change.
-- `reason_to_run_whole` is for what single requests bring: such a step runs un-split and is counted with the reason.
+- `check` sees the resolved arguments, and raises `InactiveError` with all causes and their remedies.
+- `reason_to_run_whole` looks at features of single requests. A step with such a request runs un-split, and is counted
+  with the reason.
 - The support matrix in the README is this list.
 """
 
@@ -14,7 +15,7 @@ from dynaflow_serving.config import Config
 from dynaflow_serving.integrations.limits import executor_causes, refuse, unsplit_causes, unsupported
 from dynaflow_serving.strategy.selector import Selector
 
-# ForwardBatch fields that only some requests set and that a micro-batch would need its own part of.
+# Only some requests set these fields of ForwardBatch, of which each micro-batch would need its own part.
 PER_REQUEST = {
     "input_embeds": "input embeddings",
     "replace_embeds": "input embeddings",
@@ -27,7 +28,11 @@ PER_REQUEST = {
 
 
 def check(server_args: Any, config: Config, selector: Selector) -> None:
-    """Raise `InactiveError` with all that keeps DynaFlow from being active; `server_args`: resolved."""
+    """Check that DynaFlow can be active under `config`; SGLang has resolved `server_args`.
+
+    Raises:
+        InactiveError: It cannot; the message lists all causes.
+    """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
 
     view, model = resolving_view(server_args), model_config_of(server_args)
@@ -36,7 +41,7 @@ def check(server_args: Any, config: Config, selector: Selector) -> None:
 
 
 def reason_to_run_whole(forward_batch: Any) -> str:
-    """Why this step cannot be split, whatever the strategy says; "" if it can."""
+    """Return why no strategy may split this step, or "" if one may."""
     mode = forward_batch.forward_mode
     if not (mode.is_decode() or mode.is_extend()) or mode.is_target_verify():
         return f"forward mode {mode.name.lower()}"
@@ -45,6 +50,7 @@ def reason_to_run_whole(forward_batch: Any) -> str:
 
 
 def _device(view: Any, config: Config, selector: Selector) -> list[str]:
+    """Return the causes in the device, the executor, the kind of capture and the strategy."""
     if causes := executor_causes("SGLang", config, str(view.device).partition(":")[0]):
         return causes
     if config.capture == "graph":
@@ -55,6 +61,7 @@ def _device(view: Any, config: Config, selector: Selector) -> list[str]:
 
 
 def _graphs(view: Any) -> list[str]:
+    """Return a cause for each setting by which SGLang compiles the model in one piece."""
     causes = []
     if view.enable_torch_compile:
         causes.append("--enable-torch-compile compiles the model as one piece (drop it)")
@@ -65,6 +72,7 @@ def _graphs(view: Any) -> list[str]:
 
 
 def _features(view: Any) -> list[str]:
+    """Return a cause for each unsupported feature that is on."""
     found = {
         "speculative decoding": view.speculative_algorithm is not None,
         "pipeline parallelism": view.pp_size > 1,
@@ -105,6 +113,7 @@ def _features(view: Any) -> list[str]:
 
 
 def _model(model: Any) -> list[str]:
+    """Return a cause for each unsupported property of the model."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 

@@ -1,13 +1,14 @@
-"""One step's ForwardBatch cut into micro-batches; the one file that knows how SGLang lays out a step.
+"""`MicroBatches` cuts one step's ForwardBatch; only this file knows how SGLang lays out a step.
 
 Contract
-- A micro-batch is a ForwardBatch of its own: views into the step's tensors, made by SGLang's two-batch overlap code,
-  which raises on a field that it does not know. Cuts inside a request are SGLang's own chunked prefill: the later part
-  sees the earlier one as its prefix.
-- Each micro-batch has an attention backend of its own, which plans for it before the first one runs. Models reach
-  backend and caches by a module global (`forward_context`): `enter` points it to a micro-batch, `leave` to the step.
+- A micro-batch is a ForwardBatch of its own, with views into the step's tensors. SGLang's two-batch overlap code makes
+  it, and raises on a field that it does not know.
+- A cut inside a request works like SGLang's chunked prefill: the later part sees the earlier one as its prefix.
+- Each micro-batch has an attention backend of its own, which plans for it before the first micro-batch runs.
+- Models reach backend and caches by a module global (`forward_context`). `enter` points it to a micro-batch, and
+  `leave` to the step.
 - Nothing here is made for a step that is not split.
-- `check_layout` compares the signatures that this rests on, and raises `InactiveError` if one has changed.
+- `check_layout` compares the signatures that this file relies on, and raises `InactiveError` if one has changed.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ _CONTEXT_FIELDS = ("attn_backend", "moe_num_token_non_padded")
 
 
 def describe(forward_batch: Any) -> Batch:
-    """The step as strategies see it. SGLang never lets a request read KV slots that another one writes in the same
-    step (the radix tree holds finished forwards only), so there are no dependences."""
+    """Describe the step as strategies see it.
+
+    There are no dependences: SGLang's radix tree holds finished forwards only, so no request reads KV slots that
+    another one writes in the same step.
+    """
     if forward_batch.forward_mode.is_decode():
         lengths = forward_batch.seq_lens_cpu
         context = tuple(n - 1 for n in lengths.tolist()) if lengths is not None else ()
@@ -45,9 +49,16 @@ def describe(forward_batch: Any) -> Batch:
 
 
 class MicroBatches:
-    """The micro-batches of one split step. `backends`: at least as many attention backends."""
+    """These are the micro-batches of one split step."""
 
     def __init__(self, forward_batch: Any, parts: Sequence[MicroBatch], backends: list[Any]) -> None:
+        """Cut the step, and plan the attention of each micro-batch.
+
+        Args:
+            forward_batch: The whole step.
+            parts: The micro-batches.
+            backends: The attention backends, at least one per micro-batch.
+        """
         from sglang.srt.model_executor.forward_context import get_forward_context, set_forward_context
 
         self._set_context = set_forward_context
@@ -65,19 +76,25 @@ class MicroBatches:
             self.leave()
 
     def enter(self, micro_batch: int) -> None:
+        """Point SGLang's forward context to a micro-batch."""
         self._set_context(self._contexts[micro_batch])
 
     def leave(self) -> None:
+        """Point SGLang's forward context to the whole step again."""
         self._set_context(self._outer)
 
     def arguments(self, micro_batch: int) -> tuple[Any, Any, Any]:
-        """Of the body: see `BODY_ARGUMENTS`."""
+        """Return the arguments of the model's body, as `BODY_ARGUMENTS` names them."""
         batch = self.batches[micro_batch]
         return batch.input_ids, batch.positions, batch
 
 
 def check_layout(body: Any) -> None:
-    """Raise `InactiveError` unless SGLang and `body` have the signatures that this file was written for."""
+    """Check that SGLang and `body` have the signatures that this file was written for.
+
+    Raises:
+        InactiveError: One of them has changed.
+    """
     from sglang.srt.batch_overlap.two_batch_overlap import TboForwardBatchPreparer
     from sglang.srt.model_executor.forward_context import ForwardContext
 
@@ -101,6 +118,7 @@ def check_layout(body: Any) -> None:
 
 
 def _cut(batch: Any, part: MicroBatch) -> Any:
+    """Return the ForwardBatch of the micro-batch `part`."""
     import torch
     from sglang.srt.batch_overlap.two_batch_overlap import TboForwardBatchPreparer
 
@@ -119,10 +137,10 @@ def _cut(batch: Any, part: MicroBatch) -> Any:
     if cut.extend_seq_lens_cpu is None:
         return cut
     offsets = [0, *accumulate(batch.extend_seq_lens_cpu)]
-    head, tail = start - offsets[first], offsets[last] - stop  # tokens of the outer requests in other micro-batches
+    head, tail = start - offsets[first], offsets[last] - stop  # tokens that the neighbours have
     if head or tail:
         _shorten(cut, head, tail)
-    # filter_batch takes the step's offsets as they are.
+    # filter_batch leaves the offsets as they are in the whole step.
     cut.extend_start_loc = (cut.extend_start_loc - start).clamp_(min=0)
     return cut
 

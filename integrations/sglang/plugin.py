@@ -1,9 +1,9 @@
-"""SGLang's way in: the entry point of the `sglang.srt.plugins` group.
+"""`register` is SGLang's way in, the entry point of the `sglang.srt.plugins` group.
 
 Contract
-- SGLang calls `register` once in every process, and logs and swallows whatever goes wrong in it: nothing is refused
-  here. A request is refused where SGLang reads its arguments, and a worker without DynaFlow where it reports ready.
-- It imports nothing heavy. What DynaFlow needs is imported when a config asks for it.
+- SGLang calls `register` once in every process, and logs and swallows all errors in it, so nothing is refused here. A
+  config is refused where SGLang reads its arguments, and a worker without DynaFlow where it reports ready.
+- It imports nothing heavy. DynaFlow's other modules are imported when a config asks for them.
 - `--dynaflow PATH|NAME`, and the key `dynaflow` of `--json-model-override-args` (the way for `sglang.Engine`), are the
   same. On the command line an error is one paragraph and exit code 1.
 """
@@ -25,6 +25,7 @@ SCHEDULER = "dynaflow_serving.integrations.sglang.scheduler"
 
 
 def register() -> None:
+    """Hook the flag, the resolution of arguments, and their publication in every process."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(f"{TARGET}.add_cli_args", _add_flag, HookType.AFTER)
@@ -62,7 +63,13 @@ def _resolve(original: Callable[[Any], None], server_args: Any) -> None:
 
 
 def _requested(server_args: Any) -> Any:
-    """What the flag or the model overrides ask for; the key is taken out of the overrides, which are the model's."""
+    """Return the config that the flag or the model overrides name, or None.
+
+    The key is taken out of the overrides, because SGLang applies these to the model's own config.
+
+    Raises:
+        ConfigError: Both name a config.
+    """
     source = getattr(server_args, "_dynaflow", None)
     try:
         overrides = json.loads(server_args.json_model_override_args or "{}")
@@ -79,7 +86,7 @@ def _requested(server_args: Any) -> Any:
 
 
 def _published(context: Any, server_args: Any, *, role: str, **_: Any) -> None:
-    """SGLang publishes its arguments early in every process; errors that are raised here end the process."""
+    """Enter SGLang when it publishes its arguments, early in every process; errors raised here end the process."""
     # A process that has started an engine with DynaFlow also looks at those that it starts without.
     if getattr(server_args, "_dynaflow", None) is None and SCHEDULER not in sys.modules:
         return

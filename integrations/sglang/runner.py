@@ -1,13 +1,13 @@
-"""A ModelRunner under DynaFlow: decides each step's split, and runs the model's body under the plan.
+"""`DynaflowRunner` decides each step's split for a ModelRunner, and runs the model's body under the plan.
 
 Contract
-- Two methods of two objects are replaced, and nothing of SGLang's classes: `ModelRunner._forward_raw`, which every
-  real step passes (warm-up and graph capture call the model directly and run whole), and the forward of the body,
-  which is all of the model but the head and sampling.
-- SGLang has no graph of its models: the body is recorded (`capture.eager`) in two of SGLang's own dummy
-  runs, before the scheduler reports ready.
-- A split step uses no CUDA graph: a graph replays the whole batch with its own attention metadata. Un-split steps
-  replay as ever.
+- Methods of two objects are replaced, and SGLang's classes stay as they are. Every real step passes
+  `ModelRunner._forward_raw`; warm-up and graph capture call the model directly and run whole. The other method is the
+  forward of the body, which is all of the model but the head and sampling.
+- SGLang has no graph of its models. The body is recorded (`capture.eager`) in two of SGLang's own dummy runs, before
+  the scheduler reports ready.
+- A split step uses no CUDA graph, because a graph replays the whole batch with its own attention metadata. Un-split
+  steps replay as ever.
 - Where shadow mode compares, the body runs again un-split under the step's own context, and writes the KV cache last.
 """
 
@@ -35,7 +35,7 @@ from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 from dynaflow_serving.strategy.tags import Tag
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
-# All that a model may call under tensor parallelism: also one that cannot overlap must keep its place in the order.
+# A model may call these under tensor parallelism. Even one that cannot overlap must keep its place in the order.
 COLLECTIVES = {
     "all_reduce": Tag.ALL_REDUCE,
     "quant_all_reduce": Tag.ALL_REDUCE,
@@ -47,13 +47,13 @@ COLLECTIVES = {
 }
 # The computation of the experts, without the all-reduce that some models have inside their module of experts.
 EXPERTS = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.run_moe_core"
-DUMMY_SIZES = (2, 3)  # requests of the two recorded runs
+DUMMY_SIZES = (2, 3)  # the two recorded runs have so many requests
 
 logger = logging.getLogger("sglang.dynaflow")
 
 
 def rules(tensor_parallel: int) -> tuple[Rule, ...]:
-    """Where bodies are cut. With one rank, SGLang's collectives do nothing and are no operators."""
+    """Return the rules that cut a body. With one rank, SGLang's collectives do nothing and are no operators."""
     collectives = COLLECTIVES if tensor_parallel > 1 else {}
     return (
         SplitModule("RadixAttention", "attention", Resource.MEMORY, (Tag.ATTENTION,), context=True),
@@ -63,9 +63,23 @@ def rules(tensor_parallel: int) -> tuple[Rule, ...]:
 
 
 class DynaflowRunner:
-    """`session` decides and counts; `backends` are the attention backends, one per micro-batch."""
+    """This object puts one ModelRunner under DynaFlow.
+
+    Attributes:
+        runner: SGLang's ModelRunner.
+        body: The decoder stack of its model.
+        session: It decides and counts the steps.
+        backends: The attention backends, one per micro-batch.
+    """
 
     def __init__(self, runner: Any, config: Config) -> None:
+        """Prepare to replace methods of `runner` and of its model's body.
+
+        Raises:
+            ConfigError: The config is wrong.
+            InactiveError: The model or this build of SGLang is not supported.
+            AnnotationError: An annotation of the strategy matches nothing.
+        """
         from sglang.srt.runtime_context import get_parallel
 
         self.runner, self.body = runner, body_of(runner.model)
@@ -80,13 +94,14 @@ class DynaflowRunner:
         self.eager_forward = EagerForward(self.session, self.body.forward, self.body, cuts, states, self.entering)
 
     def install(self) -> None:
+        """Replace the methods."""
         self.runner.dynaflow = self
         self.runner._forward_raw = self.step
         self.runner.init_attention_backends = self.init_attention_backends
         self.body.forward = self.forward
 
     def remove(self) -> None:
-        """The runner is a stock one again."""
+        """Restore the stock methods, and close the session."""
         for thing, names in (
             (self.runner, ("dynaflow", "_forward_raw", "init_attention_backends")),
             (self.body, ("forward",)),
@@ -97,16 +112,23 @@ class DynaflowRunner:
         self.session.close()
 
     def init_attention_backends(self) -> None:
-        """In place of `ModelRunner.init_attention_backends`."""
+        """Initialize SGLang's backends and ours; this replaces `ModelRunner.init_attention_backends`."""
         self._init_attention_backends()
         self.make_backends()
 
     def make_backends(self) -> None:
+        """Make one attention backend per micro-batch."""
         self.backends = [self.runner._get_attention_backend() for _ in range(self.session.selector.max_micro_batches)]
 
     def check(self, group: Any) -> None:
-        """Record the model. Raise `InactiveError` unless it can be split and all ranks of `group` (a process group for
-        CPU objects) have the same plans."""
+        """Record the model, and compare the plans of all ranks.
+
+        Args:
+            group: A process group for CPU objects.
+
+        Raises:
+            InactiveError: The model cannot be split, or the ranks have different plans.
+        """
         eager, backend = self.runner.eager_runner, self.runner.attn_backend
         try:
             backend.get_cuda_graph_seq_len_fill_value()
@@ -118,13 +140,19 @@ class DynaflowRunner:
         self.session.confirm(group)
 
     def start(self, tree_cache: Any) -> None:
-        """After `check`, with an empty `tree_cache`: decide by measuring, where the strategy is one that decides.
-        Raises `InactiveError` for ranks that have different decisions."""
+        """Decide by measuring, if the strategy is `auto`; this follows `check`.
+
+        Args:
+            tree_cache: The scheduler's cache, still empty.
+
+        Raises:
+            InactiveError: The ranks have different decisions.
+        """
         with RunnerTrials(self.runner, tree_cache) as trials:
             start_policy(self.session, trials, lambda: facts(self.runner, self.session, self.body, trials.limits))
 
     def decided(self) -> dict[str, Any] | None:
-        """The policy in short, for `/server_info`; None where the strategy decides nothing."""
+        """Return a short form of the policy's decisions, for `/server_info`, or None if the strategy is not `auto`."""
         selector = self.session.selector
         if not isinstance(selector, AutoSelector) or selector.table is None:
             return None
@@ -137,8 +165,8 @@ class DynaflowRunner:
         }
 
     def step(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of `ModelRunner._forward_raw`."""
-        if forward_batch.batch_size == 0:  # an idle rank
+        """Run one step, split or not; this replaces `ModelRunner._forward_raw`."""
+        if forward_batch.batch_size == 0:  # the rank is idle
             return self._forward_raw(forward_batch, *args, **kwargs)
         batch = describe(forward_batch)
         if reason := reason_to_run_whole(forward_batch):
@@ -149,6 +177,7 @@ class DynaflowRunner:
             return run(forward_batch, *args, **kwargs)
 
     def _without_graphs(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a split step, while SGLang finds no CUDA graph to replay."""
         runner = self.runner
         graphs = runner.decode_cuda_graph_runner, runner.prefill_cuda_graph_runner
         runner.decode_cuda_graph_runner = runner.prefill_cuda_graph_runner = None
@@ -162,7 +191,7 @@ class DynaflowRunner:
 
     @contextmanager
     def entering(self, input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kw: Any) -> Iterator[Contexts]:
-        """The micro-batches of a split step, given the body's arguments."""
+        """Enter the micro-batches of a split step; the arguments are the body's."""
         micro_batches = MicroBatches(forward_batch, self.session.micro_batches, self.backends)
         try:
             yield Contexts(micro_batches.enter, lambda i: ((*micro_batches.arguments(i), *args), kw))
@@ -170,7 +199,7 @@ class DynaflowRunner:
             micro_batches.leave()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of the body's forward; its first arguments are `BODY_ARGUMENTS`."""
+        """Run the body, split or not; this replaces its forward, whose first arguments are `BODY_ARGUMENTS`."""
         result, step = self.eager_forward(*args, **kwargs), self.session.in_flight
         if step is None or not step.micro_batches:
             return result
@@ -178,7 +207,11 @@ class DynaflowRunner:
 
 
 def body_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The decoder stack of a `...ForCausalLM`: embedding to final norm."""
+    """Return the decoder stack of a `...ForCausalLM`, from the embedding to the final norm.
+
+    Raises:
+        InactiveError: The model has none in its attribute `model`.
+    """
     body = getattr(model, "model", None)
     if not isinstance(body, torch.nn.Module):
         raise InactiveError(

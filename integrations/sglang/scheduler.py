@@ -1,14 +1,13 @@
-"""Scheduler processes under DynaFlow, and the parent's proof that all of them are.
+"""`enter` puts scheduler processes under DynaFlow, and lets the parent check that all of them are.
 
 Contract
-- SGLang publishes its arguments early in every process; that is where `plugin` calls `enter`, for errors raised there
-  end the process, while those of plugins are logged and swallowed. Only then are SGLang's classes touched, and only in
-  the processes that need it.
-- A scheduler reports ready only after the ranks have agreed on their plans and the policy has decided (where the
-  strategy is one that decides), and says then which strategy is on, "" if the config let it fall back. The parent
-  refuses to go on if one says nothing.
-- `dynaflow_report` and `dynaflow_reset` are for `Engine.collective_rpc`, which brings back no result: a report goes to
-  a file per rank. `/server_info` shows rank 0's counts among its internal states.
+- SGLang publishes its arguments early in every process, where `plugin` calls `enter`. Errors raised there end the
+  process, while errors of plugins are logged and swallowed.
+- Only then are SGLang's classes changed, and only in the processes that need it.
+- A scheduler reports ready after the ranks have agreed on their plans and the policy has decided (`strategy: auto`). It
+  then names its strategy, or "" if the config let it fall back. The parent refuses to go on if one says nothing.
+- `dynaflow_report` and `dynaflow_reset` are for `Engine.collective_rpc`. This brings back no result, so a report goes
+  to a file per rank. `/server_info` shows rank 0's counts among its internal states.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ logger = logging.getLogger("sglang.dynaflow")
 
 
 def enter(server_args: Any, role: str) -> None:
-    """Touch SGLang's classes in this process, if it needs that. `role`: of the process, as SGLang says."""
+    """Change SGLang's classes in this process, if its `role` (SGLang's name for it) needs that."""
     active = active_config(server_args) is not None
     if role == "scheduler" and active:
         _enter_scheduler()
@@ -49,7 +48,7 @@ def _enter_scheduler() -> None:
 
 
 def _then(method: Callable[..., Any], after: Callable[[Any, Any], None]) -> Callable[..., Any]:
-    """`method`, then `after(result, self)`."""
+    """Return a method that calls `method`, then `after(result, self)`."""
 
     @functools.wraps(method)
     def both(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,14 +88,17 @@ def _ready(info: dict[str, Any], scheduler: Any) -> None:
 
 
 def _give_up(config: Config, error: InactiveError) -> None:
-    """Called by all ranks alike: what is refused depends on the model, and on plans that all have compared."""
+    """Raise the `error`, or log it if the config lets the engine fall back.
+
+    All ranks call this alike, because the error depends on the model, and on plans that all have compared.
+    """
     if not config.fallback:
         raise error
     logger.warning("DynaFlow is NOT active, SGLang runs as it is (fallback: true): %s", error)
 
 
 def _runner_of(scheduler: Any) -> Any:
-    """The DynaflowRunner, or None."""
+    """Return the scheduler's DynaflowRunner, or None where it has a stock runner."""
     return getattr(scheduler.tp_worker.model_runner, "dynaflow", None)
 
 
@@ -117,11 +119,11 @@ def _reset(scheduler: Any) -> None:
     _runner_of(scheduler).session.reset()
 
 
-_parent: Any = None  # arguments of the engine that this process starts, or started last
+_parent: Any = None  # the arguments of the engine that this process starts, or has started last
 
 
 def _enter_parent(server_args: Any) -> None:
-    """Look at what the schedulers say when they are ready."""
+    """Check the answers of the schedulers when they are ready."""
     global _parent
     from sglang.srt.entrypoints import engine
 

@@ -1,13 +1,14 @@
-"""From the user's flag to checked ServerArgs, in the process that parses the arguments.
+"""`activate` turns the user's flag into checked ServerArgs, in the process that parses the arguments.
 
 Contract
 - `--dynaflow PATH|NAME`, and the key `dynaflow` of `--json-model-override-args` (the way for `sglang.Engine`), are the
-  same: the checked content of the config becomes `server_args._dynaflow`, which SGLang pickles to every process.
-- SGLang resolves all its arguments as it always does; only then is it checked what cannot be honoured. Whatever
-  cannot be active raises `InactiveError` here, before a process is started or a weight is loaded; on the command line
-  it is one paragraph and exit code 1. With `fallback: true` it is a warning and SGLang runs as it is.
-- One resolved setting is changed: the kernel that fuses all-reduce, residual add and norm is off, for its all-reduce
-  could neither overlap nor keep its place among the collectives of a plan.
+  same. The checked content of the config becomes `server_args._dynaflow`, which SGLang pickles to every process.
+- SGLang resolves all its arguments as it always does, and then `limits` checks them. If DynaFlow cannot be active,
+  `InactiveError` is raised here, before a process is started or a weight is loaded.
+- On the command line an error is one paragraph and exit code 1. With `fallback: true` it is a warning, and SGLang runs
+  as it is.
+- One resolved setting is changed: the kernel that fuses all-reduce, residual add and norm is off. Its all-reduce could
+  neither overlap nor keep its place among the collectives of a plan.
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ logger = logging.getLogger("sglang.dynaflow")
 
 
 def active_config(server_args: Any) -> Config | None:
-    """The checked config, or None for a stock server."""
+    """Return the checked config, or None for a stock server."""
     content = getattr(server_args, "_dynaflow", None)
     return load(content) if isinstance(content, dict) else None
 
 
 def activate(server_args: Any, requested: Any, resolve: Callable[[Any], None]) -> None:
-    """Resolve `server_args` by `resolve`, SGLang's own way, with DynaFlow as `requested` (what `config.load` takes).
+    """Resolve the arguments of a server, and put it under DynaFlow as requested.
+
+    Args:
+        server_args: SGLang's ServerArgs, not resolved yet.
+        requested: A source that `config.load` takes.
+        resolve: This resolves the arguments in SGLang's own way.
 
     Raises:
         ConfigError: The config is wrong.

@@ -1,9 +1,10 @@
-"""HuggingFace Transformers: `enable(model, "configs/transformers/comm_overlap.yaml")`, then use the model as before.
+"""`enable` puts a model of HuggingFace Transformers under DynaFlow; the model is used as before.
 
 Contract
-- There is no plugin mechanism to hook, so models are enabled one at a time, after `from_pretrained`.
-- What cannot run under DynaFlow is an `InactiveError` here, before the first forward, or the stock model with a
-  warning where the config says `fallback: true`.
+- There is no plugin mechanism to hook, so models are enabled one at a time, after `from_pretrained`:
+  `enable(model, "configs/transformers/comm_overlap.yaml")`.
+- A model that cannot run under DynaFlow raises `InactiveError`, before the first forward. With `fallback: true` it
+  stays the stock model, and there is a warning.
 """
 
 from __future__ import annotations
@@ -24,10 +25,18 @@ Model = TypeVar("Model")
 
 
 def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overlap") -> Model:
-    """Run the body of `model` (all but the head, the loss and sampling) under DynaFlow; returns `model` itself.
+    """Run the body of `model` (all but the head, the loss and sampling) under DynaFlow.
 
-    source: a YAML file, a strategy name, a mapping or a Config.
-    Raises `ConfigError` for a wrong config, `InactiveError` for a model or release that is not supported.
+    Args:
+        model: A `PreTrainedModel`.
+        source: A YAML file, a strategy name, a mapping or a `Config`.
+
+    Returns:
+        The `model` itself.
+
+    Raises:
+        ConfigError: The config is wrong.
+        InactiveError: The model or the release is not supported, and the config does not let it fall back.
     """
     from dynaflow_serving.integrations.transformers.body import Body
     from dynaflow_serving.integrations.transformers.limits import check_model
@@ -45,11 +54,21 @@ def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overla
 
 
 def tune(model: Any, inputs: Sequence[Mapping[str, Any]]) -> Table:
-    """Have `strategy: auto` decide, by measuring, for batches like `inputs`: keyword arguments of the body's forward,
-    such as `{"input_ids": ids}`. Decisions for this model, machine and release that are on disk are read instead.
+    """Have `strategy: auto` decide, by measuring, for batches like `inputs`.
 
-    Every rank calls it, with inputs of the same shapes. Raises `ConfigError` for inputs that cannot be split and for
-    another strategy, `InactiveError` for a model that is not enabled and for ranks that differ.
+    Decisions on disk for this model, machine and release are read instead. Every rank calls this, with inputs of the
+    same shapes.
+
+    Args:
+        model: An enabled model.
+        inputs: Each holds keyword arguments of the body's forward, such as `{"input_ids": ids}`.
+
+    Returns:
+        The table of the decisions.
+
+    Raises:
+        ConfigError: An input cannot be split, or the strategy is another one.
+        InactiveError: The model is not enabled, or the ranks have different decisions.
     """
     from dynaflow_serving.integrations.transformers.body import Body
 
@@ -58,14 +77,15 @@ def tune(model: Any, inputs: Sequence[Mapping[str, Any]]) -> Table:
         "engine": f"transformers {TRANSFORMERS.installed_version()}",
         "model": hashlib.sha256(architecture.encode()).hexdigest()[:16],
     }
-    return Body.of(model).tune(inputs, key)
+    return Body.installed_in(model).tune(inputs, key)
 
 
 def report(model: Any) -> WorkerReport:
-    """What DynaFlow did in the forwards of `model` so far: strategy, steps split and not, programs and plans.
+    """Return the report of the forwards of `model` so far: strategy, split and un-split steps, programs and plans.
 
-    Raises `InactiveError` for a model that is not enabled.
+    Raises:
+        InactiveError: The model is not enabled.
     """
     from dynaflow_serving.integrations.transformers.body import Body
 
-    return Body.of(model).session.report()
+    return Body.installed_in(model).session.report()

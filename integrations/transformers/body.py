@@ -1,15 +1,16 @@
-"""The body of a transformers model under DynaFlow: what `model.base_model.forward` becomes.
+"""`Body` replaces the forward of a transformers model's body (`model.base_model`).
 
 Contract
-- The body is captured by Dynamo and lowered through AOT autograd, where tensor parallelism's collectives are
-  operators of their own, in the forward and in the backward graph. The head, the loss and sampling see the whole
-  batch, as in an engine.
-- The batch dimension is dimension 0 of all batched arguments and of a cache's keys and values, which are cut into
-  views per micro-batch; a static cache is written in place.
-- A call with one request, or one that the strategy does not split, is counted with the reason. A forward with
-  graph breaks has several graphs, which are counted each. What `strategy: auto` does not split runs the stock forward.
-- A model whose graph cannot be split ends the first forward with an error, or, with `fallback: true`, goes on as
-  the stock model with a warning.
+- Dynamo captures the body, and AOT autograd lowers it. Tensor parallelism's collectives are operators of their own
+  there, in the forward and in the backward graph.
+- The head, the loss and sampling see the whole batch, as in an engine.
+- The batch is dimension 0 of all batched arguments and of a cache's keys and values, which are cut into views per
+  micro-batch. A static cache is written in place.
+- A call with one request, or one that the strategy does not split, is counted with the reason. A forward with graph
+  breaks has several graphs, each of which is counted.
+- A batch that `strategy: auto` does not split runs the stock forward.
+- A model whose graph cannot be split ends the first forward with an error. With `fallback: true` it goes on as the
+  stock model, and there is a warning.
 """
 
 from __future__ import annotations
@@ -36,15 +37,29 @@ ATTRIBUTE = "_dynaflow"
 
 
 class Body(SplitForward):
+    """This is the forward of one model's body.
+
+    Attributes:
+        original: The stock forward.
+        compiled: The stock forward under `torch.compile` with our backend.
+        refused: The reason why the model runs without DynaFlow (`fallback: true`), or "".
+    """
+
     def __init__(self, module: torch.nn.Module, backend: Backend, fallback: bool = False) -> None:
         super().__init__(backend.session)
         self.module, self.original, self.backend, self.fallback = module, module.forward, backend, fallback
         self.signature = inspect.signature(self.original)
         self.compiled = Compiled(self.original, backend, batch_dim=0)
-        self.refused = ""  # why this model runs without DynaFlow, by `fallback: true`
+        self.refused = ""
 
     @classmethod
     def install(cls, model: Any, config: Config) -> None:
+        """Replace the forward of the body of `model`.
+
+        Raises:
+            ConfigError: The strategy or one of its options is not valid.
+            InactiveError: The model is enabled already.
+        """
         module = model.base_model
         if ATTRIBUTE in module.__dict__:
             raise InactiveError("this model is enabled already")
@@ -57,7 +72,12 @@ class Body(SplitForward):
         module.__dict__.update({ATTRIBUTE: body, "forward": forward})
 
     @classmethod
-    def of(cls, model: Any) -> Body:
+    def installed_in(cls, model: Any) -> Body:
+        """Return the body that was installed in `model`.
+
+        Raises:
+            InactiveError: The model is not enabled.
+        """
         body = model.base_model.__dict__.get(ATTRIBUTE)
         if body is None:
             raise InactiveError("this model is not enabled: call dynaflow_serving.integrations.transformers.enable")
@@ -87,13 +107,13 @@ class Body(SplitForward):
         return self._run_graphs(args, kwargs)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a call, by name."""
+        """Return all arguments of a call, by name."""
         given = self.signature.bind(*args, **kwargs).arguments
         extra: dict[str, Any] = given.pop("kwargs", {})
         return {**given, **extra}
 
     def _run_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The captured forward."""
+        """Run the captured forward."""
         given = self._arguments(args, kwargs)
         first = batched_input(given)
         assert first is not None
@@ -113,13 +133,22 @@ class Body(SplitForward):
         except (PartitionError, InactiveError) as error:
             if not self.fallback:
                 raise
-            # The result is right, the caches are written: it is from the next call on that stock code runs.
+            # The result is right, and the caches are written, so stock code runs from the next call on.
             logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
             self.refused = f"fallback: {error}"
         return result
 
     def tune(self, inputs: Sequence[Mapping[str, Any]], key: Mapping[str, str]) -> Table:
-        """Decide by calling the body with each of `inputs`. Raises `ConfigError`, `InactiveError`."""
+        """Decide by calling the body with each of `inputs`.
+
+        Args:
+            inputs: Each holds keyword arguments of the body's forward.
+            key: The system and the model, for the key of the table.
+
+        Raises:
+            ConfigError: An input cannot be split, or the strategy is not `auto`.
+            InactiveError: The ranks have different decisions.
+        """
         calls = []
         for given in inputs:
             first = batched_input(given)
@@ -138,5 +167,5 @@ class Body(SplitForward):
 
 
 def batched_input(given: Mapping[str, Any]) -> torch.Tensor | None:
-    """The argument that says the size of the batch."""
+    """Return the argument whose first dimension is the size of the batch, or None."""
     return next((t for name in ("input_ids", "inputs_embeds") if (t := given.get(name)) is not None), None)

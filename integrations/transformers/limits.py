@@ -1,7 +1,7 @@
-"""Which transformers models are declined, and why.
+"""DynaFlow declines some models of transformers.
 
 Contract
-- Everything that `enable` cannot honour is found here by name, before the first forward.
+- `check_model` names the reason before the first forward.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from dynaflow_serving.errors import InactiveError
 
 
 def check_model(model: Any) -> None:
-    """Raise `InactiveError` for a model that cannot run under DynaFlow."""
+    """Check that `model` can run under DynaFlow.
+
+    Raises:
+        InactiveError: It cannot; the message says why.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -27,6 +31,7 @@ def check_model(model: Any) -> None:
 
 
 def _declined(model: Any) -> str:
+    """Return why `model` is declined, or ""."""
     devices = {p.device for p in model.parameters()}
     if getattr(model.config, "is_encoder_decoder", False):
         return "encoder-decoder models are not supported yet"

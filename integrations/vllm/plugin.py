@@ -1,8 +1,8 @@
-"""vLLM's way in: the entry point of the `vllm.general_plugins` group.
+"""`register` is vLLM's way in, the entry point of the `vllm.general_plugins` group.
 
 Contract
-- vLLM calls `register` in every process, some of them several times: it is idempotent and imports nothing heavy. What
-  DynaFlow needs is imported when a config asks for it.
+- vLLM calls `register` in every process, and in some several times. Further calls change nothing.
+- It imports nothing heavy. DynaFlow's other modules are imported when a config asks for them.
 - vLLM swallows an import error here, but not an exception of `register` itself.
 - `--dynaflow PATH|NAME`, `--additional-config '{"dynaflow": ...}'` and `LLM(additional_config={"dynaflow": ...})`
   are the same. On the command line an error is one paragraph and exit code 1.

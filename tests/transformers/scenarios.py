@@ -51,7 +51,7 @@ def forward(path: str, strategies: list[tuple[str, dict[str, int]]]) -> dict[str
         steps = report(model).steps.model_dump()
         networks = {
             s.stream
-            for plan_cache in Body.of(model).session.plan_caches
+            for plan_cache in Body.installed_in(model).session.plan_caches
             for plan in plan_cache.plans
             for s in plan.actions
             if plan.micro_batches > 1
@@ -90,7 +90,7 @@ def auto(path: str, folder: str) -> dict[str, Any]:
     def enabled(**options: Any) -> Any:
         """The stock forward, which un-split steps run, sleeps as long as all operators together."""
         enable(model, {"strategy": "auto", "options": {"candidates": ["comm_overlap", "nanoflow"], **options}})
-        body, slept = Body.of(model), [0.0]
+        body, slept = Body.installed_in(model), [0.0]
         with body.session.trial("sequential x2"):
             for call in (model, body):  # two graphs, for the head passes more arguments
                 call(**inputs)
@@ -153,7 +153,7 @@ def training(path: str, micro_batches: int) -> dict[str, Any]:
     expected = gradients()
     enable(model, strategy("comm_overlap", micro_batches))
     found = [gradients() for _ in range(3)][-1]
-    forward_run, backward_run = Body.of(model).session.plan_caches
+    forward_run, backward_run = Body.installed_in(model).session.plan_caches
     (plan,) = backward_run.plans
     by_name = backward_run.captured.program.by_name
     runs = [s for s in plan.actions if s.kind is ActionKind.RUN]
@@ -186,7 +186,7 @@ def different_plans(path: str) -> dict[str, Any]:
         error = ""
     except InactiveError as e:
         error = str(e)
-    session = Body.of(model).session
+    session = Body.installed_in(model).session
     steps = session.counts.split + sum(session.counts.unsplit.values())
     return {"error": error, "graphs": len(session.plan_caches), "runs": steps}
 
@@ -197,7 +197,7 @@ def killed(path: str) -> dict[str, Any]:
     model = enable(load(path), strategy("comm_overlap", 2))
     model(input_ids=ids(6, 12), use_cache=False)
     if dist.get_rank() == 1:
-        (plan_cache,) = Body.of(model).session.plan_caches
+        (plan_cache,) = Body.installed_in(model).session.plan_caches
         name = [o.name for o in plan_cache.captured.program.operators if o.resource is Resource.NETWORK][1]
         plan_cache.captured.functions[name] = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         plan_cache.captured.into.clear()
