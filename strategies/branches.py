@@ -1,5 +1,6 @@
-"""Independent branches of the graph side by side, without a split: the shared expert of a MoE layer beside the routed
-experts, the two streams of a dual-stream DiT block beside one another.
+"""Independent branches of the graph run side by side, without a split.
+
+Such branches are the shared expert of a MoE layer and its routed experts, or the two halves of a dual-stream DiT block.
 
     compute  attention  gate  dispatch  experts  combine  next layer
     side                      shared expert
@@ -53,7 +54,7 @@ class Branches(OpScheduler[BranchesOptions]):
 
 
 def side_streams(program: Program, streams: int) -> dict[str, str]:
-    """Operator -> its side stream, for those that leave the compute stream."""
+    """Map each operator that leaves the compute stream to its side stream."""
     before = order_edges(program)
     place = {name: i for i, name in enumerate(before)}
     heavy = {o.name for o in program.operators if _heavy(program, o)}

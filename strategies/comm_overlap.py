@@ -1,10 +1,13 @@
-"""Communication overlap (DynaFlow paper, section 6: Transformers, Megatron-LM, xDiT, FastVideo): no collective
-waits in line, and compute that needs the newest one comes last.
+"""Communication overlap (DynaFlow paper, section 6: Transformers, Megatron-LM, xDiT, FastVideo).
 
-List scheduling. A network operator is issued as soon as it is ready. Of the compute that is ready, what needs no
-collective still in flight goes first, then what waits for the oldest one; among equals, what leads to another
-collective goes before what does not. With micro-batches this is lock-step; within one, work off the path to the
-next collective (a weight's gradient, a shared expert) fills the time that a collective takes:
+No collective waits in line, and compute that needs the newest one comes last. This is list scheduling:
+
+- A network operator is issued as soon as it is ready.
+- Of the compute that is ready, what needs no collective still in flight goes first, then what waits for the oldest one.
+- Among equals, an operator that leads to another collective goes before one that does not.
+
+With micro-batches this is lock-step. Within one, work off the path to the next collective (a weight's gradient, a
+shared expert) fills the time that a collective takes:
 
     compute  dX      dW   dX'      dW'
     network      ar           ar'
@@ -35,7 +38,7 @@ class CommOverlap(OpScheduler[SplitOptions]):
         passed = 0
 
         def newest(task: Task) -> int:
-            """How many collectives must have ended before `task` can run; 0 if it waits for none."""
+            """Return how many collectives must have ended before `task` can run; 0 if it waits for none."""
             return max((n for p in s.predecessors(task) if (n := issued.get(p, 0)) > passed), default=0)
 
         while ready := s.get_ready_ops():
@@ -50,7 +53,7 @@ class CommOverlap(OpScheduler[SplitOptions]):
 
 
 def leading_to_network(s: Schedule) -> set[str]:
-    """The operators that a network operator follows."""
+    """Return the operators that lead to a network operator."""
     leads: set[str] = set()
     for op in reversed(s.program.operators):
         after = s.successors(Task(op, 0))

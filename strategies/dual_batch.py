@@ -1,4 +1,4 @@
-"""Dual-batch overlap (DBO; DynaFlow paper, section 6): the MoE all-to-all under the other batch's compute.
+"""Dual-batch overlap (DBO; DynaFlow paper, section 6): the MoE all-to-all runs beside the other batch's compute.
 
 With A = attention and gate, D = dispatch, E = experts, C = combine:
 
@@ -6,7 +6,8 @@ With A = attention and gate, D = dispatch, E = experts, C = combine:
     network       D@0   D@1   C@0   C@1
 
 A micro-batch runs until it has issued a dispatch or combine, then the other one has its turn. In a model
-without dispatch and combine (tensor parallelism), the turn ends at every network operator.
+without dispatch and combine (tensor parallelism), the turn ends at every network operator. No integration tags an
+operator dispatch or combine yet (docs/strategies.md), so on an engine that is what happens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prefill beside decode in one mixed batch, on one GPU (POD-Attention, arXiv 2410.18038; DuetServe, Bullet).
+"""Prefill runs beside decode in one mixed batch, on one GPU (POD-Attention, arXiv 2410.18038; DuetServe, Bullet).
 
 Prefill attention is bound by compute, decode attention by the KV cache's bandwidth. The step is cut at the border
 between the two kinds. `overlap: attention` splits attention only, the rest runs once for both:
@@ -69,5 +69,6 @@ class PrefillDecode(OpScheduler[PrefillDecodeOptions]):
 
 
 def _apart(program: Program, op: Operator) -> bool:
+    """Return whether `op` runs per micro-batch: attention, and what cannot be merged."""
     local = any(program.values[v].scope is Scope.LOCAL for v in (*op.inputs, *op.outputs))
     return Tag.ATTENTION in op.tags or op.context or local

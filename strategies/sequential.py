@@ -1,4 +1,4 @@
-"""One micro-batch after the other, all on the compute stream: the reference order, and the un-split step."""
+"""The reference order: one micro-batch runs after the other, all on the compute stream. Un-split steps run so, too."""
 
 from __future__ import annotations
 

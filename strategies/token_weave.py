@@ -1,5 +1,7 @@
-"""TokenWeave (arXiv 2505.11329; DynaFlow paper, section 6): all-reduce, residual add and norm as one operator on
-shards of the tokens, on the network stream, beside the compute of the other half of the tokens.
+"""TokenWeave (arXiv 2505.11329; DynaFlow paper, section 6).
+
+All-reduce, residual add and norm run as one operator on shards of the tokens. It is on the network stream, beside the
+compute of the other half of the tokens:
 
     compute  c0@0  c0@1            c1@0            c1@1
     network        rs norm ag @0   rs norm ag @1
@@ -10,6 +12,7 @@ waves of tiles: a careless cut adds a wave, which costs more than the overlap ga
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -40,7 +43,7 @@ _TAILS: WeakKeyDictionary[fx.Graph, dict[str, str]] = WeakKeyDictionary()
 
 
 class AfterAllReduce(Rule):
-    """What follows an all-reduce with nothing beside residuals and one-dimensional weights: add and norm."""
+    """Matches what follows an all-reduce with nothing beside residuals and one-dimensional weights: add and norm."""
 
     def instance(self, node: fx.Node) -> str | None:
         if node.graph not in _TAILS:
@@ -52,7 +55,7 @@ class AfterAllReduce(Rule):
 
 
 def _tails(graph: fx.Graph, collective: str) -> dict[str, str]:
-    """Node -> the newest all-reduce that it follows token by token."""
+    """Map each node to the newest all-reduce that it follows token by token."""
     follows: dict[fx.Node, tuple[int, str]] = {}  # also the collectives and their waits
     tails: dict[str, str] = {}
     for i, node in enumerate(n for n in graph.nodes if n.op in CALLS):
@@ -73,8 +76,10 @@ def _tails(graph: fx.Graph, collective: str) -> dict[str, str]:
 
 
 def _is_replicated(argument: fx.Node, node: fx.Node) -> bool:
-    """Whether `argument` is a number, a vector (a norm's weight), or a residual that `node` adds. Tensor parallelism
-    has these on all ranks; the kernel checks that it is so."""
+    """Return whether `argument` is a number, a vector (a norm's weight), or a residual that `node` adds.
+
+    Tensor parallelism has these on all ranks; the kernel checks that it is so.
+    """
     x, y = fake_value(argument), fake_value(node)
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
         return True
@@ -122,7 +127,7 @@ class TokenWeave(OpScheduler[TokenWeaveOptions]):
 
     @staticmethod
     def _with_tail(s: Schedule, task: Task, done: set[Task]) -> list[Task]:
-        """An all-reduce and the replicated operators that wait for nothing else."""
+        """Return `task` and, if it is an all-reduce, the replicated operators that wait for nothing else."""
         group = [task]
         if Tag.ALL_REDUCE in task.tags and not task.operator.writes:
             for member in group:
@@ -140,11 +145,22 @@ def _shardable(program: Program, op: Operator) -> bool:
 
 @lru_cache(maxsize=4096)
 def weave_point(tokens: int, least: int, tile: int, columns: int, multiprocessors: int) -> int:
-    """Where to cut `tokens` in two: the multiple of `tile`, with `least` on both sides, that makes the fewest waves in
-    total, nearest to the middle among equals. 0: nowhere."""
+    """Return where to cut `tokens` in two; 0 if nowhere.
+
+    The cut is a multiple of `tile` and leaves `least` tokens on both sides. Of such cuts it makes the fewest waves in
+    total, and among equals it is the nearest to the middle.
+
+    Args:
+        tokens: tokens of the step.
+        least: tokens that each half must have.
+        tile: tokens of one tile of a product.
+        columns: tiles side by side.
+        multiprocessors: tiles that run at once, in one wave.
+    """
 
     def waves(part: int) -> int:
-        return -(-(-(-part // tile) * columns) // multiprocessors)
+        tiles = math.ceil(part / tile) * columns
+        return math.ceil(tiles / multiprocessors)
 
-    cuts = range(tile * max(1, -(-least // tile)), tokens - least + 1, tile)
+    cuts = range(tile * max(1, math.ceil(least / tile)), tokens - least + 1, tile)
     return min(cuts, key=lambda c: (waves(c) + waves(tokens - c), abs(2 * c - tokens)), default=0)

@@ -22,7 +22,7 @@ from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.strategies import build_strategy
-from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.base import OpScheduler, SplitOptions
 
 MICRO_BATCHES = (2, 3, 4)
 LARGE = (1,) * 64 + (100_000,) * 16  # tokens of each request, decode and prefill: no threshold keeps this batch whole
@@ -81,7 +81,7 @@ def _variants(config: Config) -> list[tuple[OpScheduler, int]]:
     if len(each) > 1:
         return [(strategy, strategy.max_micro_batches) for strategy in each]
     found: dict[int, OpScheduler] = {}
-    numbers = MICRO_BATCHES if "micro_batches" in type(selector.options).model_fields else (0,)
+    numbers = MICRO_BATCHES if isinstance(selector.options, SplitOptions) else (0,)
     for n in numbers:
         options = config.options | ({"micro_batches": n} if n else {})
         try:

@@ -1,4 +1,4 @@
-"""Where a captured graph is cut: rules of a strategy, and marks in the model's own code.
+"""Rules say where a captured graph is cut; marks in the model's own code say the same.
 
 Contract
 - A rule or mark names a region; the nodes it covers become operators of their own.
@@ -26,11 +26,16 @@ CALLS = ("call_function", "call_method", "call_module")
 
 @dataclass(frozen=True)
 class Rule(abc.ABC):
-    """What matches becomes operators named `name`, bound by `resource`.
+    """Code that matches the rule becomes operators of its own.
 
-    group: name of the process group for collectives, which keep one order on all ranks.
-    context: the operator reads the engine's per-micro-batch context (attention metadata).
-    required: whether matching nothing is an error (engine integrations list alternatives).
+    Attributes:
+        target: What to match; subclasses say what it may be.
+        name: What the operators are called; by default the last word of the target.
+        resource: What bounds the operators.
+        tags: What the operators do: of `Tag`, or any other word.
+        group: The process group of collectives, which keep one order on all ranks.
+        context: Whether the operators read the engine's per-micro-batch context (attention metadata).
+        required: Whether it is an error if nothing matches; integrations list alternatives.
     """
 
     target: Any
@@ -47,23 +52,24 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def instance(self, node: fx.Node) -> str | None:
-        """An id shared by the nodes of one match, None where the rule does not match `node`."""
+        """Return an id that the nodes of one match share; None where the rule does not match `node`."""
 
     @abc.abstractmethod
     def candidates(self, node: fx.Node) -> str | None:
-        """What a rule of this kind could have named at `node`."""
+        """Return the target with which a rule of this kind would match `node`, for error messages."""
 
     @property
     def label(self) -> str:
-        """What operators of this rule are called."""
+        """The name of this rule's operators."""
         return self.name or short_name(self.target)
 
     @property
     def target_name(self) -> str:
-        """The target, in errors."""
+        """The target's name, for error messages."""
         return self.target if isinstance(self.target, str) else short_name(self.target)
 
     def region(self, instance: str) -> dict[str, Any]:
+        """Return what a node's metadata holds about the match called `instance`."""
         return {
             "name": self.label,
             "resource": self.resource.value,
@@ -84,7 +90,7 @@ class SplitFunc(Rule):
         return node.name if self.matches(node.target, function_names(node)) else None
 
     def matches(self, function: Any, names: set[str]) -> bool:
-        """`names`: all that `function` goes by."""
+        """Return whether the rule names `function`; `names` are all that it goes by."""
         if isinstance(self.target, str):
             return self.target in names
         return function is self.target or bool(names & set(target_names(self.target)))
@@ -103,7 +109,7 @@ class SplitModule(Rule):
         return None
 
     def matches(self, cls: Any) -> bool:
-        """`cls`: a class, or the dotted name of one."""
+        """Return whether the rule names `cls`, a class or the dotted name of one."""
         return cls is self.target or getattr(cls, "__name__", str(cls)).rpartition(".")[2] == self.target
 
     def candidates(self, node: fx.Node) -> str | None:
@@ -112,19 +118,19 @@ class SplitModule(Rule):
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, Any]]:
-    """(path, class) of the modules around `node`, outermost first; paths as `named_modules` spells them."""
+    """Return (path, class) of the modules around `node`, outermost first; paths are as `named_modules` spells them."""
     return [(_module_path(path), cls) for path, cls in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def _module_path(source: str) -> str:
-    """`L['self']._modules['layers']._modules['0']` or `L['self'].layers[0]` -> `layers.0`."""
+    """Turn `L['self']._modules['layers']._modules['0']` or `L['self'].layers[0]` into `layers.0`."""
     path = re.sub(r"^L\['\w+'\]", "", source)
     path = re.sub(r"\._modules\['(\w+)'\]|\['?(\w+)'?\]", lambda m: f".{m[1] or m[2]}", path)
     return path.strip(".")
 
 
 def function_names(node: fx.Node) -> set[str]:
-    """All the names a call goes by: `aten.mm.default`, `aten.mm`, `aten::mm`, `mm`."""
+    """Return all the names that a call goes by: `aten.mm.default`, `aten.mm`, `aten::mm`, `mm`."""
     names = set(target_names(node.target))
     for name, fn in node.meta.get("source_fn_stack") or ():
         names |= {str(name)} | set(target_names(fn))

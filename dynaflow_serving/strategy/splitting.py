@@ -16,12 +16,23 @@ from dynaflow_serving.core.batch import Batch, MicroBatch, Split
 
 
 def whole(batch: Batch, reason: str) -> Split:
-    """The un-split step."""
+    """Return the un-split step.
+
+    Args:
+        batch: the step.
+        reason: why it is not split; reports count the steps of each reason.
+    """
     return Split((MicroBatch((0, len(batch.tokens)), (0, sum(batch.tokens))),), reason=reason)
 
 
 def cut_at_requests(batch: Batch, micro_batches: int, min_tokens: int = 1) -> Split:
-    """Cut at the request boundaries nearest to equal token counts (NanoFlow's rule, FIELD: prefix sums)."""
+    """Cut at the request boundaries that are nearest to equal token counts, as NanoFlow does.
+
+    Args:
+        batch: the step.
+        micro_batches: how many to make at most; there are no more than requests.
+        min_tokens: the step stays whole if a micro-batch would have fewer tokens.
+    """
     n = min(micro_batches, len(batch.tokens))
     if n < 2:
         return whole(batch, "one request")
@@ -37,7 +48,13 @@ def cut_at_requests(batch: Batch, micro_batches: int, min_tokens: int = 1) -> Sp
 
 
 def cut_evenly(batch: Batch, micro_batches: int, min_tokens: int = 1) -> Split:
-    """Cut into equal token counts, inside a request where need be (TokenWeave's rule)."""
+    """Cut into equal token counts, inside a request where need be, as TokenWeave does.
+
+    Args:
+        batch: the step.
+        micro_batches: how many to make at most; there are no more than tokens.
+        min_tokens: the step stays whole if a micro-batch would have fewer tokens.
+    """
     total = sum(batch.tokens)
     n = min(micro_batches, total)
     if n < 2:
@@ -46,10 +63,15 @@ def cut_evenly(batch: Batch, micro_batches: int, min_tokens: int = 1) -> Split:
 
 
 def cut_prefill_decode(batch: Batch, min_tokens: int = 1, decode_first: bool = True) -> Split:
-    """Cut at the border between decode requests and prefill requests (POD-Attention's and DuetServe's two halves).
+    """Cut at the border between decode requests and prefill requests, as POD-Attention and DuetServe do.
 
-    A request decodes if it has one new token and some context (one new token, where the context is unknown); every
-    other one prefills. decode_first: which kind must come first, so that a plan knows its micro-batches by position.
+    A request decodes if it has one new token and some context (one new token, where the context is unknown). Every
+    other one prefills.
+
+    Args:
+        batch: the step.
+        min_tokens: the step stays whole if a micro-batch would have fewer tokens.
+        decode_first: which kind must come first, so that a plan knows its micro-batches by position.
     """
     context = batch.context or batch.tokens
     decodes = [new == 1 and old > 0 for new, old in zip(batch.tokens, context, strict=True)]
@@ -64,7 +86,13 @@ def cut_prefill_decode(batch: Batch, min_tokens: int = 1, decode_first: bool = T
 
 
 def cut_at_tokens(batch: Batch, cuts: list[int], min_tokens: int = 1) -> Split:
-    """Cut at the token offsets `cuts` (ascending, inside the batch)."""
+    """Cut at token offsets.
+
+    Args:
+        batch: the step.
+        cuts: offsets, ascending, inside the batch.
+        min_tokens: the step stays whole if a micro-batch would have fewer tokens.
+    """
     offsets = [0, *accumulate(batch.tokens)]
     edges = [0, *cuts, offsets[-1]]
     if any(b - a < min_tokens for a, b in pairwise(edges)):
