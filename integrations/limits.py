@@ -28,7 +28,7 @@ def refuse(engine: str, config: Config, causes: Iterable[str]) -> None:
 
 
 def unsplit_causes(engine: str, selector: Selector) -> list[str]:
-    """A cause for each candidate of `strategy: auto` that only orders un-split steps."""
+    """Return a cause for each candidate of `strategy: auto` that only orders un-split steps."""
     if len(selector.candidates) == 1:
         return []
     found = [candidate for candidate in selector.candidates if selector.plans_unsplit(candidate)]

@@ -42,7 +42,7 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of one step of an engine.
+    """An engine limits each of its steps.
 
     Attributes:
         tokens: The greatest number of new tokens.

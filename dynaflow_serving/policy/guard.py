@@ -27,7 +27,7 @@ RECHECKED = 16
 
 @dataclass
 class Watch:
-    """The guard's record of one bucket.
+    """The guard keeps this record of one bucket.
 
     Attributes:
         noise: The candidate may be slower by this share of the un-split time.

@@ -19,7 +19,8 @@ import torch
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.selector import Selector
 
-UNTIMED_SETTINGS = {"strategy", "options", "trace", "shadow", "fallback"}  # of a config; `selector_key` has the options
+# These settings of a config are not in the executor's entry: `selector_key` has the options, the others decide nothing.
+UNTIMED_SETTINGS = {"strategy", "options", "trace", "shadow", "fallback"}
 
 
 def engine_key(

@@ -170,6 +170,7 @@ class AutoSelector(Selector):
         session.observe_with(self.guard, first=True)
 
     def split(self, batch: Batch) -> Split:
+        """Split `batch` as its bucket's adopted candidate does, or leave it whole with the reason."""
         bucket = bucket_of(batch)
         candidate = self._adopted.get(bucket)
         if candidate is None:
@@ -182,6 +183,7 @@ class AutoSelector(Selector):
         return whole(batch, TUNING) if candidate == PLAIN else super().cut(batch, candidate)
 
     def decisions(self) -> dict[str, Any] | None:
+        """Return the table as plain data, for reports."""
         return None if self.table is None else self.table.model_dump()
 
     def _switch_off(self, metrics: Metrics, bucket: Bucket, speed_up: float) -> None:

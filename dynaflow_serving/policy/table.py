@@ -82,7 +82,7 @@ class Table(_Record):
 
     @property
     def adopted(self) -> dict[Bucket, str]:
-        """The adopted candidate of each bucket that is split."""
+        """This maps each bucket that is split to its adopted candidate."""
         return {d.bucket: d.candidate for d in self.decisions if d.candidate}
 
     def save(self, path: Path) -> None:

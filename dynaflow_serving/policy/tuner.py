@@ -7,7 +7,7 @@ Contract
 - Candidates that are predicted to lose are not timed. The best ones are timed in turn with un-split steps.
 - The best of these is adopted if its median gain exceeds the measured noise and `min_gain`.
 - A prediction knows no contention, so it errs towards timing. Plans with replacement kernels are always timed.
-- A bucket is not tried if a larger one of the same kind and number of requests has lost clearly: a split costs
+- A bucket is not tried if a larger one of the same kind and number of requests has lost clearly. A split costs
   relatively more in a smaller batch.
 - All times are those of the slowest rank, so that all ranks decide alike. The budget is checked between buckets.
 

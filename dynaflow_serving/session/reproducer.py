@@ -55,7 +55,7 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The fields as text, for a table."""
+        """These are the fields as text, for a table."""
         where = (str(i) if i is not None else "unknown" for i in (self.micro_batch, self.request))
         return (str(self.output), str(self.row), *where, *(f"{x:.6g}" for x in (self.apart, self.split, self.whole)))
 
@@ -117,7 +117,7 @@ class Output:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The comparison as text, for a table."""
+        """This is the comparison as text, for a table."""
         kind = (str(self.index), str(list(self.whole.shape)), str(self.whole.dtype).removeprefix("torch."))
         if not self.comparable:
             return (*kind, f"split has {list(self.split.shape)}", "-", "-", "-")
@@ -137,7 +137,7 @@ class Reproducer:
 
     @property
     def difference(self) -> str:
-        """The difference that shadow mode reported."""
+        """Shadow mode reported this difference."""
         return str(self.content["difference"])
 
     @property
@@ -160,7 +160,7 @@ class Reproducer:
 
     @cached_property
     def outputs(self) -> list[Output]:
-        """The outputs of both runs, with their token axes."""
+        """These are the outputs of both runs, with their token axes."""
         c = self.content
         found = []
         places = self._token_axes(len(c["whole"]))
@@ -179,7 +179,7 @@ class Reproducer:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """The operators that each replacement kernel replaces, in words, by the name of the kernel."""
+        """This maps each replacement kernel to the operators that it replaces, in words."""
         found: dict[str, list[str]] = {}
         for _, plan in self.plans:
             for action in plan.actions:

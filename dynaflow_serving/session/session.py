@@ -43,7 +43,7 @@ from dynaflow_serving.strategy.splitting import whole
 
 
 class LiveStep(Step):
-    """A step as a context manager: `with session.step(batch) as step:`. Its split is decided when it is entered."""
+    """This step is a context manager: `with session.step(batch) as step:`. Entering it decides its split."""
 
     __slots__ = ("_session", "_started")
 
@@ -144,7 +144,7 @@ class Session:
         self.timelines: list[tuple[PlanCache, Timeline]] = []
         self.clock = clock_of(device_type or "cpu")
         self._device_type = device_type
-        self._executors: dict[str, Executor] = {}  # by type of device
+        self._executors: dict[str, Executor] = {}  # one per type of device
         if device_type is not None:
             self._executor(device_type)  # options that it cannot honour are an error now, not in the first step
         self._group: Any = None  # the process group, once its ranks have compared plans
@@ -214,6 +214,7 @@ class Session:
 
     @property
     def ranks(self) -> Ranks:
+        """These ranks have confirmed their plans; before that, it is this rank alone."""
         return Ranks(self._group)
 
     def agree_over(self, ranks: Ranks) -> None:

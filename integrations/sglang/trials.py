@@ -81,7 +81,7 @@ class RunnerTrials:
 
     @property
     def limits(self) -> Limits:
-        """The scheduler's own limits, and those of the pools."""
+        """The scheduler and the pools set these limits."""
         from sglang.srt.runtime_context import get_schedule
 
         chunk, most = get_schedule().chunked_prefill_size or 0, get_schedule().max_prefill_tokens

@@ -4,8 +4,8 @@ Contract
 - The first rank's worker writes its `dynaflow_*` metrics to a file, at most once a second, and at once on a report.
 - The process that parsed the arguments reads the file whenever vLLM's registry is asked for its metrics.
 - An environment variable holds the path of the file, so vLLM's compile hash and the policy's key do not see it.
-- No file is written where the counters are on the endpoint anyway: with the worker in the same process, and with
-  several API servers (`--api-server-count`), which use Prometheus' multiprocess mode.
+- No file is written where the counters are on the endpoint anyway. That is so with the worker in the same process, and
+  with several API servers (`--api-server-count`), which use Prometheus' multiprocess mode.
 """
 
 from __future__ import annotations

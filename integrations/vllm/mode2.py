@@ -2,8 +2,8 @@
 
 Contract
 - The whole Dynamo graph is cut at vLLM's operators (`operators`) and the strategy's own annotations.
-- Each compute operator is compiled as vLLM would have compiled the graph: by Inductor with vLLM's own options, or not
-  at all if vLLM's backend is "eager". Custom operators run as they are.
+- Each compute operator is compiled as vLLM would have compiled the graph. Inductor does so with vLLM's own options; if
+  vLLM's backend is "eager", nothing is compiled. Custom operators run as they are.
 - Un-split steps run Dynamo's graph as it is where nothing compiles it. Where operators are compiled, they run the
   un-split plan of these operators, so that nothing is compiled twice.
 - Un-split steps always run under a plan if the strategy schedules them.
