@@ -31,10 +31,10 @@ RECORDED_TOKENS = 16
 
 def rules() -> tuple[Rule, ...]:
     """Return the rules for vLLM's attention, experts and collectives."""
-    network = Resource.NETWORK
+    compute, memory, network = Resource.COMPUTE, Resource.MEMORY, Resource.NETWORK
     return (
-        *(SplitModule(n, "attention", Resource.MEMORY, (Tag.ATTENTION,), "", True, False) for n in ATTENTION),
-        *(SplitModule(n, "experts", Resource.COMPUTE, (Tag.EXPERTS,), "tp", True, False) for n in EXPERTS),
+        *(SplitModule(n, "attention", memory, (Tag.ATTENTION,), context=True, required=False) for n in ATTENTION),
+        *(SplitModule(n, "experts", compute, (Tag.EXPERTS,), "tp", context=True, required=False) for n in EXPERTS),
         *(SplitFunc(f"{_GROUP}.{tag}", str(tag), network, (tag,), "tp", required=False) for tag in COLLECTIVES),
     )
 
