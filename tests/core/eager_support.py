@@ -1,4 +1,7 @@
-"""A model with borders, and how the tests of the eager front-end record and run it."""
+"""A model with borders, and how the tests of the eager front-end record and run it.
+
+All its values are whole numbers, so that split and whole are equal bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rounding import integers, with_integer_weights
 from support import AddNorm
 from torch import nn
 
@@ -38,12 +42,12 @@ class Cache:
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
+        self.weight = nn.Parameter(torch.randint(-1, 2, (WIDTH, WIDTH)).float())
         self.cache = Cache()
 
     def forward(self, x: torch.Tensor, step: object = None) -> torch.Tensor:
         self.cache.sizes.append(len(x))
-        return torch.tanh(x @ self.weight)
+        return (x @ self.weight).clamp(-4, 4)
 
 
 class Layer(nn.Module):
@@ -65,7 +69,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.layers = with_integer_weights(nn.ModuleList([Layer(), Layer()]))
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor, step: object = None) -> torch.Tensor:
         x = residual = x * scale[:, None]
@@ -82,7 +86,7 @@ NORM = SplitModule(AddNorm, "norm")
 
 
 def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(tokens, WIDTH), torch.rand(tokens) + 0.5
+    return integers(tokens, WIDTH), torch.randint(1, 3, (tokens,)).float()
 
 
 def recorded(

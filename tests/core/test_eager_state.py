@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from eager_support import RULES, WIDTH, Attention, Run, recorded, reduce, strategy
+from rounding import integers
 from torch import nn
 
 from dynaflow_serving.capture.eager import EagerCapture
@@ -95,7 +96,7 @@ def test_a_border_runs_in_the_state_of_its_caller() -> None:
 
     model = Mixed()
     made = recorded(model, RULES, lambda n: (torch.randn(n, WIDTH),))
-    x = torch.randn(6, WIDTH)
+    x = integers(6, WIDTH)
     for executor in ("sequential", "cpu"):
         got = Run(made, strategy("sequential", micro_batches=2), executor)(2, x)
         assert torch.equal(got, torch.cat([model.forward(x[:3]), model.forward(x[3:])]))

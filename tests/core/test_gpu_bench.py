@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from cuda_standin import FakeCuda, FakeGraph
 from gpu_bench_support import LIMITS, FakeTimer, sequential
+from rounding import assert_same
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu import models, stack
@@ -52,7 +53,7 @@ def test_attention_equals_attention_request_by_request() -> None:
             scores = q[mine].view(-1, 4, 8)[:, head] @ ks.T * 8**-0.5
             mask = torch.ones_like(scores, dtype=torch.bool).tril(context)
             expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ vs
-            torch.testing.assert_close(out[mine].view(-1, 4, 8)[:, head], expected)
+            assert_same(out[mine].view(-1, 4, 8)[:, head], expected)
         at += tokens
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from partition_support import fake_graph, run_split, twice
+from rounding import assert_same, integers
 from support import capture
 from torch import fx
 
@@ -28,7 +29,7 @@ def test_an_in_place_residual_is_an_ordered_write_and_the_caller_sees_it() -> No
     r0 = r.clone()
     out = run_split(c, {x_name: x, r_name: r}, 6)
     assert torch.equal(r, r0 + x * 2)
-    assert torch.equal(out[0], r.sin())
+    assert_same(out[0], r.sin())
 
 
 def test_a_cache_with_a_batch_axis_is_written_through_views() -> None:
@@ -41,7 +42,7 @@ def test_a_cache_with_a_batch_axis_is_written_through_views() -> None:
     c = capture(model, torch.zeros(6, 5, 4), torch.randn(6, 1, 4))
     assert not c.program.unsplittable, c.program.unsplittable
     cache_name, new_name = (v for v in c.program.inputs if c.program.values[v].scope is Scope.BATCH)
-    tensors = {cache_name: torch.zeros(6, 5, 4), new_name: torch.randn(6, 1, 4)}
+    tensors = {cache_name: torch.zeros(6, 5, 4), new_name: integers(6, 1, 4)}
     shared = {v: position for v in c.program.inputs if "position" in v}
     out = run_split(c, tensors | shared, 6)
     assert torch.equal(tensors[cache_name][:, 2], tensors[new_name][:, 0] * 2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import assert_same
 from support import built, example, program_of
 from typer.testing import CliRunner
 
@@ -94,7 +95,7 @@ def test_any_split_gives_the_results_of_the_unsplit_model(
         expected = plain(capture, x)
         for executor in (SequentialExecutor(), cpu):
             (out,) = PlanCache(capture, FixedStrategy(strategy(*variant)), executor).run(args, Split(parts))
-            torch.testing.assert_close(out, expected, msg=lambda m, e=executor: f"{e.name}: {m}")
+            assert_same(out, expected, f"results on {executor.name}")
 
 
 def runs(plan: Plan) -> list[tuple[str, int]]:
