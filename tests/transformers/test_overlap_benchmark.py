@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rounding import TOLERANCE
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -21,6 +23,10 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, **options)  # type: ignore[call-overload, no-any-return]
 
 
+def apart(row: dict[str, Any]) -> float:
+    return 0.0 if row["equal"] == "bit for bit" else float(row["equal"].removeprefix("to "))
+
+
 @pytest.mark.skipif(bool(unusable()), reason=unusable())
 def test_figures_and_equality(tmp_path: Path) -> None:
     file = tmp_path / "overlap.json"
@@ -29,7 +35,7 @@ def test_figures_and_equality(tmp_path: Path) -> None:
     figures = json.loads(file.read_text())
     assert [(r["rate_mbit"], r["micro_batches"]) for r in figures["rows"]] == [(20, 2), (20, 3), (0, 2), (0, 3)]
     for r in figures["rows"]:
-        assert r["equal"] == "bit for bit"
+        assert apart(r) < TOLERANCE  # of hidden states, which a norm has brought to about 1
         hidden = r["sequential_ms"] - r["overlapped_ms"]
         assert r["overlap_efficiency"] == pytest.approx(hidden / min(r["compute_ms"], r["communication_ms"]))
         assert {o["micro_batch"] for o in r["operators"]} == set(range(r["micro_batches"]))
@@ -37,7 +43,7 @@ def test_figures_and_equality(tmp_path: Path) -> None:
     limited, unlimited = figures["rows"][0], figures["rows"][2]
     assert limited["communication_ms"] > 2 * unlimited["communication_ms"]  # the limit is in force
     for r in figures["training"]:  # AOT autograd may sum in another order than eager autograd
-        assert r["equal"] == "bit for bit" or float(r["equal"].removeprefix("to ")) < 1e-6
+        assert apart(r) < 1e-6
     assert "emulated network" in done.stdout and "emulated" in figures["what"]
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert "dynaflow-" not in left
