@@ -17,9 +17,6 @@ sys.path.append(str(Path(__file__).with_name("shared")))
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
-# tests/rounding.py is imported by its bare name, in the ranks that tests start too.
-sys.path.append(str(Path(__file__).parent))
-
 
 def pytest_collection_modifyitems(items):
     """A test whose engine has several ranks has the machine for itself."""
