@@ -128,7 +128,7 @@ def unlisted_packages() -> list[str]:
 def package_tree(session: nox.Session) -> Path:
     """A folder in which the package lies in one piece, as a wheel has it: a tree of links."""
     config = nox.project.load_toml(ROOT / "pyproject.toml")["tool"]["setuptools"]
-    tree = Path(session.create_tmp()) / "tree"
+    tree = Path(session.create_tmp()).resolve() / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     for name, folder in sorted(config["package-dir"].items()):
         place = tree.joinpath(*name.split("."))
@@ -162,7 +162,8 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
     session.run("codespell")
-    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": str(package_tree(session))}, silent=True)
+    with session.chdir(package_tree(session)):  # it looks for the package in the working directory first
+        session.run("lint-imports", str(ROOT / "pyproject.toml"), "--no-cache", silent=True)
     if found := list(oversized()):
         session.error(f"at most {MOST_LINES} lines a file, {MOST_FUNCTION_LINES} a function: {'; '.join(found)}")
     if missing := unlisted_packages():
