@@ -56,10 +56,11 @@ class StepCounts(Observer):
         self.unsplit: Counter[str] = Counter() if unsplit is None else unsplit
 
     def decided(self, step: Step) -> None:
-        if step.micro_batches:
+        split = step.split
+        if len(split.micro_batches) > 1:
             self.split += 1
         else:
-            self.unsplit[step.split.reason] += 1
+            self.unsplit[split.reason] += 1
 
     def withdrew(self, step: Step, reason: str) -> None:
         self.split -= 1

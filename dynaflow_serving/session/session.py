@@ -45,21 +45,15 @@ from dynaflow_serving.strategy.splitting import whole
 class LiveStep(Step):
     """This step is a context manager: `with session.step(batch) as step:`. Entering it decides its split."""
 
-    __slots__ = ("_session", "_started")
-
-    def __init__(
-        self, session: Session, batch: Batch, plan_caches: Sequence[PlanCache], trial: Trial | None = None
-    ) -> None:
-        super().__init__(batch, plan_caches, trial)
-        self._session = session
-        self._started: Any = None
+    _session: Session
+    _started: Any
 
     def __enter__(self) -> LiveStep:
         self._session.begin(self)
         self._started = self._session.clock.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self._session.end(self, self._started)
 
     def checked(self, result: Any, run_whole: Callable[[], Any], inputs: Any = ()) -> Any:
@@ -150,6 +144,7 @@ class Session:
         self._group: Any = None  # the process group, once its ranks have compared plans
         self._trial: Trial | None = None
         self._planned_steps = 0
+        self._most_micro_batches = selector.max_micro_batches
         self.counts = StepCounts()
         self.metrics = Metrics(selector.name, counted=rank == 0)
         self.shadow = Shadow(config.shadow, rank) if config.shadow else None
@@ -239,7 +234,9 @@ class Session:
             ScheduleError: On entry, if the strategy makes too many micro-batches.
             InactiveError: On entry, if the engine has compiled no graph.
         """
-        return LiveStep(self, batch, self.plan_caches if plan_caches is None else plan_caches, self._trial)
+        step = LiveStep(batch, self.plan_caches if plan_caches is None else plan_caches, self._trial)
+        step._session = self
+        return step
 
     def count_unsplit(self, batch: Batch, reason: str) -> None:
         """Count a step that ran whole for `reason`, without asking the strategy."""
@@ -252,12 +249,12 @@ class Session:
         """Decide the split of `step`; `LiveStep.__enter__` calls this."""
         self.clock.poll()
         step.split = self._decide(step)
-        split = len(step.split.micro_batches) > 1
-        candidate = step.split.candidate
-        step.planned = split or (bool(candidate) and self.selector.plans_unsplit(candidate))
-        if step.trial is not None:
-            step.to_trace = split and step.trial.profiled
-        else:
+        if len(step.split.micro_batches) > 1:
+            step.planned = True
+            step.to_trace = step.trial is not None and step.trial.profiled
+        elif step.split.candidate:
+            step.planned = self.selector.plans_unsplit(step.split.candidate)
+        if step.trial is None:
             if step.planned:
                 self._number(step)
             for decided in self._on_decided:
@@ -276,10 +273,10 @@ class Session:
         split = selector.split(batch) if step.trial is None else selector.cut(batch, step.trial.candidate)
         count = len(split.micro_batches)
         if count > 1:
-            if count > selector.max_micro_batches:
+            if count > self._most_micro_batches:
                 raise ScheduleError(
                     f"strategy {selector.name!r} made {count} micro-batches, more than its max_micro_batches "
-                    f"({selector.max_micro_batches})"
+                    f"({self._most_micro_batches})"
                 )
             for plan_cache in step.plan_caches:
                 split = plan_cache.allowed_split(batch, split)

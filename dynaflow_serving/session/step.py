@@ -49,14 +49,16 @@ class Step:
         saved: The plan saved so many seconds, by the guard's estimate.
     """
 
-    __slots__ = ("batch", "number", "plan_caches", "planned", "saved", "split", "to_compare", "to_trace", "trial")
+    # Every step of the engine makes one object: what most steps leave as it is belongs to the class.
+    split: Split = UNDECIDED
+    number = 0
+    to_trace = False
+    to_compare = False
+    planned = False
+    saved = 0.0
 
     def __init__(self, batch: Batch, plan_caches: Sequence[PlanCache], trial: Trial | None = None) -> None:
         self.batch, self.plan_caches, self.trial = batch, plan_caches, trial
-        self.split = UNDECIDED
-        self.number = 0
-        self.to_trace = self.to_compare = self.planned = False
-        self.saved = 0.0
 
     @property
     def micro_batches(self) -> tuple[MicroBatch, ...]:
