@@ -266,10 +266,10 @@ class Session:
         for veto in self._on_veto:
             if reason := veto():
                 return whole(batch, reason)
-        if not step.plan_caches:
-            if self.eager is None:
-                raise InactiveError("the engine has served a step without compiling a graph through DynaFlow")
+        if not step.plan_caches and self.eager is not None:
             return whole(batch, self.eager.waiting)
+        if not step.plan_caches and self._device_type is not None:  # else the step itself captures its graphs
+            raise InactiveError("the engine has served a step without compiling a graph through DynaFlow")
         split = selector.split(batch) if step.trial is None else selector.cut(batch, step.trial.candidate)
         count = len(split.micro_batches)
         if count > 1:

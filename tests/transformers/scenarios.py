@@ -124,7 +124,7 @@ def auto(path: str, folder: str) -> dict[str, Any]:
     table = tune(enabled(table=file), [inputs])
     found["decided"] = [(d.candidate, d.reason) for d in table.decisions]
     found["equal"] = [same(model(**inputs).logits, expected) for _ in range(3)]
-    found["steps"] = report(model)["steps"]
+    found["steps"] = report(model).steps.model_dump()
     found["other"] = same(model(input_ids=ids(3, 5)).logits, load(path)(input_ids=ids(3, 5)).logits)
     found["reasons"] = report(model).steps.unsplit
     disable(model)
@@ -154,7 +154,8 @@ def training(path: str, micro_batches: int) -> dict[str, Any]:
     expected = gradients()
     enable(model, strategy("comm_overlap", micro_batches))
     found = [gradients() for _ in range(3)][-1]
-    forward_run, backward_run = Body.installed_in(model).session.plan_caches
+    session = Body.installed_in(model).session
+    _, backward_run = session.plan_caches
     (plan,) = backward_run.plans
     by_name = backward_run.captured.program.by_name
     runs = [s for s in plan.actions if s.kind is ActionKind.RUN]
@@ -171,7 +172,7 @@ def training(path: str, micro_batches: int) -> dict[str, Any]:
     return {
         "apart": max(distance(a, b) for a, b in zip(found, expected, strict=True)),
         "gradients": len(expected),
-        "forward": [forward_run.counts.split, sum(forward_run.counts.unsplit.values())],
+        "steps": [session.counts.split, sum(session.counts.unsplit.values())],
         "backward_streams": sorted({runs[i].stream for i in network}),
         "collectives": len(network),
         "overlapping": sum(map(overlaps, network)),
