@@ -201,8 +201,8 @@ def killed(path: str) -> dict[str, Any]:
     if dist.get_rank() == 1:
         (plan_cache,) = Body.installed_in(model).session.plan_caches
         name = [o.name for o in plan_cache.captured.program.operators if o.resource is Resource.NETWORK][1]
-        plan_cache.captured.functions[name] = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
-        plan_cache.captured.into.clear()
+        for functions in (plan_cache.captured.functions, plan_cache.captured.into):
+            functions[name] = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         plan_cache._prepared.clear()
     started = time.perf_counter()
     try:

@@ -46,9 +46,12 @@ class Watched:
         stock = WorkerTrials.run_step
 
         def run_step(trials, batch):
-            stock(trials, batch)
+            session = trials.worker.dynaflow.session
+            with pytest.MonkeyPatch.context() as spy:
+                step = session.step
+                spy.setattr(session, "step", lambda batch: self.begun.append(batch) or step(batch))
+                stock(trials, batch)
             self.asked.append(batch)
-            self.begun.append(trials.worker.dynaflow._batch)
             self.left = requests_in(trials.worker.model_runner)
 
         patch.setattr(WorkerTrials, "run_step", run_step)

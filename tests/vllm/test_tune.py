@@ -28,7 +28,7 @@ def serve(monkeypatch):
 
     def start(model, options):
         torch._dynamo.reset()
-        monkeypatch.setattr(WorkerTrials, "run", never)
+        monkeypatch.setattr(WorkerTrials, "run_step", never)
         arguments = EngineArgs(
             model, dtype="float32", max_model_len=128, compilation_config={"mode": 2, "backend": "eager"},
             additional_config={"dynaflow": {"strategy": "auto", "options": options}},
