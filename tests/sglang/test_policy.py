@@ -167,7 +167,7 @@ def test_tuning_decides_every_bucket_and_a_second_start_reads_the_table(
         "switched_off": 0,
         "table": str(path),
     }
-    monkeypatch.setattr(RunnerTrials, "run", None)
+    monkeypatch.setattr(RunnerTrials, "run_step", None)
     with get_schedule().override(chunked_prefill_size=256), one_process.dynaflow(runner, config) as ours:
         ours.start(cache_of())
         assert ours.session.selector.table == tuned
@@ -204,7 +204,8 @@ def test_the_guard_does_not_take_a_sampled_step_for_a_slow_one(
     seen = []
     with one_process.dynaflow(runner, adopted | {"shadow": {"every": 2}, "trace": {"folder": str(tmp_path)}}) as ours:
         ours.start(cache_of())
-        monkeypatch.setattr(ours.session.selector.guard, "observe", lambda bucket, split, *_: seen.append(split) or 0.0)
+        guard = ours.session.selector.guard
+        monkeypatch.setattr(guard, "record_step", lambda bucket, split, *_: seen.append(split) or 0.0)
         one_process.generate(runner, prompts, 12)
         assert ours.session.counts.split == 7 and ours.session.shadow.comparisons == 4
     assert seen.count(True) == 3 and seen.count(False) == 5
