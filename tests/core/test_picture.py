@@ -68,6 +68,7 @@ def comparison(executor: CPUExecutor) -> PlanComparison:
     return measured_and_predicted(plan_cache, cut_evenly(Batch((8,)), 2), [torch.zeros(8, 1)], runs=3)
 
 
+@pytest.mark.alone
 def test_a_prediction_from_operators_in_turn_meets_what_is_measured(comparison: PlanComparison) -> None:
     """Sleeping operators know no contention, so what is left is the hand-off between threads."""
     assert set(comparison.alone) == {(o, mb) for o in ("c0", "n0", "c1", "n1") for mb in (0, 1)}
@@ -307,6 +308,7 @@ def in_engine(engine: str, config: Config) -> tuple[dict[str, Any], list[PlanCom
 NANOFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
 
 
+@pytest.mark.alone
 def test_an_engine_is_measured_under_the_plan_in_turn_and_un_split(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMALL", "at first")  # what was not one step of the batch does not count
     report, (found,) = in_engine(small, load(NANOFLOW))
