@@ -59,7 +59,9 @@ def measured_and_predicted(
         for number in range(1 + runs):
             for cache, signature, bounds, found in in_turn(ways, number):
                 cache.prepare(signature, traced=True).run(args, bounds, enter)
-                found.append(cache.timeline(signature))
+                timeline = cache.timeline(signature)
+                assert timeline is not None
+                found.append(timeline)
     tokens = tuple(m.tokens[1] - m.tokens[0] for m in split.micro_batches)
     return compare(plan_cache.captured.program, tokens, planned[1:], sequential[1:], unsplit[1:])
 

@@ -53,6 +53,7 @@ class PlanCache:
         self.zero_copy = zero_copy
         self.made = self.hits = 0
         self._prepared: dict[tuple[Signature, bool, bool], BoundPlan] = {}
+        self._traced: dict[Signature, BoundPlan] = {}  # bound with a tracer, the latest of each
         self._vetoed: dict[Signature, str] = {}
 
     def decide(self, batch: Batch) -> Split:
@@ -106,13 +107,18 @@ class PlanCache:
             self.made += 1
         else:
             self.hits += 1
-        return self._prepared[key]
+        prepared = self._prepared[key]
+        if traced:
+            self._traced[signature] = prepared
+        return prepared
 
-    def timeline(self, signature: Signature, zero_copy: bool | None = None) -> Timeline:
-        """Return the timeline of the latest traced run of `signature`."""
-        prepared = self.prepare(signature, zero_copy, traced=True)
-        assert prepared.tracer is not None
-        return measured(self.captured.program, prepared.plan, prepared.tracer)
+    def timeline(self, signature: Signature) -> Timeline | None:
+        """Return the timeline of the traced run of `signature` since the last call, or None if there was none."""
+        prepared = self._traced.get(signature)
+        if prepared is None or prepared.tracer is None:
+            return None
+        timeline = measured(self.captured.program, prepared.plan, prepared.tracer)
+        return timeline if timeline.spans else None
 
     @property
     def plans(self) -> list[Plan]:

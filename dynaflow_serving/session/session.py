@@ -307,7 +307,7 @@ class Session:
             timed(step, seconds)
 
     def _read_timelines(self, step: Step) -> None:
-        found = [(c, t) for c in step.plan_caches if (t := c.timeline(step.split.signature)).spans]
+        found = [(c, t) for c in step.plan_caches if (t := c.timeline(step.split.signature))]
         if step.trial is not None:
             step.trial.timelines += found
             return

@@ -19,6 +19,7 @@ from prometheus_client import REGISTRY
 from rounding import assert_same, integers, with_integer_weights
 from torch import nn
 
+import dynaflow_serving as dynaflow
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.parse import parse_plan, parse_program
@@ -70,6 +71,17 @@ def test_a_step_that_is_not_sampled_runs_the_plan_without_stamps(tmp_path: Path)
     signature = engine.session.selector.split(Batch((8,) * 8)).signature
     plain, traced = (engine.plan_cache.prepare(signature, traced=t) for t in (False, True))
     assert "stamp" not in plain.source and traced.source.count("mark(") >= 8
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_steps_are_traced_with_and_without_gradients(tmp_path: Path, gradients: bool) -> None:
+    torch._dynamo.reset()
+    config = {"strategy": "nanoflow", "options": {"min_tokens": 1}, "trace": {"folder": str(tmp_path), "every": 1}}
+    compiled = dynaflow.compile(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), config)
+    with torch.set_grad_enabled(gradients):
+        for _ in range(2):
+            compiled(torch.randn(8, 4))
+    assert [f.name for f in sorted(tmp_path.iterdir())] == ["step000001-rank0.json", "step000002-rank0.json"]
 
 
 def test_a_trace_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

@@ -134,7 +134,9 @@ def measured(strategy: OpScheduler) -> Timeline:
         split = cut_evenly(Batch((8,)), 2)
         (out,) = plan_cache.run([torch.zeros(8, 1)], split, traced=True)
         assert torch.equal(out, torch.full((8, 1), 4.0))
-        return plan_cache.timeline(split.signature)
+        timeline = plan_cache.timeline(split.signature)
+        assert timeline is not None
+        return timeline
     finally:
         executor.close()
 
