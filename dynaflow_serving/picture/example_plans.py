@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from dynaflow_serving.capture.examples import EXAMPLES, example_capture
 from dynaflow_serving.config import Config
-from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.plan import ActionKind, Plan
 from dynaflow_serving.core.program import Program
 from dynaflow_serving.errors import ConfigError, DynaflowError
@@ -23,9 +22,10 @@ from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.strategies import build_strategy
 from dynaflow_serving.strategy.base import OpScheduler, SplitOptions
+from dynaflow_serving.strategy.probes import PROBES
+from dynaflow_serving.strategy.selector import Selector
 
 MICRO_BATCHES = (2, 3, 4)
-LARGE = (1,) * 64 + (100_000,) * 16  # tokens of each request, decode and prefill: no threshold keeps this batch whole
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class ExamplePlan:
 
 def plans_of_examples(config: Config) -> Iterator[ExamplePlan]:
     """Yield an entry for each example, and in it for each variant of the config's strategy."""
-    rules = build_selector(config).annotations
+    selector = build_selector(config)
+    variants = _variants(selector, config)
     for example in EXAMPLES:
-        program = example_capture(example, rules).program
-        for strategy, micro_batches in _variants(config):
+        program = example_capture(example, selector.annotations).program
+        for strategy, micro_batches in variants:
             plan, error = None, None
             try:
                 plan = _verified_plan(strategy, program, micro_batches)
@@ -70,13 +71,12 @@ def _verified_plan(strategy: OpScheduler, program: Program, micro_batches: int) 
     return plan
 
 
-def _variants(config: Config) -> list[tuple[OpScheduler, int]]:
+def _variants(selector: Selector, config: Config) -> list[tuple[OpScheduler, int]]:
     """Return the strategies to try, each with its number of micro-batches.
 
     These are the candidates of a strategy that chooses among several. Else they are the strategy with each number of
     `MICRO_BATCHES`. Without such an option, the number is the one that the strategy splits a large batch into.
     """
-    selector = build_selector(config)
     each = [selector.strategy(candidate) for candidate in selector.candidates]
     if len(each) > 1:
         return [(strategy, strategy.max_micro_batches) for strategy in each]
@@ -86,7 +86,7 @@ def _variants(config: Config) -> list[tuple[OpScheduler, int]]:
         options = config.options | ({"micro_batches": n} if n else {})
         try:
             strategy = build_strategy(config.strategy, options)
-            split = strategy.split(Batch(LARGE))
+            split = strategy.split(PROBES["huge"])
         except ConfigError:  # a number that its options do not allow
             continue
         found.setdefault(len(split.micro_batches), strategy)

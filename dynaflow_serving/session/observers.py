@@ -51,9 +51,9 @@ def overridden(observers: Sequence[Observer], name: str) -> list[Callable[..., A
 class StepCounts(Observer):
     """This observer counts the split steps, and the un-split ones by reason."""
 
-    def __init__(self, split: int = 0, unsplit: Counter[str] | None = None) -> None:
-        self.split = split
-        self.unsplit: Counter[str] = Counter() if unsplit is None else unsplit
+    def __init__(self) -> None:
+        self.split = 0
+        self.unsplit: Counter[str] = Counter()
 
     def decided(self, step: Step) -> None:
         split = step.split

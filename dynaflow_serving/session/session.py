@@ -148,10 +148,11 @@ class Session:
         self.counts = StepCounts()
         self.metrics = Metrics(selector.name, counted=rank == 0)
         self.shadow = Shadow(config.shadow, rank) if config.shadow else None
-        sampling = [TraceWriter(config.trace, rank) if config.trace else None, self.shadow]
-        self._observers: list[Observer] = [self.counts]
-        self._observers += [observer for observer in sampling if observer is not None]
-        self.observe_with(self.metrics)
+        self._observers: list[Observer] = []
+        trace_writer = TraceWriter(config.trace, rank) if config.trace else None
+        for observer in (self.counts, trace_writer, self.shadow, self.metrics):
+            if observer is not None:
+                self.observe_with(observer)
 
     # -- set-up by an integration ---------------------------------------------------------------------
     def observe_with(self, observer: Observer, first: bool = False) -> None:
@@ -201,7 +202,7 @@ class Session:
         agree([plan_cache.texts() for plan_cache in self.plan_caches], group)
         for plan_cache in self.plan_caches:
             program = plan_cache.captured.program
-            if program.unsplittable and self.selector.max_micro_batches > 1:
+            if program.unsplittable and self._most_micro_batches > 1:
                 raise InactiveError(f"this model cannot be split: {program.unsplittable}")
             self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
         for missing in self.selector.missing_tags(c.captured.program for c in self.plan_caches):
