@@ -78,6 +78,7 @@ def simulate(
     from rich.console import Console
 
     from dynaflow_serving.core.timeline import chrome_trace
+    from dynaflow_serving.files import write_text
     from dynaflow_serving.policy.selector import build_selector
     from dynaflow_serving.simulate.catalogue import find
     from dynaflow_serving.simulate.device import make_topology
@@ -95,9 +96,9 @@ def simulate(
     schedules = scenario.simulate(variants(build_selector(config), config))
     last = schedules[-1]
     if json_path is not None:
-        json_path.write_text(json.dumps(scenario.as_dict(batch, config, schedules), indent=1) + "\n")
+        write_text(json_path, json.dumps(scenario.as_dict(batch, config, schedules), indent=1) + "\n")
     if trace is not None:
-        trace.write_text(json.dumps(chrome_trace(last.timeline)) + "\n")
+        write_text(trace, json.dumps(chrome_trace(last.timeline)) + "\n")
     Console().print(_table(scenario.title, schedules))
     _print_notes(schedules, streams=bool(config.streams))
     if timeline:
