@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -100,6 +101,17 @@ class Program(Textual):
     @cached_property
     def by_name(self) -> dict[str, Operator]:
         return {o.name: o for o in self.operators}
+
+    @cached_property
+    def written_storages(self) -> frozenset[str]:
+        """The storages and engine states that an operator writes in place."""
+        return frozenset(s for o in self.operators for s in o.writes)
+
+    @cached_property
+    def own_storages(self) -> frozenset[str]:
+        """The storages that one value has for itself, and that nothing writes in place."""
+        values = Counter(v.storage for v in self.values.values())
+        return frozenset(s for s, n in values.items() if n == 1) - self.written_storages
 
     def lines(self) -> Iterator[str]:
         yield "program" + (f" unsplittable: {self.unsplittable}" if self.unsplittable else "")

@@ -181,10 +181,9 @@ class _GraphedPlan:
         program = captured.program
         self._names = program.inputs[: len(program.inputs) - len(captured.constants)]
         values = [program.values[v] for v in self._names]
-        written_storages = {s for o in program.operators for s in o.writes}
         self._batched = [i for i, v in enumerate(values) if v.scope is Scope.BATCH]
         self._fixed = [i for i, v in enumerate(values) if v.scope is not Scope.BATCH]
-        self._written = [i for i in self._batched if values[i].storage in written_storages]
+        self._written = [i for i in self._batched if values[i].storage in program.written_storages]
         self._never = why_not(program, self._names, captured.static_context)
         self._seen: dict[Hashable, None] = {}
 
@@ -249,13 +248,12 @@ def why_not(program: Program, inputs: Sequence[str], static_context: bool) -> st
         return f"operator {context[0]} reads the engine's context, whose metadata is made anew for every step"
     if local := [v for v in inputs if program.values[v].scope is Scope.LOCAL]:
         return f"input {local[0]} has no token axis and may differ in every step"
-    written = {s for o in program.operators for s in o.writes}
     owner: dict[str, str] = {}  # storage -> the input or output that has it
     for v in (*inputs, *program.outputs):
         value = program.values[v]
         if value.scope is not Scope.BATCH:
             continue
-        if value.storage in owner and (value.storage in written or v in program.outputs):
+        if value.storage in owner and (value.storage in program.written_storages or v in program.outputs):
             return f"{owner[value.storage]} and {v} share memory, and copies of them would not"
         owner[value.storage] = v
     return ""

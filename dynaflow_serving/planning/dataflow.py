@@ -10,7 +10,7 @@ Contract
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 from dynaflow_serving.core.order import is_state, tracked_values
 from dynaflow_serving.core.plan import ActionKind, Instance
@@ -25,10 +25,7 @@ class Dataflow:
         """`zero_copy`: whether operators may write into merge buffers."""
         self.program, self.micro_batches, self.nodes = program, micro_batches, nodes
         self.tracked = tracked_values(program)
-        self.written_storages = {s for o in program.operators for s in o.writes}
-        aliases = Counter(v.storage for v in program.values.values())
-        unshared = {s for s, n in aliases.items() if n == 1 and s not in self.written_storages}
-        self._may_have_buffer = unshared if zero_copy else set()
+        self._may_have_buffer = program.own_storages if zero_copy else frozenset()
         self._has_buffer: set[tuple[str, int]] = set()  # value @ micro-batch
         self._made: dict[Instance, Node] = {}
         self._readers: dict[Instance, list[Node]] = defaultdict(list)
@@ -81,7 +78,7 @@ class Dataflow:
         for value in outputs:
             storage = self.program.values[value].storage
             roots = seen[storage]
-            if len(roots) > 1 and storage in self.written_storages:
+            if len(roots) > 1 and storage in self.program.written_storages:
                 raise ScheduleError(f"{node.operators[-1]} cannot run merged: {value} would alias two copies")
             instance = Instance(value, node.start, node.stop)
             root = next(iter(roots)) if len(roots) == 1 else instance

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy as copying
 import operator
-from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from torch import fx
 
 from dynaflow_serving.capture.fx.symbols import fake_value
 from dynaflow_serving.capture.program import CapturedProgram
-from dynaflow_serving.core.program import Operator, Program
+from dynaflow_serving.core.program import Operator
 
 # Dynamo-level callables with an `out=` form of the same arithmetic.
 _OUT_FORMS: dict[Any, Any] = {
@@ -53,10 +52,9 @@ def add_into_variants(capture: CapturedProgram, copy: bool = False, only: Set[st
         only: names of the operators; None for all.
     """
     program = capture.program
-    own = _own_storages(program)
     operators = []
     for op in program.operators:
-        makers = _buffer_makers(capture, op, own) if only is None or op.name in only else {}
+        makers = _buffer_makers(capture, op) if only is None or op.name in only else {}
         variant, done = _into_variant(capture.pieces[op.name], list(makers), copy)
         if done:
             capture.into[op.name] = variant
@@ -65,24 +63,17 @@ def add_into_variants(capture: CapturedProgram, copy: bool = False, only: Set[st
     capture.program = replace(program, operators=tuple(operators))
 
 
-def _buffer_makers(capture: CapturedProgram, op: Operator, own: Set[str]) -> dict[int, Callable[[int], torch.Tensor]]:
-    """Return output -> function that makes its buffer, for the outputs of `op` with a storage of `own`."""
+def _buffer_makers(capture: CapturedProgram, op: Operator) -> dict[int, Callable[[int], torch.Tensor]]:
+    """Return output -> function that makes its buffer, for the outputs of `op` with a storage of their own."""
     results = result_list(capture.pieces[op.name])
     makers = {}
     for i, name in enumerate(op.outputs):
         value = capture.program.values[name]
-        if value.axis is not None and value.storage in own:
+        if value.axis is not None and value.storage in capture.program.own_storages:
             maker = buffer_maker(fake_value(results[i]), value.axis, value.rows)
             if maker is not None:
                 makers[i] = maker
     return makers
-
-
-def _own_storages(program: Program) -> set[str]:
-    """Return the storages of one value alone that nothing writes in place."""
-    count = Counter(v.storage for v in program.values.values())
-    written = {s for o in program.operators for s in o.writes}
-    return {s for s, values in count.items() if values == 1} - written
 
 
 def _into_variant(piece: fx.GraphModule, ports: list[int], copy: bool) -> tuple[Callable[..., Any], set[int]]:
