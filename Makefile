@@ -3,9 +3,10 @@
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
 #   make test [SESSIONS=...]    lint, types, core, wheel, kernels, ray, transformers, vllm, vllm_v2, sglang, or those
 #                               named; stops at the first failure
-#   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json
-#   make never-slower           what the policy decides in vLLM, SGLang and, over a rate-limited link (needs root, iproute2),
-#                               in Transformers, and what that does; figures into bench-results/
+#   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json and .html: on two emulated
+#                               nodes, or where network namespaces are not allowed on this machine alone
+#   make never-slower           what the policy decides in vLLM, SGLang and, over an emulated link, in Transformers, and
+#                               what that does; figures into bench-results/
 #   make clean                  delete environments, caches and build output
 
 PYTHON ?= python3
@@ -35,13 +36,17 @@ test: $(BOOTSTRAP)
 
 bench:
 	@$(MAKE) env ENGINE=vllm
-	@mkdir -p bench-results
-	PATH="$(ENVS)/vllm/bin:$$PATH" dynaflow bench vllm --json bench-results/latest.json $(ARGS)
+	@LINK=; unshare -rn true 2>/dev/null && command -v tc nstat >/dev/null && LINK="--link 300" || \
+	echo "Two emulated nodes need network namespaces and iproute2, which are not here: this machine alone is measured."; \
+	set -x; $(ENVS)/vllm/bin/dynaflow bench vllm $$LINK --json bench-results/latest.json --html bench-results/latest.html \
+	$(ARGS)
 
 never-slower:
 	@for system in vllm sglang transformers; do $(MAKE) env ENGINE=$$system; done
-	@for system in vllm sglang transformers; do PATH="$(ENVS)/$$system/bin:$$PATH" \
-	$(ENVS)/$$system/bin/python benchmarks/never_slower.py $$system --folder bench-results || failed=1; done; exit $${failed:-0}
+	@for system in vllm sglang "transformers --link 200 --link 0 --strategy comm_overlap --requests 12 --input-len 64 \
+	--pairs 12 --starts 1"; do set -- $$system; echo "dynaflow bench $$system --strategy auto"; \
+	$(ENVS)/$$1/bin/dynaflow bench --starts 3 --pairs 5 --json bench-results/never_slower_$$1.json --strategy auto "$$@" \
+	|| failed=1; done; exit $${failed:-0}
 
 clean:
 	rm -rf .nox .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

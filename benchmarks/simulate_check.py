@@ -1,9 +1,10 @@
 """Is the simulator right about what was measured? `python benchmarks/simulate_check.py FILE.json`.
 
-`benchmarks/overlap_cpu.py` writes FILE. A row has the `program` and the `plan` as text, and the measured
-`overlapped_ms`. `operators` has the milliseconds of each operator and micro-batch in the sequential run. The simulator
-gets the plan and the operators' times, nothing else, and predicts `overlapped_ms`. The script prints for each row the
-prediction (simulated), the measurement, their ratio, and whether that is within 15 %. The exit code is 1 if one is not.
+`dynaflow bench transformers --link MBIT --json FILE` writes FILE. A row of a strategy has the `program` and the `plan`
+as text, and the measured `seconds`. `operators` has the milliseconds of each operator and micro-batch, one after the
+other. The simulator gets the plan and the operators' times, nothing else, and predicts the seconds. The script prints
+for each row the prediction (simulated), the measurement, their ratio, and whether that is within 15 %. The exit code is
+1 if one is not.
 
 `--network-compute SHARE` is the share of compute that a network operator takes from its neighbours.
 """
@@ -24,7 +25,7 @@ from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.simulate import MeasuredCosts, simulate
 
 TOLERANCE = 0.15
-NEEDED = ("program", "plan", "operators", "overlapped_ms")
+NEEDED = ("program", "plan", "operators", "seconds")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Prediction:
     critical_path: float
     measured: float
     operators: float
-    sequential: float | None
 
     @property
     def ratio(self) -> float:
@@ -47,8 +47,8 @@ class Prediction:
         return abs(self.ratio - 1) <= TOLERANCE
 
 
-def predict(row: Mapping[str, Any], network_compute: float = 0.0) -> Prediction:
-    """Predict the overlapped time of a row.
+def predict(row: Mapping[str, Any], network_compute: float = 0.0, mbit: float = 0.0) -> Prediction:
+    """Predict the time of a row, which was measured over a link of `mbit` megabit per second.
 
     Raises:
         ConfigError: The row lacks an entry.
@@ -60,14 +60,12 @@ def predict(row: Mapping[str, Any], network_compute: float = 0.0) -> Prediction:
     verify(program, plan)
     seconds = {(o["name"], int(o["micro_batch"])): o["ms"] / 1e3 for o in row["operators"]}
     timeline = simulate(plan, MeasuredCosts(program, seconds, network_compute).demands(plan))
-    facts = {key: row[key] for key in ("rate_mbit", "micro_batches") if key in row}
     return Prediction(
-        label=", ".join(f"{key} {value}" for key, value in facts.items()) or plan.digest,
+        label=f"{mbit:g} Mbit/s, {plan.strategy} x{plan.micro_batches}",
         predicted=timeline.makespan * 1e3,
         critical_path=timeline.critical_path * 1e3,
-        measured=row["overlapped_ms"],
+        measured=row["seconds"]["median"] * 1e3,
         operators=sum(seconds.values()) * 1e3,
-        sequential=row.get("sequential_ms"),
     )
 
 
@@ -75,12 +73,14 @@ def check(path: Path, network_compute: float = 0.0) -> list[Prediction]:
     """Return one prediction per row of the file.
 
     Raises:
-        ConfigError: The file has no rows, or a row lacks an entry.
+        ConfigError: The file has no rows with a plan, or a row lacks an entry.
     """
-    rows = json.loads(path.read_text()).get("rows")
+    parts = json.loads(path.read_text()).get("parts", [])
+    rows = [(row, part["link_mbit"]) for part in parts for row in part["rows"] if "plan" in row]
+    rows = [(row, mbit) for row, mbit in rows if row["strategy"] != "sequential"]
     if not rows:
-        raise ConfigError(f"{path} holds no rows: make it with benchmarks/overlap_cpu.py")
-    return [predict(row, network_compute) for row in rows]
+        raise ConfigError(f"{path} holds no rows with a plan: make it with dynaflow bench transformers --link MBIT")
+    return [predict(row, network_compute, mbit) for row, mbit in rows]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -162,6 +162,24 @@ def read_mapping(source: str, what: str, holds: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{source} must hold a mapping {holds}")
     return content
+
+
+def parse_options(options: Iterable[str]) -> dict[str, Any]:
+    """Read options of the form NAME=VALUE, the value in YAML, as a command line has them.
+
+    Raises:
+        ConfigError: One is not of that form.
+    """
+    found = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {option!r} is not of the form NAME=VALUE")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--option {option!r} is not valid YAML after the '='") from None
+    return found
 
 
 def checked_options(model: type[M], options: Mapping[str, Any], strategy: str) -> M:

@@ -7,14 +7,23 @@ Contract
 - A release outside `supported` is an `InactiveError` that names the supported ones. It is raised before weights load.
 - In a worker, an integration captures the model, describes each step's batch and enters micro-batches' contexts. It
   does so with a `Session` and a `SplitForward`.
+- `dynaflow bench` runs a system whose ranks are processes like those of torchrun as a `Workload`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from dynaflow_serving.errors import InactiveError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dynaflow_serving.config import Config
+    from dynaflow_serving.session.session import Session
 
 KEY = "dynaflow"  # the config has this key among a system's own arguments
 
@@ -56,3 +65,73 @@ class Integration:
                 f"{self.installed_version() or 'none'}. Install a supported release, or remove the dynaflow option to "
                 f"run {self.name} as it is."
             )
+
+
+@dataclass(frozen=True)
+class WorkloadSettings:
+    """What `dynaflow bench` was asked to run of a system.
+
+    Attributes:
+        model: The model's folder or name, or what the system takes in its place; "" for the system's own default.
+        dtype: The name of the model's dtype; "auto" for the model's own.
+        requests: The size of the batch.
+        length: The tokens of each request, where the system has such.
+        training: Whether a pass is forward and backward, instead of forward alone.
+        seed: The seed of weights and inputs that are made here.
+    """
+
+    model: str
+    dtype: str
+    requests: int
+    length: int
+    training: bool
+    seed: int
+
+
+# One pass of the same work; it returns what has to be equal.
+Pass: TypeAlias = "Callable[[], list[torch.Tensor]]"
+
+
+@dataclass(frozen=True)
+class WorkloadSide:
+    """The same work under a strategy.
+
+    Attributes:
+        run: This runs one pass.
+        session: The session of the passes, with the Programs that it has captured.
+        tune: This has `strategy: auto` decide, by measuring.
+    """
+
+    run: Pass
+    session: Session
+    tune: Callable[[], object]
+
+
+class Workload(Protocol):
+    """A system on one rank, for `dynaflow bench`.
+
+    Contract
+    - Each rank makes one, in a process of its own, where torch.distributed is initialised if there are several ranks.
+    - All sides share the model's weights and inputs. Every pass does the same work.
+    """
+
+    release: str
+    """The release of the system."""
+
+    def __init__(self, settings: WorkloadSettings) -> None:
+        """Make the model and its inputs.
+
+        Raises:
+            ConfigError: A setting is not valid for this system.
+        """
+
+    @property
+    def stock(self) -> Pass:
+        """The work as the system does it."""
+
+    def under(self, config: Config) -> WorkloadSide:
+        """Return the work under DynaFlow.
+
+        Raises:
+            DynaflowError: DynaFlow cannot be active.
+        """

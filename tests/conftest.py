@@ -47,7 +47,7 @@ def prompts():
 
 @pytest.fixture
 def two_servers(model_path, tmp_path):
-    """`two_servers(engine, load, least_tokens, **environment) -> (result, page)` of `dynaflow bench ENGINE --html`, as
+    """`two_servers(engine, load, least_tokens, **environment) -> (result, page)` of `dynaflow bench ENGINE --rate`, as
     a user runs it; what holds for every engine is asserted. least_tokens: of one answer."""
 
     def run(engine, load, least_tokens, **environment):
@@ -55,22 +55,50 @@ def two_servers(model_path, tmp_path):
         dynaflow = Path(sys.executable).with_name("dynaflow")
         command = [str(dynaflow), "bench", engine, "--model", model_path("llama"), "--load", load, "--rate", "inf"]
         command += ["--pairs", "2", "--requests", "8", "--input-len", "32", "--output-len", "16"]
-        command += ["--html", str(files[0]), "--json", str(files[1])]
+        command += ["-o", "min_tokens=1", "--html", str(files[0]), "--json", str(files[1])]
         done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         result, page = json.loads(files[1].read_text()), files[0].read_text()
         assert result["failures"] == [] and len(result["passes"]) == 6
-        assert result["steps"]["split"]["nanoflow"] > 0
+        assert result["steps"]["split"]["comm_overlap"] > 0
         for one in result["passes"]:
             assert (one["figures"]["completed"], one["figures"]["failed"]) == (8, 0)
             assert one["figures"]["output_tokens"] >= 8 * least_tokens
             if one["side"] == "baseline":
                 assert one["metrics"] == 0  # the stock engine
             else:
-                assert one["steps"]["split"]["nanoflow"] > 0
+                assert one["steps"]["split"]["comm_overlap"] > 0
         (measured,) = result["loads"]
         assert all(figure["gain"]["min"] > 0 for figure in measured["figures"])  # all were measured, ITL too
         assert '"dynaflow"' not in result["servers"]["baseline"]
         return result, page
+
+    return run
+
+
+@pytest.fixture
+def two_nodes(model_path, tmp_path):
+    """`two_nodes(engine) -> result` of `dynaflow bench ENGINE --link`, as a user runs it; what holds for every engine
+    is asserted."""
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("network namespaces are not allowed here")
+
+    def run(engine):
+        file = tmp_path / "result.json"
+        dynaflow = Path(sys.executable).with_name("dynaflow")
+        command = [str(dynaflow), "bench", engine, "--model", model_path("llama"), "--link", "50", "--pairs", "1"]
+        command += ["-n", "2", "--requests", "12", "--input-len", "64", "--output-len", "4", "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(file.read_text())
+        (part,) = result["parts"]
+        stock, sequential, strategy = part["rows"]
+        assert [row["strategy"] for row in part["rows"]] == ["stock", "sequential", "comm_overlap"]
+        assert all(row["equal"] for row in part["rows"])  # the generated texts
+        assert stock["split_steps"] == 0 and sequential["split_steps"] > 0 and strategy["split_steps"] > 0
+        # Prompts of 12 x 64 tokens, 256 floats each, all-reduced twice in each of two layers, at 50 Mbit/s.
+        assert part["limit"]["network"] > 0.4 and stock["seconds"]["min"] > 0.4
+        assert 0 < part["limit"]["compute"] < stock["seconds"]["min"]
+        return result
 
     return run

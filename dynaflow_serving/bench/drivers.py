@@ -43,8 +43,13 @@ class EngineDriver(Protocol):
         """End the engine, if it was started."""
 
 
+def load(path: str) -> Any:
+    """Return the class, or whatever else is at `module:name`."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def load_driver(path: str) -> EngineDriver:
     """Return an instance of the class at `module:class`."""
-    module, _, name = path.partition(":")
-    driver: EngineDriver = getattr(importlib.import_module(module), name)()
+    driver: EngineDriver = load(path)()
     return driver

@@ -1,4 +1,4 @@
-"""The engines that can be benchmarked; a new one is one entry of `ENGINES`.
+"""The systems that can be benchmarked; a new one is one entry of `ENGINES` or of `WORKLOADS`.
 
 Contract
 - An entry names its driver and its serving tool as `module:class`. A driver is imported in a child process only, a tool
@@ -68,6 +68,13 @@ ENGINES: dict[str, Engine] = {
         "declines its --enable-torch-compile; both engines keep SGLang's own CUDA graphs.",
         uncompiled="as SGLang runs it",
     ),
+}
+
+
+# Systems whose ranks are processes of the bench: the `module:class` of their `integrations.base.Workload`.
+WORKLOADS = {
+    "torch": "dynaflow_serving.integrations.torch.workload:TorchWorkload",
+    "transformers": "dynaflow_serving.integrations.transformers.workload:TransformersWorkload",
 }
 
 

@@ -7,6 +7,7 @@ Contract
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
 from collections.abc import Mapping
@@ -16,10 +17,11 @@ from typing import Any
 
 from dynaflow_serving.errors import ConfigError
 
-# glibc gives large freed buffers back to the system or keeps them, depending on what the process has freed before: with
-# page faults a step of 4096 tokens takes 50 ms, without 31. The engine that is unlucky would seem slower for as long as
-# it lives. (vLLM's advice for CPUs is another allocator, to the same end.)
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+# glibc gives large freed buffers back to the system or keeps them, depending on their size and on what the process has
+# freed before: with page faults a step of 4096 tokens takes 50 ms, without 31. Un-split steps have the larger buffers,
+# so that splitting would seem to win. With these variables all memory is kept.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20)}
+TCMALLOC = "tcmalloc_minimal"
 
 
 def has_gpu() -> bool:
@@ -53,6 +55,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def allocator(given: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables that make a CPU process keep its memory: tcmalloc, as vLLM advises, or else glibc's own."""
+    library = ctypes.util.find_library(TCMALLOC)
+    wanted = {"LD_PRELOAD": library} if library else KEPT_MEMORY
+    return {key: value for key, value in wanted.items() if key not in given}
+
+
 def vllm_environment(
     tensor_parallel: int, *, gpu: bool, compiled: bool, local_model: bool, given: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
@@ -77,7 +86,7 @@ def vllm_environment(
         wanted["HF_HUB_OFFLINE"] = "1"
     if not gpu:
         wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; two engines are alive at once
-        wanted |= KEPT_MEMORY
+        wanted |= allocator(given)
         wanted["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads take ten times as long when the machine is busy
         wanted["VLLM_CPU_OMP_THREADS_BIND"] = cores_of_ranks(usable_cores(), tensor_parallel)
         if tensor_parallel == 1:
@@ -97,7 +106,7 @@ def sglang_environment(
     if local_model:
         wanted["HF_HUB_OFFLINE"] = "1"
     if not gpu:
-        wanted |= KEPT_MEMORY
+        wanted |= allocator(given)
         wanted["OMP_NUM_THREADS"] = "1"  # more threads than cores that are free: up to 50 times slower
         cores = usable_cores()
         wanted["SGLANG_CPU_OMP_THREADS_BIND"] = (
@@ -123,6 +132,16 @@ def cores_of_ranks(cores: list[int], ranks: int) -> str:
     if not share:
         raise ConfigError(f"tensor parallelism of {ranks} on a CPU needs {ranks} cores; this process has {len(cores)}")
     return "|".join(",".join(map(str, cores[r * share : (r + 1) * share])) for r in range(ranks))
+
+
+def busy_seconds() -> float:
+    """Return the seconds that this machine's cores have worked since it started, all processes together."""
+    try:
+        words = Path("/proc/stat").read_text().splitlines()[0].split()
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, interrupt, soft = map(int, words[1:8])
+    return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def usable_cores() -> list[int]:

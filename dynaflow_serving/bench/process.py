@@ -17,7 +17,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,43 @@ class EngineProcessError(DynaflowError):
     """An engine's child process failed or died."""
 
 
-class EngineProcess:
-    """One engine in a child process. `name` is what messages call it."""
+def here(*words: str) -> list[str]:
+    """Return the command that runs `words` on this node."""
+    return list(words)
 
-    def __init__(self, name: str, driver: str, environment: Mapping[str, str], log: Path) -> None:
+
+Placed = Callable[..., list[str]]
+
+
+class ChildProcess:
+    """A child process that answers requests (`child`)."""
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        driven: str,
+        environment: Mapping[str, str],
+        log: Path,
+        placed: Placed = here,
+    ) -> None:
+        """Start the process.
+
+        Args:
+            name: What messages call it.
+            kind: A key of `child.KINDS`.
+            driven: The `module:class` that it drives.
+            environment: The variables to add to this process's.
+            log: The file for its output.
+            placed: Returns the command that runs a command in another place, such as a node of a link.
+        """
         self.name, self.log = name, log
+        self._hint = f" (engine log: {log})" if kind == "engine" else ""  # where more is to be found about an error
         log.parent.mkdir(parents=True, exist_ok=True)
         self._pipe, theirs = multiprocessing.Pipe()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dynaflow_serving.bench.child", str(theirs.fileno()), driver],
+                placed(sys.executable, "-m", "dynaflow_serving.bench.child", str(theirs.fileno()), kind, driven),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -55,28 +82,10 @@ class EngineProcess:
             )
         theirs.close()
 
-    def start(self, settings: EngineSettings) -> EngineInfo:
-        """Start the engine; return when it can serve."""
-        return EngineInfo(**self._ask("start", **asdict(settings)))
-
-    def generate(self, requests: list[Request]) -> tuple[float, list[list[int]]]:
-        """Run the requests; return the seconds that took, and the new tokens of each request."""
-        reply = self._ask("generate", requests=[asdict(r) for r in requests])
-        return reply["seconds"], reply["tokens"]
-
-    def report(self) -> list[WorkerReport]:
-        """Return the report of every rank, rank 0's first."""
-        return [WorkerReport.model_validate(content) for content in self._ask("report")]
-
-    def reset(self) -> None:
-        """Zero the counters of the report."""
-        self._ask("reset")
-
     def close(self) -> None:
         """Ask the child to end its engine and itself; end both if they linger."""
         if self._process.poll() is None:
-            with contextlib.suppress(OSError):
-                self._pipe.send_bytes(json.dumps({"action": "close", "arguments": {}}).encode())
+            self.tell("close")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(CLOSE_SECONDS)
         self.kill()
@@ -86,9 +95,27 @@ class EngineProcess:
         end_group(self._process)
         self._pipe.close()
 
-    def _ask(self, action: str, **arguments: Any) -> Any:
-        try:
+    def ask(self, action: str, **arguments: Any) -> Any:
+        """Send a request, and return the answer to it."""
+        self.tell(action, **arguments)
+        return self.answer(action)
+
+    def tell(self, action: str, **arguments: Any) -> None:
+        """Send a request. `answer` returns the answer to it, in the same order."""
+        with contextlib.suppress(OSError):  # a child that is gone is found by `answer`
             self._pipe.send_bytes(json.dumps({"action": action, "arguments": arguments}).encode())
+
+    def answered(self) -> bool:
+        """Whether `answer` need not wait: there is an answer, or the child is gone."""
+        return self._pipe.poll(0) or self._process.poll() is not None
+
+    def answer(self, action: str) -> Any:
+        """Return the answer to a request, or raise the error that it says.
+
+        Raises:
+            EngineProcessError: The child could not do it, or is gone.
+        """
+        try:
             # The pipe alone would not do: it stays open while any worker of a dead child has it.
             while not self._pipe.poll(0.2):
                 if self._process.poll() is not None and not self._pipe.poll(0):
@@ -102,10 +129,34 @@ class EngineProcess:
         if "error" in reply:
             error = reply["error"]
             if error["expected"]:
-                raise EngineProcessError(f"{self.name}: {error['message']} (engine log: {self.log})")
+                raise EngineProcessError(f"{self.name}: {error['message']}{self._hint}")
             what = f"{self.name} could not {action}: {error['type']}: {error['message']}"
             raise EngineProcessError(f"{what}\n{excerpt(self.log)}")
         return reply["result"]
+
+
+class EngineProcess(ChildProcess):
+    """One engine in a child process."""
+
+    def __init__(self, name: str, driver: str, environment: Mapping[str, str], log: Path) -> None:
+        super().__init__(name, "engine", driver, environment, log)
+
+    def start(self, settings: EngineSettings) -> EngineInfo:
+        """Start the engine; return when it can serve."""
+        return EngineInfo(**self.ask("start", **asdict(settings)))
+
+    def generate(self, requests: list[Request]) -> tuple[float, list[list[int]]]:
+        """Run the requests; return the seconds that took, and the new tokens of each request."""
+        reply = self.ask("generate", requests=[asdict(r) for r in requests])
+        return reply["seconds"], reply["tokens"]
+
+    def report(self) -> list[WorkerReport]:
+        """Return the report of every rank, rank 0's first."""
+        return [WorkerReport.model_validate(content) for content in self.ask("report")]
+
+    def reset(self) -> None:
+        """Zero the counters of the report."""
+        self.ask("reset")
 
 
 def how_it_ended(process: subprocess.Popen[bytes]) -> str:

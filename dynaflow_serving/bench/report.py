@@ -1,4 +1,4 @@
-"""The benchmark of engines as tables for a terminal."""
+"""The result of a comparison as tables for a terminal, and in words."""
 
 from __future__ import annotations
 
@@ -8,40 +8,69 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-ROWS = {
-    "requests/s": "requests_per_s",
-    "output tokens/s": "output_tokens_per_s",
-    "total tokens/s": "total_tokens_per_s",
-}
 CPU_NOTE = (
     "This is a CPU: splitting is expected to lose here, because weights are read once per micro-batch and no hardware "
     "stands idle that a second stream could use. The run shows that DynaFlow is active"
 )
 CPU_OFFLINE = f"{CPU_NOTE} and exact; its ratio says nothing about a GPU."
 CPU_SERVERS = f"{CPU_NOTE}; its gains say nothing about a GPU. Tokens are not compared under load."
+LINK_NOTE = (
+    "The network is emulated (a rate limit between two network namespaces of this machine); on a CPU the collectives' "
+    "own work shares the cores with the compute."
+)
+HEADS = ("Mbit/s", "side", "seconds", "ratio to stock", "of the limit", "equal", "steps split")
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Yield the object that `result.record` returned as tables: the figures, then the facts."""
-    ratio = result["ratio"]
-    figures = Table(title=f"{result['engine']} {result['engine_version']} on {result['device']}", title_justify="left")
-    for name in ("", "baseline", "dynaflow"):
-        figures.add_column(name, justify="right" if name else "left")
-    for label, key in ROWS.items():
-        figures.add_row(label, *(f"{result[side][key]:,.1f}" for side in ("baseline", "dynaflow")))
-    figures.add_section()
-    figures.add_row("ratio, median of pairs", "1", f"{ratio['median']:.3f}")
-    figures.add_row("ratio, min - max", "", f"{ratio['min']:.3f} - {ratio['max']:.3f}")
+    """Yield the object that `result.record` returned as tables: the rows, then the facts."""
+    title = f"{result['system']} {result['release']} on {result['machine']['device']}; medians (min - max)"
+    links = any(part["link_mbit"] for part in result["parts"])
+    limits = any(part["limit"] for part in result["parts"])
+    heads = [h for h in HEADS if (h != HEADS[0] or links) and (h != HEADS[4] or limits)]
+    figures = Table(title=title, title_justify="left")
+    for head in heads:
+        figures.add_column(head, justify="left" if head == "side" else "right", no_wrap=True)
+    if links:
+        figures.add_column("sent again", justify="right")
+    for part in result["parts"]:
+        for row in part["rows"]:
+            cells = [label(part), row_name(row), spread(row["seconds"]), spread(row["ratio"]), efficiency(row)]
+            cells += ["yes" if row["equal"] else "NO", "" if row["strategy"] == "stock" else str(row["split_steps"])]
+            shown = [cell for head, cell in zip(HEADS, cells) if head in heads]
+            figures.add_row(*shown, *([str(row["retransmissions"])] if links else []))
+        if part["limit"]:
+            compute, network = part["limit"]["compute"], part["limit"]["network"]
+            limit = f"{max(compute, network):.2f}: compute {compute:.2f}, network {network:.2f} alone"
+            figures.add_row(*([label(part)] if links else []), "limit", limit)
+        figures.add_section()
     yield figures
     facts = Table(show_header=False, box=None)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    facts.add_row("tokens equal", "yes" if result["tokens_equal"] else "NO")
-    facts.add_row("steps split", str(result["steps"]["split"]))
-    for reason, count in result["steps"]["unsplit"].items():
-        facts.add_row("steps un-split", f"{count}: {reason}")
-    facts.add_row("strategy", f"{result['strategy']} (mode: {result['mode']})")
-    facts.add_row("plan hash", result["plan_hash"] or "(none)")
+    for part in result["parts"]:
+        for row in part["rows"]:
+            for reason, count in row["unsplit_steps"].items():
+                facts.add_row(f"{row_name(row)}, un-split", f"{count}: {reason}")
     facts.add_row("model", result["model"])
-    facts.add_row("pairs", str(len(result["pairs"])))
+    facts.add_row("pass", result["pass"])
     yield facts
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """Return the side of a row in words."""
+    return f"{row['strategy']} x{row['micro_batches']}" if row["micro_batches"] > 1 else str(row["strategy"])
+
+
+def label(part: Mapping[str, Any]) -> str:
+    """Return the rate of a part in words."""
+    return f"{part['link_mbit']:g}" if part["link_mbit"] else "no limit"
+
+
+def spread(figure: Mapping[str, float]) -> str:
+    """Write a spread with three digits, such as `1.63 (1.61 - 2.01)`."""
+    return f"{figure['median']:.3g} ({figure['min']:.3g} - {figure['max']:.3g})"
+
+
+def efficiency(row: Mapping[str, Any]) -> str:
+    """Write the efficiency of a row in per cent; "" where it is not known."""
+    return "" if row["efficiency"] is None else f"{row['efficiency']:.0%}"

@@ -51,10 +51,24 @@ class Architecture:
     config: str
     model: str
     extra: dict[str, Any] = field(default_factory=dict)
+    layers: int = 2
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("LlamaConfig", "LlamaForCausalLM", {"intermediate_size": 512}),
+    # Not tiny: its all-reduces and its compute take about as long over a link of some hundred Mbit/s.
+    "llama_1024": Architecture(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "initializer_range": 0.05,
+        },
+        layers=4,
+    ),
     "qwen3": Architecture("Qwen3Config", "Qwen3ForCausalLM", {"intermediate_size": 512}),
     "mixtral": Architecture(
         "MixtralConfig",
@@ -100,13 +114,13 @@ def find_model(name: str | None) -> tuple[str, bool]:
     )
 
 
-def make_tiny_model(kind: str, directory: str | Path | None = None, layers: int = 2) -> Path:
+def make_tiny_model(kind: str, directory: str | Path | None = None, layers: int | None = None) -> Path:
     """Return the directory of a tiny model with config, weights and tokenizer; make it if it is not there yet.
 
     Args:
         kind: A name in `ARCHITECTURES`.
         directory: The parent folder; None for `cache_directory()/models`.
-        layers: The number of layers.
+        layers: The number of layers; None for the architecture's own.
 
     Raises:
         ConfigError: The kind is unknown, or there is no layer.
@@ -114,6 +128,7 @@ def make_tiny_model(kind: str, directory: str | Path | None = None, layers: int 
     """
     if kind not in ARCHITECTURES:
         raise ConfigError(unknown_name("tiny model", kind, ARCHITECTURES))
+    layers = ARCHITECTURES[kind].layers if layers is None else layers
     if layers < 1:
         raise ConfigError(f"a tiny model needs at least one layer, not {layers}")
     parent = Path(directory) if directory is not None else cache_directory() / "models"
@@ -161,7 +176,7 @@ def _save_model(kind: str, layers: int, folder: Path) -> None:
 
     transformers = _module("transformers")
     architecture = ARCHITECTURES[kind]
-    config = getattr(transformers, architecture.config)(**COMMON, **architecture.extra, num_hidden_layers=layers)
+    config = getattr(transformers, architecture.config)(**{**COMMON, **architecture.extra}, num_hidden_layers=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = getattr(transformers, architecture.model)(config).to(torch.bfloat16)

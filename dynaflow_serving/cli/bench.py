@@ -1,9 +1,11 @@
-"""`dynaflow bench`: the stock engine against the same engine under DynaFlow.
+"""`dynaflow bench`: a system against itself, stock and under strategies, in turn.
 
 Contract
-- Without --html two engines run offline, and their tokens are compared. With it two servers run under load, and a
-  report is written.
-- A run that split no step, whose tokens differ or whose requests failed writes its files. It then ends with exit
+- The sides are the stock system, sequential micro-batches, and each --strategy. All do the same work; outputs are
+  compared.
+- --link runs them on two emulated nodes. --load or --rate put servers under load instead, the stock one and one under
+  the strategy, and write a report of latencies.
+- A run that split nothing, whose outputs differ or whose requests failed writes its files. It then ends with exit
   code 1 and the reason.
 - The output and the files say what was chosen for the user: model, strategy, dtype, compilation.
 """
@@ -11,11 +13,12 @@ Contract
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, RenderableType
@@ -26,152 +29,217 @@ from dynaflow_serving.cli.options import (
     MaxBatchedTokensOption,
     MicroBatchesOption,
     OptionOption,
-    StrategyOption,
-    TensorParallelOption,
     command_line,
-    configure,
 )
 from dynaflow_serving.cli.output import progress_bar, say, say_on_stderr
 from dynaflow_serving.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dynaflow_serving.bench.benchmark import Benchmark
-    from dynaflow_serving.bench.serving.loads import Load
-    from dynaflow_serving.bench.settings import Traffic
+    from dynaflow_serving.bench.benchmark import Comparison
 
+WIDTH = 140  # columns that the tables need, and get where they are not shown on a terminal
 LOADS, RATES = ("random", "sharegpt"), (8.0, float("inf"))
 
-EngineArgument = Annotated[str, typer.Argument(help="Engine to benchmark: vllm or sglang.")]
+SystemArgument = Annotated[str, typer.Argument(help="System to benchmark: torch, transformers, vllm or sglang.")]
 ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
         metavar="PATH",
-        help="Model directory, Hugging Face name, or tiny model made here (llama, qwen3, mixtral, qwen3_moe). "
-        "Default: tiny llama.",
+        help="Model directory, Hugging Face name, or model made here (llama, llama_1024, qwen3, mixtral, qwen3_moe); "
+        "for torch PATH.py:FUNCTION, which returns (model, inputs). Default: llama, with --link llama_1024.",
     ),
 ]
-PairsOption = Annotated[int, typer.Option(min=1, help="Timed pairs of passes.")]
+StrategiesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strategy",
+        "-s",
+        metavar="NAME|FILE",
+        help="Strategy name, YAML config, or .py strategy file; may be repeated. Default: comm_overlap.",
+        show_default=False,
+    ),
+]
+PairsOption = Annotated[int, typer.Option(min=1, help="Counted rounds, in which each side runs one pass.")]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel", "-tp", "--tp", min=1, help="Ranks. Default: 1, with --link 2.", show_default=False
+    ),
+]
+StartsOption = Annotated[int, typer.Option(min=1, help="Starts of all sides, each with its rounds.")]
 DtypeOption = Annotated[str | None, typer.Option(help="Default: float32 on CPU, auto on GPU.")]
-RequestsOption = Annotated[int, typer.Option(min=1, help="Requests of a pass; without --rate, all sent at once.")]
+RequestsOption = Annotated[
+    int, typer.Option(min=1, help="Requests of a pass; without --rate, all at once. The batch of torch, transformers.")
+]
 InputLenOption = Annotated[int, typer.Option(min=1, help="Mean prompt length, tokens (half to 1.5 times).")]
 OutputLenOption = Annotated[int, typer.Option(min=1, help="Mean output length, tokens (half to 1.5 times).")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the prompts and their lengths.")]
-HTMLOption = Annotated[
-    Path | None, typer.Option("--html", help="Benchmark servers under load instead, and write a report to this file.")
+LinkOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        metavar="MBIT",
+        help="Run on two emulated nodes, joined by a link of so many megabit per second (0: no limit); may be "
+        "repeated.",
+        show_default=False,
+    ),
 ]
+TCPDefaultsOption = Annotated[
+    bool,
+    typer.Option("--tcp-defaults", help="With --link: TCP and the queue as the kernel has them, which flatters us."),
+]
+TrainingOption = Annotated[
+    bool, typer.Option("--training", help="torch, transformers: a pass is forward and backward.")
+]
+HTMLOption = Annotated[Path | None, typer.Option("--html", help="Write a page with the figures drawn to this file.")]
 LoadOption = Annotated[
     list[str] | None,
-    typer.Option(help="With --html: random or sharegpt; may be repeated. Default: both.", show_default=False),
+    typer.Option(help="Servers under load: random or sharegpt; may be repeated. Default: both.", show_default=False),
 ]
 RateOption = Annotated[
     list[float] | None,
     typer.Option(
-        help="With --html: requests per second (inf: all at once); may be repeated. Default: 8 and inf.",
+        help="Servers under load: requests per second (inf: all at once); may be repeated. Default: 8 and inf.",
         show_default=False,
     ),
 ]
 
 
 def bench(
-    engine: EngineArgument,
+    system: SystemArgument,
     model: ModelOption = None,
-    strategy: StrategyOption = None,
+    strategy: StrategiesOption = None,
     micro_batches: MicroBatchesOption = None,
     option: OptionOption = None,
     pairs: PairsOption = 3,
-    tensor_parallel: TensorParallelOption = 1,
+    starts: StartsOption = 1,
+    tensor_parallel: RanksOption = None,
     dtype: DtypeOption = None,
     compiled: CompiledOption = None,
-    requests: RequestsOption = 64,
-    input_len: InputLenOption = 128,
-    output_len: OutputLenOption = 64,
+    requests: RequestsOption = 30,
+    input_len: InputLenOption = 96,
+    output_len: OutputLenOption = 8,
     max_batched_tokens: MaxBatchedTokensOption = None,
     seed: SeedOption = 0,
+    link: LinkOption = None,
+    tcp_defaults: TCPDefaultsOption = False,
+    training: TrainingOption = False,
     json_path: JSONOption = None,
     html: HTMLOption = None,
     load: LoadOption = None,
     rate: RateOption = None,
 ) -> None:
-    """Compare an engine with itself under DynaFlow: same requests, in turn, several pairs."""
-    from dynaflow_serving.bench.benchmark import assert_can_serve, make_benchmark
-    from dynaflow_serving.bench.defaults import DEFAULT_CONFIG
-    from dynaflow_serving.bench.serving.loads import make_loads
+    """Compare a system with itself: stock, sequential micro-batches and each strategy, in turn, several rounds."""
+    from dynaflow_serving.bench.benchmark import Asked, Comparison, least_tokens
     from dynaflow_serving.bench.settings import Traffic
+    from dynaflow_serving.bench.sides import make_sides
 
-    if html is not None:
-        assert_can_serve(engine, pairs)
-    elif load or rate:
-        raise ConfigError("--load and --rate are for servers: add --html FILE. Offline, all requests are sent at once.")
-    benchmark = make_benchmark(
-        engine, model, configure(strategy or DEFAULT_CONFIG, micro_batches, option),
-        pairs=pairs, tensor_parallel=tensor_parallel, dtype=dtype, compiled=compiled,
-        max_batched_tokens=max_batched_tokens, command=command_line(),
+    if tcp_defaults and not link:
+        raise ConfigError("--tcp-defaults is about the emulated link: add --link MBIT")
+    asked = Asked(
+        system=system, model=model, pairs=pairs, tensor_parallel=tensor_parallel, dtype=dtype, compiled=compiled,
+        traffic=Traffic(requests=requests, input_len=input_len, output_len=output_len, seed=seed),
+        max_batched_tokens=max_batched_tokens, links=tuple(dict.fromkeys(link or ())), tcp_defaults=tcp_defaults,
+        training=training, starts=starts, command=command_line(),
     )  # fmt: skip
-    _say_what_is_chosen(benchmark, default_strategy=strategy is None)
-    if html is None:
-        traffic = Traffic(requests=requests, input_len=input_len, output_len=output_len, seed=seed)
-        _compare_engines(benchmark, traffic, json_path)
+    sides = make_sides(strategy or [], micro_batches, option or [], min_tokens=least_tokens(system))
+    comparison = Comparison(asked, sides)
+    if load or rate:
+        _compare_under_load(comparison, load or list(LOADS), rate or list(RATES), json_path, html)
     else:
-        loads = make_loads(load or LOADS, rate or RATES, requests, input_len, output_len)
-        _compare_servers(benchmark, loads, seed, json_path, html)
+        _compare(comparison, json_path, html)
 
 
-def _say_what_is_chosen(benchmark: Benchmark, *, default_strategy: bool) -> None:
-    options = ", ".join(f"{name}={value}" for name, value in benchmark.strategy_options.items()) or "no options"
-    origin = " (default of this command; --strategy chooses another)" if default_strategy else ""
-    say_on_stderr(f"strategy {benchmark.config.strategy}: {options}{origin}")
-    settings = benchmark.settings
-    say_on_stderr(f"model {settings.model}, {settings.dtype}, both engines {benchmark.graph}")
-
-
-def _compare_engines(benchmark: Benchmark, traffic: Traffic, json_path: Path | None) -> None:
-    from dynaflow_serving.bench.compare import compare
-    from dynaflow_serving.bench.report import CPU_OFFLINE, tables
+def _compare(comparison: Comparison, json_path: Path | None, html: Path | None) -> None:
+    from dynaflow_serving.bench.link import enter, open_link
+    from dynaflow_serving.bench.measure import measure, merged, stages
+    from dynaflow_serving.bench.page import assert_can_draw, render
+    from dynaflow_serving.bench.report import CPU_OFFLINE, LINK_NOTE, tables
     from dynaflow_serving.bench.result import record, write_json
+    from dynaflow_serving.files import write_text
 
-    work = Path(tempfile.mkdtemp(prefix="dynaflow-bench-"))
-    offline = benchmark.offline(traffic, work)
-    with progress_bar(offline.stages) as tell:
-        comparison = compare(offline, tell)
-    result = record(comparison, benchmark.facts(offline.settings, traffic=asdict(traffic)))
-    if json_path is not None:
-        write_json(json_path, result)
-    _conclude(tables(result), ["" if benchmark.gpu else CPU_OFFLINE, result["noise"]], result["failures"], work)
+    asked = comparison.asked
+    if html is not None:
+        assert_can_draw()
+    if asked.links:
+        enter()
+    _say_what_is_chosen(comparison)
+    rates = asked.links or (0.0,)
+    with _work_folder() as work:
+        with open_link(asked.tcp_defaults) if asked.links else nullcontext() as joined:
+            runners = [comparison.runner(work / f"start{number}", joined) for number in range(asked.starts)]
+            with progress_bar(asked.starts * stages(runners[0], rates, asked.pairs)) as tell:
+                found = [measure(runner, rates, asked.pairs, joined, tell) for runner in runners]
+        result = record(merged(found), comparison.facts(runners[0]))
+        if json_path is not None:
+            write_json(json_path, result)
+        if html is not None:
+            write_text(html, render(result))
+        remark = LINK_NOTE if asked.links else "" if comparison.gpu else CPU_OFFLINE
+        _conclude(tables(result), [remark, *result["notes"]], result["failures"], work)
 
 
-def _compare_servers(benchmark: Benchmark, loads: list[Load], seed: int, json_path: Path | None, html: Path) -> None:
-    from dynaflow_serving.bench.environment import machine
+def _compare_under_load(
+    comparison: Comparison, loads: list[str], rates: list[float], json_path: Path | None, html: Path | None
+) -> None:
     from dynaflow_serving.bench.report import CPU_SERVERS
     from dynaflow_serving.bench.result import write_json
+    from dynaflow_serving.bench.serving.loads import make_loads
     from dynaflow_serving.bench.serving.record import record
-    from dynaflow_serving.bench.serving.report import render
+    from dynaflow_serving.bench.serving.report import assert_can_report, render
     from dynaflow_serving.bench.serving.run import serve_in_turn
     from dynaflow_serving.bench.serving.table import tables
     from dynaflow_serving.files import write_text
 
+    comparison.assert_can_serve()
+    if html is not None:
+        assert_can_report()
+    traffic = comparison.asked.traffic
+    made = make_loads(loads, rates, traffic.requests, traffic.input_len, traffic.output_len)
+    _say_what_is_chosen(comparison)
+    with _work_folder() as work:
+        serving = comparison.serving(made, traffic.seed, work)
+        with progress_bar(serving.stages) as tell:
+            served = serve_in_turn(serving, tell)
+        result = record(serving, served, comparison.serving_facts(traffic.seed))
+        if json_path is not None:
+            write_json(json_path, result)
+        if html is not None:
+            write_text(html, render(result))
+        _conclude(tables(result), ["" if comparison.gpu else CPU_SERVERS, *result["notes"]], result["failures"], work)
+
+
+def _say_what_is_chosen(comparison: Comparison) -> None:
+    for side in comparison.sides[1:]:
+        options = ", ".join(f"{name}={value}" for name, value in side.options.items()) or "no options"
+        say_on_stderr(f"strategy {side.strategy}: {options}")
+    say_on_stderr(f"model {comparison.model or 'of this command'}; {comparison.chosen}")
+
+
+@contextmanager
+def _work_folder() -> Iterator[Path]:
+    """Make a folder for logs. It stays only if an error names it."""
     work = Path(tempfile.mkdtemp(prefix="dynaflow-bench-"))
-    serving = benchmark.serving(loads, seed, work)
-    with progress_bar(serving.stages) as tell:
-        served = serve_in_turn(serving, tell)
-    facts: dict[str, Any] = benchmark.facts(serving.settings, seed=seed)
-    result = record(serving, served, facts | {"machine": machine()})
-    if json_path is not None:
-        write_json(json_path, result)
-    write_text(html, render(result))
-    _conclude(tables(result), ["" if benchmark.gpu else CPU_SERVERS, *result["notes"]], result["failures"], work)
+    try:
+        yield work
+    except typer.Exit:
+        raise  # a verdict, which names the logs
+    except BaseException as error:
+        if str(work) not in str(error):
+            shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
 
 
 def _conclude(tables: Iterable[RenderableType], notes: Sequence[str], problems: Sequence[str], work: Path) -> None:
     """Print the tables, what to know about them, and the verdict. Only a failed run keeps its logs."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for table in tables:
         console.print(table)
     for note in filter(None, notes):
         say(f"\n{note}")
     for problem in problems:
-        say_on_stderr(f"dynaflow: FAILED: {problem} (engine logs: {work})")
+        say_on_stderr(f"dynaflow: FAILED: {problem} (logs: {work})")
     if problems:
         raise typer.Exit(1)
-    shutil.rmtree(work)

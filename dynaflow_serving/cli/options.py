@@ -59,21 +59,11 @@ def configure(source: str | Path, micro_batches: int | None, options: list[str] 
     Raises:
         ConfigError: The config or one of the options is not valid.
     """
-    import yaml
-
-    from dynaflow_serving.config import load
+    from dynaflow_serving.config import load, parse_options
     from dynaflow_serving.policy.selector import build_selector, options_of
 
     config = load(source)
-    changed = dict(config.options)
-    for option in options or []:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise ConfigError(f"--option {option!r} is not of the form NAME=VALUE")
-        try:
-            changed[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--option {option!r} is not valid YAML after the '='") from None
+    changed = config.options | parse_options(options or [])
     if micro_batches is not None:
         valid = options_of(config.strategy).model_fields
         if "micro_batches" not in valid:

@@ -29,14 +29,15 @@ def say_on_stderr(text: str) -> None:
 
 @contextmanager
 def progress_bar(stages: int) -> Iterator[Tell]:
-    """Show a bar of so many stages. The caller says what begins."""
+    """Show a bar of so many stages, with the time that is left. The caller says what begins."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda stage: _print(console, stage)
         return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=stages)
         begun = 0

@@ -1,8 +1,10 @@
-"""Repeated measurements: their spread, and the order in which things are measured.
+"""Repeated measurements: their spread, their noise, and the order in which things are measured.
 
 Contract
 - A spread is the median with the least and the greatest value. It assumes nothing about how the values are distributed,
   and it hides no outlier.
+- Noise is half of the interquartile range, relative to the median. Above `NOISY`, equal work took so different times
+  that a ratio of such times is not to be trusted.
 - Things take turns round by round, and the order of every second round is reversed, so that a drift of the machine
   cancels.
 """
@@ -16,6 +18,8 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+
+NOISY = 0.13  # as when the slower of two values is 1.3 times the faster
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,17 @@ class Spread:
         low, high = statistics.median_low(ratios), statistics.median_high(ratios)
         return Spread(median=math.sqrt(low * high), min=min(ratios), max=max(ratios))
 
-    def exceeds(self, factor: float) -> bool:
-        """Whether the greatest value is more than `factor` times the least."""
-        return self.max > factor * self.min
-
     def as_dict(self) -> dict[str, float]:
         """Return plain data: `{"median": ..., "min": ..., "max": ...}`."""
         return asdict(self)
+
+
+def noise(values: Iterable[float]) -> float:
+    """Return half of the interquartile range of at least one value, relative to the median."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    low, high = ordered[quarter], ordered[-1 - quarter]
+    return (high - low) / 2 / statistics.median(ordered)
 
 
 def in_turn(things: Sequence[T], round_number: int) -> Sequence[T]:

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from dynaflow_serving.core.batch import Batch, Signature
-from dynaflow_serving.core.measurement import in_turn
+from dynaflow_serving.core.measurement import in_turn, noise
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import PlanError, ScheduleError
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
@@ -269,14 +269,6 @@ def _lost(trial: Trial, noise: float, min_gain: float) -> str:
     if wins <= 0.75 * pairs:
         return f"won {wins} of {pairs} pairs only"
     return ""
-
-
-def noise(seconds: list[float]) -> float:
-    """Return half of the interquartile range, relative to the median."""
-    ordered = sorted(seconds)
-    quarter = len(ordered) // 4
-    low, high = ordered[quarter], ordered[-1 - quarter]
-    return (high - low) / 2 / median(ordered)
 
 
 def _lost_before(bucket: Bucket, decisions: list[Decision]) -> str:

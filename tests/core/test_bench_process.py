@@ -46,7 +46,7 @@ class Fake:
 
     def report(self):
         split = 0 if self.fault == "wrong and idle" else self.counted
-        steps = {"split": split, "unsplit": {"a micro-batch would have under 9 tokens": 4}}
+        steps = {"split": split, "unsplit": {"a micro-batch would have under 9 tokens": 4 * self.counted}}
         return [{"strategy": "nanoflow", "mode": "fake", "steps": steps, "plan_hash": "abc", "programs": []}]
 
     def reset(self):
@@ -70,46 +70,60 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def bench(folder: Path, *arguments: str) -> tuple[Result, dict[str, Any]]:
     path = folder / "out" / "result.json"
-    shape = ["--requests", "3", "--input-len", "4", "--output-len", "4"]
+    shape = ["--requests", "3", "--input-len", "4", "--output-len", "4", "-o", "min_tokens=1"]
     command = ["bench", "fake", "--model", str(folder), "--json", str(path), *shape, *arguments]
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
     return result, json.loads(path.read_text()) if path.exists() else {}
 
 
 def test_happy_path(engine: Path) -> None:
-    result, content = bench(engine, "--pairs", "2", "-n", "3")
+    page = engine / "page.html"
+    result, content = bench(engine, "--pairs", "2", "-n", "3", "--html", str(page))
     assert result.exit_code == 0, result.output
-    for text in ("requests/s", "ratio, median", "tokens equal", "steps split", "under 9 tokens", "abc", "fake device"):
+    for text in ("ratio to stock", "equal", "steps split", "under 9 tokens", "fake device", "expected to lose"):
         assert text in result.stdout
-    assert "expected to lose" in result.stdout
-    assert "default of this command" in result.stderr and "pair 2 of 2: baseline" in result.stderr
-    for side in ("baseline", "dynaflow"):
-        assert set(content[side]) == {"requests_per_s", "output_tokens_per_s", "total_tokens_per_s"}
-    assert set(content["ratio"]) == {"median", "min", "max"}
-    assert content["tokens_equal"] is True
-    assert content["steps"] == {"split": 2, "unsplit": {"a micro-batch would have under 9 tokens": 4}}
-    assert content["plan_hash"] == "abc" and content["engine_version"] == "9.9"
-    assert content["strategy"] == "nanoflow" and content["engine"] == "fake" and content["device"] == "a fake device"
-    assert content["config"]["dynaflow"]["options"] == {"micro_batches": 3, "min_tokens": 1}
-    assert [p["order"][0] for p in content["pairs"]] == ["baseline", "dynaflow"]
-    assert {"model", "command", "date", "torch_version"} <= set(content)
+    assert "strategy comm_overlap: micro_batches=3" in result.stderr and "pair 2 of 2: stock" in result.stderr
+    assert content["system"] == "fake" and content["release"] == "9.9"
+    (part,) = content["parts"]
+    assert part["link_mbit"] == 0 and part["limit"] is None
+    assert [row["strategy"] for row in part["rows"]] == ["stock", "sequential", "comm_overlap"]
+    for row in part["rows"]:
+        assert set(row["ratio"]) == set(row["seconds"]) == {"median", "min", "max"}
+        assert row["equal"] is True and len(row["passes"]) == 2
+    strategy = part["rows"][-1]
+    assert strategy["split_steps"] == 2 and strategy["unsplit_steps"] == {"a micro-batch would have under 9 tokens": 8}
+    assert strategy["plan_hash"] == "abc" and strategy["options"] == {"micro_batches": 3, "min_tokens": 1}
+    assert content["failures"] == [] and {"model", "command", "date", "machine", "config"} <= set(content)
+    assert "comm_overlap x3" in page.read_text()
+
+
+def test_every_side_takes_its_turn_in_every_round(engine: Path) -> None:
+    result, _ = bench(engine, "--pairs", "2")
+    turns = [line for line in result.stderr.splitlines() if "warm-up" in line or "pair" in line]
+    names = ["stock", "sequential x3", "comm_overlap x3"]
+    assert turns == [
+        *(f"warm-up: {name}" for name in reversed(names)),
+        *(f"pair 1 of 2: {name}" for name in names),
+        *(f"pair 2 of 2: {name}" for name in reversed(names)),
+    ]
 
 
 def test_a_run_that_proves_nothing_fails_after_its_json(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "wrong and idle")
     result, content = bench(engine, "--pairs", "1")
     assert result.exit_code == 1
-    assert "split no step" in result.stderr and "-o min_tokens=1" in result.stderr
-    assert "3 of 3 requests in pair 1, the first at token 0 of request 0" in result.stderr
-    assert content["tokens_equal"] is False and content["steps"]["split"] == 0
-    assert len(content["failures"]) == 2
+    assert "no step was split" in result.stderr and "-o min_tokens=1" in result.stderr
+    assert "pair 1 of 1: 3 of 3 requests, the first at token 0 of request 0" in result.stderr
+    rows = content["parts"][0]["rows"]
+    assert [row["equal"] for row in rows] == [True, False, False] and rows[1]["split_steps"] == 0
+    assert len(content["failures"]) == 4  # of each side under DynaFlow
 
 
 def test_an_inactive_engine_is_an_error(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "inactive")
     result, content = bench(engine)
     assert result.exit_code == 2 and not content
-    assert "dynaflow: the model cannot be split" in result.stderr and "dynaflow.log" in result.stderr
+    assert "sequential x3: the model cannot be split" in result.stderr and "sequential-x3.log" in result.stderr
     assert "Traceback" not in result.stderr
 
 

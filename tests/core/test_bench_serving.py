@@ -40,7 +40,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = "4" if dynaflow else "2"
         elif self.path == "/metrics" and (dynaflow or fault == "not stock"):
             split = 0 if fault == "idle" else steps
-            body = f'dynaflow_steps_total{{strategy="nanoflow",reason=""}} {split}\\n' * bool(split)
+            body = f'dynaflow_steps_total{{strategy="comm_overlap",reason=""}} {split}\\n' * bool(split)
             body += f'dynaflow_steps_total{{strategy="none",reason="one request"}} {1 + steps - split}\\n'
             body += "dynaflow_overlap_ratio 0.5\\n"
         self.send_response(200)
@@ -84,7 +84,7 @@ class Tool:
     def version(self):
         return "9.9"
 
-    def server(self, settings, port, *, gpu):
+    def server(self, settings, port, *, gpu, node=None):
         return [sys.executable, str(HERE / "server.py"), str(port), *(["--dynaflow"] if settings.dynaflow else [])]
 
     def client(self, job):
@@ -128,7 +128,7 @@ def test_a_whole_run(engine: Path) -> None:
     assert "random, 4/s: pair 2 of 2: baseline" in result.stderr and "expected to lose" in result.stdout
     assert content["engine_version"] == "9.9" and content["environment"] == {"FAKE_VARIABLE": "1"}
     assert content["failures"] == [] and content["notes"] == []
-    assert content["steps"] == {"split": {"nanoflow": 40}, "unsplit": {}}  # 2 loads x 2 pairs x 10, no warm-up
+    assert content["steps"] == {"split": {"comm_overlap": 40}, "unsplit": {}}  # 2 loads x 2 pairs x 10, no warm-up
     assert [sample["name"] for sample in content["policy"]] == ["dynaflow_overlap_ratio"]
     assert "--dynaflow" in content["servers"]["dynaflow"] and "--dynaflow" not in content["servers"]["baseline"]
     assert [load["rate"] for load in content["loads"]] == [4, "inf"]
@@ -204,13 +204,14 @@ def test_options_that_do_not_fit(engine: Path) -> None:
         return result.stderr
 
     page = ("--html", str(engine / "x.html"))
-    assert "--load and --rate are for servers: add --html FILE" in error("--rate", "4")
-    assert "--pairs must be 2 or more" in error(*page, "--pairs", "1")
+    rate = ("--rate", "4")
+    assert "--pairs must be 2 or more" in error(*rate, "--pairs", "1")
+    assert "give one --strategy" in error(*rate, "-s", "comm_overlap", "-s", "nanoflow")
     assert "unknown load 'sharegtp'. Did you mean 'sharegpt'" in error(*page, "--load", "sharegtp")
     assert "inf sends all at once" in error(*page, "--rate", "0") and "more than 0" in error(*page, "--rate", "nan")
-    assert "valid: 4 to 512" in error(*page, "--input-len", "600")
+    assert "valid: 4 to 512" in error(*page, *rate, "--load", "sharegpt", "--input-len", "600")
     ENGINES["fake"] = Engine("none:None")
-    assert "fake has no server that can be benchmarked" in error(*page)
+    assert "fake has no server that can be benchmarked" in error(*rate)
 
 
 def test_missing_packages_are_named_before_anything_runs(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dynaflow_serving.bench.serving.loads import LONGEST, SHORTEST, Load, ShareGPT, lengths, make_loads, seed_of_pass
-from dynaflow_serving.bench.serving.record import LOSS, METRICS, NOISE, WIN, figure_of, noise, verdict
+from dynaflow_serving.bench.serving.record import LOSS, METRICS, NOISE, WIN, figure_of, noise_note, verdict
 from dynaflow_serving.bench.serving.report import number, spread
 from dynaflow_serving.bench.serving.run import ServedPass
 from dynaflow_serving.bench.serving.server_metrics import (
@@ -116,11 +116,10 @@ def test_verdicts_and_numbers() -> None:
     assert verdict({"median": 0.9, "min": 0.8, "max": 0.99}) == LOSS
     assert verdict({"median": 1.1, "min": 0.99, "max": 1.2}) == NOISE
     assert verdict(None) == ""
-    steady = {"median": 10.0, "min": 9.0, "max": 11.0}
-    figure = {"key": "output_tokens_per_s", "label": "Output throughput", "baseline": steady, "dynaflow": steady}
-    assert noise({"name": "random", "figures": [figure]}) == ""
-    figure["dynaflow"] = {**steady, "min": 8.0}
-    assert "in: Output throughput. Something else" in noise({"name": "random", "figures": [figure]})
+    figure = {"key": "output_tokens_per_s", "label": "Output throughput", "noisy": False}
+    assert noise_note({"name": "random", "figures": [figure]}) == ""
+    figure["noisy"] = True
+    assert "in: Output throughput. Something else" in noise_note({"name": "random", "figures": [figure]})
     assert [number(x) for x in (4778.4, 100.0, 36.12, 1.5, 0.8321)] == ["4,778", "100", "36.1", "1.50", "0.832"]
     assert spread({"median": 0.8321, "min": 0.8, "max": 12.0}, ratio=True) == "0.832 (0.800 - 12.0)"
 

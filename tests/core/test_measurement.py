@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynaflow_serving.core.measurement import Spread, in_turn
+from dynaflow_serving.core.measurement import NOISY, Spread, in_turn, noise
 
 RATIOS = st.lists(st.floats(min_value=0.01, max_value=100), min_size=1)
 
@@ -15,7 +15,12 @@ def test_a_spread_is_median_least_and_greatest() -> None:
     spread = Spread.of_values([3.0, 1.0, 2.0])
     assert spread == Spread(median=2.0, min=1.0, max=3.0)
     assert spread.as_dict() == {"median": 2.0, "min": 1.0, "max": 3.0}
-    assert spread.exceeds(2.9) and not spread.exceeds(3)
+
+
+def test_noise_is_half_of_the_interquartile_range() -> None:
+    assert noise([1.0]) == 0
+    assert noise([1.3, 1.0]) == pytest.approx(NOISY, abs=1e-3)
+    assert noise([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 9.0]) == 0  # an outlier on either side is no noise
 
 
 def test_half_and_double_are_equally_far_from_one() -> None:

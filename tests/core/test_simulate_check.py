@@ -68,23 +68,23 @@ def row(**changes: Any) -> dict[str, Any]:
     plan = lower(get_strategy("nanoflow")().record(program, 2), "nanoflow")
     operators = [{"name": name, "micro_batch": mb, "ms": ms} for mb in (0, 1) for name, ms in MILLISECONDS.items()]
     return {
-        "rate_mbit": 200, "micro_batches": 2, "program": program.to_text(), "plan": plan.to_text(),
-        "operators": operators, "overlapped_ms": 30.0, "sequential_ms": 42.0,
+        "strategy": "nanoflow", "program": program.to_text(), "plan": plan.to_text(),
+        "operators": operators, "seconds": {"median": 0.030},
     } | changes  # fmt: skip
 
 
 def test_the_prediction_by_hand() -> None:
     """compute: work0 0-4, 4-8, work1 10-18, 18-26; network: send0 4-10, 10-16, send1 18-21, 26-29."""
-    p = simulate_check.predict(row())
+    p = simulate_check.predict(row(), mbit=200.0)
     assert p.predicted == pytest.approx(29) == p.critical_path
-    assert (p.operators, p.sequential, p.label) == (pytest.approx(42), 42.0, "rate_mbit 200, micro_batches 2")
+    assert (p.operators, p.label) == (pytest.approx(42), "200 Mbit/s, nanoflow x2")
     assert p.within and p.ratio == pytest.approx(29 / 30)
-    assert not simulate_check.predict(row(overlapped_ms=25.0)).within
+    assert not simulate_check.predict(row(seconds={"median": 0.025})).within
     assert simulate_check.predict(row(), network_compute=0.5).predicted > p.predicted
 
 
 def test_a_wrong_file_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a row lacks plan, overlapped_ms\. Needed: program, plan"):
+    with pytest.raises(ConfigError, match=r"a row lacks plan, seconds\. Needed: program, plan"):
         simulate_check.predict({"program": "", "operators": []})
     with pytest.raises(ConfigError, match="no measured seconds for work0@1"):
         simulate_check.predict(row(operators=[o for o in row()["operators"] if o["micro_batch"] == 0]))
@@ -128,16 +128,16 @@ def test_what_the_real_executors_measure_can_be_predicted(
         assert torch.equal(out, x + 4)
         return (time.perf_counter() - started) * 1e3
 
-    sequential_ms = milliseconds(SequentialExecutor().bind(capture, in_turn, {}))
+    milliseconds(SequentialExecutor().bind(capture, in_turn, {}))
     operators = [{"name": name, "micro_batch": mb, "ms": s * 1e3} for (name, mb), s in took.items()]
     executor = CPUExecutor()
     try:
         overlapped_ms = min(milliseconds(executor.bind(capture, plan, {})) for _ in range(3))
     finally:
         executor.close()
-    measured = row(operators=operators, sequential_ms=sequential_ms, overlapped_ms=overlapped_ms)
+    measured = row(operators=operators, seconds={"median": overlapped_ms / 1e3})
     file, result = tmp_path / "measured.json", tmp_path / "predicted.json"
-    file.write_text(json.dumps({"rows": [measured]}))
+    file.write_text(json.dumps({"parts": [{"link_mbit": 200, "rows": [{"strategy": "stock"}, measured]}]}))
     (p,) = simulate_check.check(file)
     report(f"simulated {p.predicted:.1f} ms, CPU executor {p.measured:.1f} ms, ratio {p.ratio:.3f}")
     assert len(operators) == 8

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW
 from dynaflow_serving.bench.pages import svg
 from dynaflow_serving.bench.serving.record import LOSS, NOISE, WIN
+from dynaflow_serving.bench.serving.run import BASELINE, DYNAFLOW
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,12 +17,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from dynaflow_serving.bench.compare import BASELINE, DYNAFLOW, SIDES
-from dynaflow_serving.bench.result import NOISY
-from dynaflow_serving.bench.serving.run import ServedPass, ServingBenchmark, ServingPasses
+from dynaflow_serving.bench.serving.run import BASELINE, DYNAFLOW, SIDES, ServedPass, ServingBenchmark, ServingPasses
 from dynaflow_serving.bench.serving.server_metrics import STEPS, add_counts, reason_not_engaged, reason_not_stock
 from dynaflow_serving.bench.serving.tool import LATENCIES, STATISTICS, PassFigures
-from dynaflow_serving.core.measurement import Spread
+from dynaflow_serving.core.measurement import NOISY, Spread, noise
 
 WIN, LOSS, NOISE = "win", "loss", "within noise"
 
@@ -154,6 +152,7 @@ def figure_of(metric: ReportedFigure, counted: Sequence[ServedPass]) -> dict[str
         "more_is_better": metric.more_is_better,
         BASELINE: _spread(values[BASELINE].values()),
         DYNAFLOW: _spread(values[DYNAFLOW].values()),
+        "noisy": any(noise(found) > NOISY for side in SIDES if (found := _measured(values[side].values()))),
         "gain": gain,
         "verdict": verdict(gain),
     }
@@ -169,8 +168,12 @@ def _gains(
 
 
 def _spread(values: Iterable[float | None]) -> dict[str, float] | None:
-    measured = [value for value in values if value is not None]
+    measured = _measured(values)
     return Spread.of_values(measured).as_dict() if measured else None
+
+
+def _measured(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def verdict(gain: Mapping[str, float] | None) -> str:
@@ -188,19 +191,14 @@ def _verdicts(loads: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {name: found.count(name) for name in (WIN, LOSS, NOISE)}
 
 
-def noise(load: Mapping[str, Any]) -> str:
+def noise_note(load: Mapping[str, Any]) -> str:
     """Return a warning that names the figures of `HEADLINE` that differ much between passes of one side; else ""."""
-    noisy = [
-        figure["label"]
-        for figure in load["figures"]
-        if figure["key"] in HEADLINE and any(Spread(**figure[side]).exceeds(NOISY) for side in SIDES if figure[side])
-    ]
+    noisy = [figure["label"] for figure in load["figures"] if figure["key"] in HEADLINE and figure["noisy"]]
     if not noisy:
         return ""
     return (
-        f"Noise, {load['name']}: passes of one side differ by more than {NOISY} times in: {'; '.join(noisy)}. "
-        "Something else uses this machine, or the passes are too short: do not trust these gains (try more --requests "
-        "and --pairs)."
+        f"Noise, {load['name']}: passes of one side differ much in: {'; '.join(noisy)}. Something else uses this "
+        "machine, or the passes are too short: do not trust these gains (try more --requests and --pairs)."
     )
 
 
@@ -215,7 +213,7 @@ def _notes(loads: Sequence[Mapping[str, Any]], strategy: str) -> list[str]:
                 f"{load['name']}: {strategy} split none of {count} steps, so this load compares un-split steps under "
                 "DynaFlow with the stock engine: it shows what DynaFlow costs where it declines."
             )
-        notes.append(noise(load))
+        notes.append(noise_note(load))
     return [note for note in notes if note]
 
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dynaflow_serving.bench.compare import BASELINE, SIDES, Progress
 from dynaflow_serving.bench.serving.loads import Load, ShareGPT, seed_of_pass, sharegpt_for
 from dynaflow_serving.bench.serving.server import Server, free_port, run_beside, terminated_as_exit
 from dynaflow_serving.bench.serving.server_metrics import MetricSample, ServedSteps, read_metrics, steps_between
@@ -26,6 +25,10 @@ from dynaflow_serving.bench.serving.tool import ClientJob, PassFigures, ServingT
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.core.measurement import in_turn
 
+Progress = Callable[[str], None]
+
+BASELINE, DYNAFLOW = "baseline", "dynaflow"
+SIDES = (BASELINE, DYNAFLOW)
 PASS_SECONDS = 3600.0
 METRICS_SECONDS = 1.5  # within this time, a worker's counters are at /metrics
 

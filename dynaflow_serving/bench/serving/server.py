@@ -41,10 +41,10 @@ def terminated_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def free_port() -> int:
-    """Return a port of this machine on which nothing listens."""
+def free_port(address: str = HOST) -> int:
+    """Return a port of an address of this machine on which nothing listens."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((address, 0))
         port: int = probe.getsockname()[1]
         return port
 
@@ -65,17 +65,21 @@ class Server:
         self.url = f"http://{HOST}:{port}"
         self._process = _start(command, environment, log)
 
-    def wait(self, seconds: float = START_SECONDS, path: str = "/health") -> None:
+    def wait(self, seconds: float = START_SECONDS, path: str = "/health", besides: Sequence[Server] = ()) -> None:
         """Wait until the server answers at `path`, by default that it is healthy.
 
+        Args:
+            seconds: So long at most.
+            path: Where it has to answer.
+            besides: Servers on other nodes without which it never answers.
+
         Raises:
-            EngineProcessError: The server ended, or did not answer within `seconds`.
+            EngineProcessError: One of the servers ended, or this one did not answer within `seconds`.
         """
         end = time.monotonic() + seconds
         while True:
-            if self._process.poll() is not None:
-                how = how_it_ended(self._process)
-                raise EngineProcessError(f"the server {self.name} {how} before it was healthy.\n{excerpt(self.log)}")
+            for server in (self, *besides):
+                server.assert_alive(" before it was healthy")
             with contextlib.suppress(OSError):  # not listening yet, or not healthy yet
                 self.get(path)
                 return
@@ -84,6 +88,16 @@ class Server:
                     f"the server {self.name} was not healthy within {seconds:.0f} s.\n{excerpt(self.log)}"
                 )
             time.sleep(0.5)
+
+    def assert_alive(self, when: str = "") -> None:
+        """Check that the server runs.
+
+        Raises:
+            EngineProcessError: It has ended; the message says so, with `when`, and shows its log.
+        """
+        if self._process.poll() is not None:
+            how = how_it_ended(self._process)
+            raise EngineProcessError(f"the server {self.name} {how}{when}.\n{excerpt(self.log)}")
 
     def metrics(self) -> str:
         """Return the Prometheus text of /metrics.
@@ -99,10 +113,15 @@ class Server:
                 f"{excerpt(self.log)}"
             ) from None
 
+    def terminate(self) -> None:
+        """Ask the server to end, without waiting for it."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
     def stop(self) -> None:
         """Ask the server to end, then end it by force."""
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            self.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_SECONDS)
         end_group(self._process)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from dynaflow_serving.bench.serving.loads import Load
-from dynaflow_serving.bench.serving.tool import HOST, ClientJob, PassFigures, flags, installed, read_figures
+from dynaflow_serving.bench.serving.tool import HOST, ClientJob, Node, PassFigures, flags, installed, read_figures
 from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.bench.sglang_driver import engine_arguments
 
@@ -25,11 +27,20 @@ class SGLangTool:
     def version(self) -> str:
         return installed("sglang")
 
-    def server(self, settings: EngineSettings, port: int, *, gpu: bool) -> list[str]:
+    def server(self, settings: EngineSettings, port: int, *, gpu: bool, node: Node | None = None) -> list[str]:
         arguments = {"host": HOST, "port": port, "enable_metrics": True, **engine_arguments(settings, gpu=gpu)}
+        if node is not None:
+            where = f"{node.address}:{node.port}"
+            arguments |= {"nnodes": node.count, "node_rank": node.rank, "dist_init_addr": where}
         return [sys.executable, "-m", "sglang.launch_server", *flags(arguments)]
 
+    def bound_to(self, cores: str) -> dict[str, str]:
+        return {"SGLANG_CPU_OMP_THREADS_BIND": cores, "OMP_NUM_THREADS": str(cores.count(",") + 1)}
+
     def client(self, job: ClientJob) -> list[str]:
+        return [sys.executable, "-m", "sglang.bench_serving", *self.client_words(job)]
+
+    def client_words(self, job: ClientJob) -> list[str]:
         load = job.load
         arguments = {
             "backend": "sglang",
@@ -55,7 +66,16 @@ class SGLangTool:
                 "random_output_len": load.output_len * 3 // 2,
                 "random_range_ratio": 1 / 3,
             }
-        return [sys.executable, "-m", "sglang.bench_serving", *flags(arguments)]
+        return flags(arguments)
+
+    def run_client(self, words: list[str]) -> None:
+        from sglang.benchmark.serving import cli_main
+
+        sys.argv[1:] = words
+        cli_main()
+
+    def texts(self, result: Mapping[str, Any]) -> list[str]:
+        return list(result["generated_texts"])
 
     def figures(self, content: str, load: Load) -> PassFigures:
         return read_figures(json.loads(content), load, total="total_throughput", e2e="e2e_latency")

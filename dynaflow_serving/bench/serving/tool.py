@@ -59,6 +59,23 @@ class PassFigures:
 
 
 @dataclass(frozen=True)
+class Node:
+    """One of several nodes that one server runs on, with a rank each.
+
+    Attributes:
+        rank: The number of the node; node 0 has the HTTP server.
+        count: The number of nodes.
+        address: The address of node 0, as the others reach it.
+        port: The port there at which the ranks meet.
+    """
+
+    rank: int
+    count: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
 class ClientJob:
     """One pass for the load generator.
 
@@ -90,11 +107,23 @@ class ServingTool(Protocol):
             DynaflowError: The engine is not installed.
         """
 
-    def server(self, settings: EngineSettings, port: int, *, gpu: bool) -> list[str]:
-        """Return the command line of the HTTP server."""
+    def server(self, settings: EngineSettings, port: int, *, gpu: bool, node: Node | None = None) -> list[str]:
+        """Return the command line of the HTTP server, or of its part on a node."""
+
+    def bound_to(self, cores: str) -> dict[str, str]:
+        """Return the variables that bind the rank of a node to cores such as "0,1"."""
 
     def client(self, job: ClientJob) -> list[str]:
         """Return the command line of the load generator, which writes `job.result`."""
+
+    def client_words(self, job: ClientJob) -> list[str]:
+        """Return the arguments of that command line."""
+
+    def run_client(self, words: list[str]) -> None:
+        """Run the load generator in this process, with the arguments `words`."""
+
+    def texts(self, result: Mapping[str, Any]) -> list[str]:
+        """Return the texts that were generated, in the order of the requests."""
 
     def figures(self, content: str, load: Load) -> PassFigures:
         """Read the content of `job.result`."""

@@ -1,0 +1,157 @@
+"""The parts of a pass alone: its compute without collectives, and its collectives without compute.
+
+Contract
+- Both come from the graphs that DynaFlow captured of a side, and both run the un-split batch. Compute runs all
+  operators but the collectives, whose input stands for their output. The network runs the collectives, one after the
+  other, on tensors of the same shapes.
+- No schedule of these operators is faster than the longer of the two: that is the limit of overlap.
+- `operator_times` are those of the same micro-batches one after the other, for the simulator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.batch import Batch, Signature, Split
+from dynaflow_serving.core.program import Resource
+from dynaflow_serving.executor import get_executor
+from dynaflow_serving.integrations.base import WorkloadSide
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.strategies.sequential import Sequential
+from dynaflow_serving.strategy.selector import FixedStrategy
+from dynaflow_serving.strategy.splitting import cut_at_requests, whole
+
+RUNS = 3  # per operator
+
+Run = Callable[[], object]
+Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+
+
+class Alone:
+    """The captured graphs of one side, with the arguments of one pass."""
+
+    def __init__(self, side: WorkloadSide) -> None:
+        """Run one pass to learn the arguments. The side has run before, so that its graphs are captured."""
+        self._graphs = captured_graphs(side)
+        self.compute: Run = _all([_plan(_without_network(c), args) for c, args in self._graphs])
+        self.network: Run = _all([_collectives(c, args) for c, args in self._graphs])
+
+    @property
+    def communicates(self) -> bool:
+        """Whether there is a collective in the graphs."""
+        return any(_network_operators(captured) for captured, _ in self._graphs)
+
+    def operator_times(self, micro_batches: int) -> list[dict[str, Any]]:
+        """Return the median milliseconds of every operator and micro-batch of the first graph."""
+        captured, args = self._graphs[0]
+        samples: dict[tuple[str, int], list[float]] = {}
+        calls: Counter[str] = Counter()
+
+        def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*given: Any) -> Any:
+                began = time.perf_counter()
+                result = function(*given)
+                samples.setdefault((name, calls[name] % micro_batches), []).append(time.perf_counter() - began)
+                calls[name] += 1
+                return result
+
+            return call
+
+        run = _plan(_wrapped(captured, timed), args, micro_batches)
+        for _ in range(1 + RUNS):
+            run()
+        return [
+            {"name": name, "micro_batch": number, "ms": median(seconds[1:]) * 1e3}
+            for (name, number), seconds in samples.items()
+        ]
+
+
+def captured_graphs(side: WorkloadSide) -> list[tuple[CapturedProgram, tuple[Any, ...]]]:
+    """Return the graphs that a pass of a side runs, each with its arguments."""
+    found: list[tuple[CapturedProgram, tuple[Any, ...]]] = []
+    with _noting(side.session.plan_caches, found):
+        side.run()
+    return found
+
+
+@contextmanager
+def _noting(plan_caches: Sequence[PlanCache], found: list[tuple[CapturedProgram, tuple[Any, ...]]]) -> Iterator[None]:
+    """Add to `found` what the plan caches run inside this block."""
+    for plan_cache in plan_caches:
+
+        def run(args: Any, *rest: Any, cache: PlanCache = plan_cache, **options: Any) -> Any:
+            found.append((cache.captured, tuple(args)))
+            return PlanCache.run(cache, args, *rest, **options)
+
+        setattr(plan_cache, "run", run)  # noqa: B010
+    try:
+        yield
+    finally:
+        for plan_cache in plan_caches:
+            delattr(plan_cache, "run")
+
+
+def _plan(captured: CapturedProgram, args: Sequence[Any], micro_batches: int = 1) -> Run:
+    """Return what runs a graph in micro-batches one after the other."""
+    plan_cache = PlanCache(captured, FixedStrategy(Sequential()), get_executor("cpu"), zero_copy=False)
+    batch = Batch((1,) * captured.token_counter()(args))
+    n = 1 if captured.program.unsplittable else micro_batches
+    split: Split = cut_at_requests(batch, n) if n > 1 else whole(batch, "alone")
+    plan_cache.prepare(Signature(n))
+
+    def run() -> None:
+        with torch.no_grad():  # a graph of AOT autograd holds its own backward
+            plan_cache.run(args, split)
+
+    return run
+
+
+def _wrapped(captured: CapturedProgram, wrap: Wrap) -> CapturedProgram:
+    functions: Mapping[str, Callable[..., Any]] = captured.functions
+    return dataclasses.replace(captured, functions={n: wrap(n, f) for n, f in functions.items()}, into={})
+
+
+def _network_operators(captured: CapturedProgram) -> set[str]:
+    return {o.name for o in captured.program.operators if o.resource is Resource.NETWORK}
+
+
+def _without_network(captured: CapturedProgram) -> CapturedProgram:
+    network = _network_operators(captured)
+    return _wrapped(captured, lambda name, function: (lambda x, *_: x) if name in network else function)
+
+
+def _collectives(captured: CapturedProgram, args: Sequence[Any]) -> Run:
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    network = _network_operators(captured)
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            calls.append((function, tuple(torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in given)))
+            return function(*given)
+
+        return call if name in network else function
+
+    _plan(_wrapped(captured, noting), args)()
+
+    def run() -> None:
+        for function, given in calls:
+            function(*given)
+
+    return run
+
+
+def _all(runs: Sequence[Run]) -> Run:
+    def run() -> None:
+        for one in runs:
+            one()
+
+    return run

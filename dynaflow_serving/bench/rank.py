@@ -1,0 +1,133 @@
+"""One rank of a `Workload`, in its own process: all sides of the comparison, on the same model and inputs.
+
+Contract
+- Every pass begins at a barrier of all ranks, and ends when its outputs are there. Its seconds are this rank's; a rank
+  that waits for another one in a collective measures that, too.
+- Each pass's outputs are compared with those of the stock system's first pass. They are equal if they differ by less
+  than `TOLERANCE` of the dtype, relative to the greatest magnitude: on some processors a micro-batch takes another
+  matmul kernel than its batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dynaflow_serving.bench.alone import Alone
+from dynaflow_serving.config import Config
+from dynaflow_serving.integrations.base import Workload, WorkloadSettings, WorkloadSide
+
+RECOMPILE_LIMIT = 64  # Dynamo's cache has an entry per side
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return by how much equal outputs may differ, relative to the greatest magnitude: the root of the dtype's eps."""
+    return float(torch.finfo(dtype).eps ** 0.5) if dtype.is_floating_point else 0.0
+
+
+def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> tuple[float, bool]:
+    """Return the greatest difference relative to the greatest magnitude of its tensor, and whether all are equal."""
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return float("inf"), False
+    apart, equal = 0.0, True
+    for a, b in zip(found, expected, strict=True):
+        if not b.numel():
+            continue
+        scale = float(b.abs().max()) or 1.0
+        one = float((a.double() - b.double()).abs().max()) / scale
+        apart, equal = max(apart, one), equal and one <= tolerance(b.dtype)  # NaN is not equal
+    return apart, equal
+
+
+def finished(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors when they are there: a collective may be in flight, a device may be at work."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    there = [t.wait() if isinstance(t, AsyncCollectiveTensor) else t for t in tensors]
+    if any(t.is_cuda for t in there):
+        torch.cuda.synchronize()
+    return there
+
+
+class Rank:
+    """One rank, driven by the messages of `runner.ranks`."""
+
+    def __init__(self, workload: Callable[[WorkloadSettings], Workload]) -> None:
+        self._make = workload
+        self._sides: dict[str, WorkloadSide] = {}
+        self._expected: list[torch.Tensor] = []
+        self._alone: Alone | None = None
+
+    def start(
+        self, settings: dict[str, Any], sides: dict[str, dict[str, Any] | None], ranks: int, threads: int
+    ) -> dict[str, Any]:
+        """Make the model and all sides, and run each of them once.
+
+        Args:
+            settings: The fields of the `WorkloadSettings`.
+            sides: The content of the config of each side; None for the stock system.
+            ranks: The number of ranks.
+            threads: The threads that this rank computes with.
+
+        Returns:
+            The release, and whether a pass communicates.
+        """
+        torch.set_num_threads(threads)
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        if ranks > 1:
+            dist.init_process_group("gloo")
+        self._workload = self._make(WorkloadSettings(**settings))
+        self._expected = [t.clone() for t in finished(self._workload.stock())]
+        for name, content in sides.items():
+            if content is None:
+                self._stock = name
+            else:
+                self._sides[name] = self._workload.under(Config(**content))
+                self._sides[name].run()
+        fixed = [side for name, side in self._sides.items() if sides[name]["strategy"] != "auto"]  # type: ignore[index]
+        self._alone = Alone(fixed[0]) if fixed and ranks > 1 else None
+        return {"release": self._workload.release, "communicates": bool(self._alone and self._alone.communicates)}
+
+    def tune(self, side: str) -> None:
+        """Have `strategy: auto` decide, under what the link is now."""
+        self._sides[side].tune()
+
+    def run(self, side: str) -> dict[str, Any]:
+        """Run one pass; return its seconds, and how far its outputs are from the stock system's."""
+        run = self._workload.stock if side == self._stock else self._sides[side].run
+        seconds, outputs = self._timed(run)
+        apart, equal = difference(outputs, self._expected)
+        return {"seconds": seconds, "apart": apart, "equal": equal}
+
+    def alone(self, what: str) -> float:
+        """Return the seconds of "compute" or of the "network" of a pass alone."""
+        assert self._alone is not None
+        return self._timed({"compute": self._alone.compute, "network": self._alone.network}[what])[0]
+
+    def operators(self, micro_batches: int) -> list[dict[str, Any]]:
+        """Return the times of the operators of so many micro-batches, one after the other."""
+        assert self._alone is not None
+        return self._alone.operator_times(micro_batches)
+
+    def steps(self, side: str) -> dict[str, Any]:
+        """Return the report of a side so far: its steps, programs and plans."""
+        return self._sides[side].session.report().model_dump(mode="json")
+
+    def close(self) -> None:
+        """Leave the group together with the other ranks."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def _timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        if dist.is_initialized():
+            dist.barrier()
+        began = time.perf_counter()
+        result = run()
+        if isinstance(result, list):
+            result = finished(result)
+        return time.perf_counter() - began, result

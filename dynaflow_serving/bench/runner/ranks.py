@@ -1,0 +1,155 @@
+"""`RankRunner`: ranks as torchrun starts them, each of which holds the model and all sides.
+
+Contract
+- With a link each rank is on its own node. Otherwise all are on this machine.
+- The time of a pass is that of the slowest rank. Outputs are compared on every rank.
+- If a rank dies, the others are ended: they would wait for it for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dynaflow_serving.bench.environment import device_name, usable_cores
+from dynaflow_serving.bench.link import ADDRESSES, Link
+from dynaflow_serving.bench.process import ChildProcess, here
+from dynaflow_serving.bench.runner.base import COMPUTE, NETWORK, PassResult, Progress, Runner, SideSteps
+from dynaflow_serving.bench.serving.server import free_port
+from dynaflow_serving.bench.serving.tool import HOST
+from dynaflow_serving.bench.sides import Side
+from dynaflow_serving.integrations.base import WorkloadSettings
+from dynaflow_serving.session.report import WorkerReport
+
+
+class RankRunner(Runner):
+    """Runs the sides in rank processes."""
+
+    def __init__(
+        self,
+        sides: Sequence[Side],
+        workload: str,
+        settings: WorkloadSettings,
+        ranks: int,
+        environment: Mapping[str, str],
+        logs: Path,
+        link: Link | None,
+    ) -> None:
+        """Prepare to start.
+
+        Args:
+            sides: The sides, the stock system first.
+            workload: The `module:class` of the `Workload`.
+            settings: What it is asked to run.
+            ranks: The number of ranks; with a link one per node.
+            environment: The variables to add to the ranks' environment.
+            logs: The folder of the ranks' logs.
+            link: Joins the two nodes; None if all ranks are on this machine.
+        """
+        super().__init__(sides)
+        self._workload, self._settings, self._ranks, self._link = workload, settings, ranks, link
+        self._environment, self._logs = environment, logs
+        self._stack = contextlib.ExitStack()
+        self._processes: list[ChildProcess] = []
+        self._communicates = False
+        self._started = False
+
+    @property
+    def stages(self) -> int:
+        return 1
+
+    def start(self, progress: Progress) -> None:
+        progress("start ranks: load the model, capture its graphs")
+        master = ADDRESSES[0] if self._link else HOST
+        threads = max(1, len(usable_cores()) // self._ranks)
+        common = {**self._environment, "MASTER_ADDR": master, "MASTER_PORT": str(free_port(master))}
+        common |= {"OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(self._ranks)}
+        for rank in range(self._ranks):
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            placed = here
+            if self._link is not None:
+                environment |= self._link.environment(rank)
+                placed = partial(self._link.command, rank)
+            log = self._logs / f"rank{rank}.log"
+            process = ChildProcess(f"rank {rank}", "rank", self._workload, environment, log, placed)
+            self._stack.callback(process.kill)
+            self._processes.append(process)
+        configs = {s.name: None if s.config is None else s.config.model_dump() for s in self.sides}
+        first = self._ask("start", settings=asdict(self._settings), sides=configs, ranks=self._ranks, threads=threads)[
+            0
+        ]
+        self.release, self.device, self._communicates = first["release"], device_name(), first["communicates"]
+        self._started = True
+
+    def begin_part(self, mbit: float) -> None:
+        for side in self.sides:
+            if side.decides:
+                self._ask("tune", side=side.name)
+
+    def run(self, side: Side, number: int) -> PassResult:
+        replies = self._ask("run", side=side.name)
+        worst = max(replies, key=lambda r: r["apart"] if r["apart"] == r["apart"] else float("inf"))
+        equal = all(r["equal"] for r in replies)
+        return PassResult(
+            seconds=max(r["seconds"] for r in replies),
+            difference="" if equal else f"the outputs differ by {worst['apart']:.1e} of their greatest magnitude",
+        )
+
+    def steps(self, side: Side) -> SideSteps:
+        return steps_of([WorkerReport.model_validate(r) for r in self._ask("steps", side=side.name)])
+
+    @property
+    def alone(self) -> Sequence[str]:
+        return (COMPUTE, NETWORK) if self._communicates else ()
+
+    def run_alone(self, what: str, number: int) -> float:
+        return max(map(float, self._ask("alone", what=what)))
+
+    def details(self, side: Side) -> dict[str, Any]:
+        """Return the Program, the plan, and the operators' times in turn: what a prediction needs."""
+        if side.micro_batches < 2 or not self._communicates or self._settings.training:
+            return {}
+        report = WorkerReport.model_validate(self._ask("steps", side=side.name)[0])
+        operators = self._ask("operators", micro_batches=side.micro_batches)[0]
+        program = report.programs[0]
+        return {"program": program.program, "plan": program.plans[-1], "operators": operators}
+
+    def close(self) -> None:
+        if self._started:
+            for process in self._processes:
+                process.tell("close")
+        for process in self._processes:
+            process.close()
+        self._stack.close()
+
+    def _ask(self, action: str, **arguments: Any) -> list[Any]:
+        """Have all ranks do the same, and return their answers, rank 0's first."""
+        for process in self._processes:
+            process.tell(action, **arguments)
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self._processes):  # an error, or the end of one of them, is raised at once
+            for rank, process in enumerate(self._processes):
+                if rank not in answers and process.answered():
+                    answers[rank] = process.answer(action)
+            time.sleep(0.001)
+        return [answers[rank] for rank in range(len(answers))]
+
+
+def steps_of(reports: Sequence[WorkerReport]) -> SideSteps:
+    """Return what the reports of all ranks say, rank 0's first."""
+    first = reports[0]
+    agree = all((r.steps, r.plan_hash) == (first.steps, first.plan_hash) for r in reports)
+    return SideSteps(
+        split=first.steps.split,
+        unsplit=dict(first.steps.unsplit),
+        mode=first.mode,
+        plan_hash=first.plan_hash,
+        problem=""
+        if agree
+        else "The ranks report different steps or plans: they must all run one plan. Please report it.",
+    )
