@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from links import why_no_link
 
 from dynaflow_serving.bench.rank import difference
 from dynaflow_serving.config import Config
@@ -48,11 +49,7 @@ def nothing():
 """
 
 
-def can_link() -> bool:
-    return subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
-
-
-linked = pytest.mark.skipif(not can_link(), reason="network namespaces are not allowed here")
+linked = pytest.mark.skipif(bool(why_no_link()), reason=why_no_link())
 
 
 def bench(folder: Path, factory: str, *arguments: str, **environment: str) -> tuple[int, str, str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from links import why_no_link
 
 from dynaflow_serving.bench.link import check_rates
 from dynaflow_serving.errors import ConfigError
@@ -51,10 +52,7 @@ with open_link(tcp_defaults="defaults" in sys.argv) as link:
 print(json.dumps(found))
 """
 
-linked = pytest.mark.skipif(
-    subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode != 0,
-    reason="network namespaces are not allowed here",
-)
+linked = pytest.mark.skipif(bool(why_no_link()), reason=why_no_link())
 
 
 def run(*arguments: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from links import why_no_link
 
 
 def run(file: Path, model: str, *arguments: str) -> dict[str, Any]:
@@ -20,10 +21,7 @@ def run(file: Path, model: str, *arguments: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.skipif(
-    subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode != 0,
-    reason="network namespaces are not allowed here",
-)
+@pytest.mark.skipif(bool(why_no_link()), reason=why_no_link())
 def test_two_nodes(tmp_path: Path, models: dict[str, str]) -> None:
     content = run(
         tmp_path / "link.json", models["llama"], "--link", "20", "--link", "0", "-s", "comm_overlap", "-s", "auto"
