@@ -11,26 +11,24 @@ Contract
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
 import torch
 
 from dynaflow_serving.capture.program import CapturedProgram
-from dynaflow_serving.core.batch import Batch, Signature, Split
+from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.program import Resource
+from dynaflow_serving.core.timeline import operator_times
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.integrations.base import WorkloadSide
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.strategy.selector import FixedStrategy
-from dynaflow_serving.strategy.splitting import cut_at_requests, whole
+from dynaflow_serving.strategy.splitting import cut_at_requests
 
-RUNS = 3  # per operator
+RUNS = 3  # traced ones
 
 Run = Callable[[], object]
 Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
@@ -42,7 +40,7 @@ class Alone:
     def __init__(self, side: WorkloadSide) -> None:
         """Run one pass to learn the arguments. The side has run before, so that its graphs are captured."""
         self._graphs = captured_graphs(side)
-        self.compute: Run = _all([_plan(_without_network(c), args) for c, args in self._graphs])
+        self.compute: Run = _all([_whole(_without_network(c), args) for c, args in self._graphs])
         self.network: Run = _all([_collectives(c, args) for c, args in self._graphs])
 
     @property
@@ -53,26 +51,16 @@ class Alone:
     def operator_times(self, micro_batches: int) -> list[dict[str, Any]]:
         """Return the median milliseconds of every operator and micro-batch of the first graph."""
         captured, args = self._graphs[0]
-        samples: dict[tuple[str, int], list[float]] = {}
-        calls: Counter[str] = Counter()
-
-        def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*given: Any) -> Any:
-                began = time.perf_counter()
-                result = function(*given)
-                samples.setdefault((name, calls[name] % micro_batches), []).append(time.perf_counter() - began)
-                calls[name] += 1
-                return result
-
-            return call
-
-        run = _plan(_wrapped(captured, timed), args, micro_batches)
-        for _ in range(1 + RUNS):
-            run()
-        return [
-            {"name": name, "micro_batch": number, "ms": median(seconds[1:]) * 1e3}
-            for (name, number), seconds in samples.items()
-        ]
+        plan_cache, split = _sequential(captured, args, micro_batches)
+        timelines = []
+        with torch.no_grad():
+            for _ in range(1 + RUNS):
+                plan_cache.run(args, split, traced=True)
+                timeline = plan_cache.timeline(split.signature)
+                assert timeline is not None
+                timelines.append(timeline)
+        times = operator_times(timelines[1:])
+        return [{"name": name, "micro_batch": number, "ms": s * 1e3} for (name, number), s in times.items()]
 
 
 def captured_graphs(side: WorkloadSide) -> list[tuple[CapturedProgram, tuple[Any, ...]]]:
@@ -100,13 +88,16 @@ def _noting(plan_caches: Sequence[PlanCache], found: list[tuple[CapturedProgram,
             delattr(plan_cache, "run")
 
 
-def _plan(captured: CapturedProgram, args: Sequence[Any], micro_batches: int = 1) -> Run:
-    """Return what runs a graph in micro-batches one after the other."""
+def _sequential(captured: CapturedProgram, args: Sequence[Any], micro_batches: int) -> tuple[PlanCache, Split]:
+    """Return what runs a graph in micro-batches one after the other, and how it cuts them."""
     plan_cache = PlanCache(captured, FixedStrategy(Sequential()), get_executor("cpu"), zero_copy=False)
     batch = Batch((1,) * captured.token_counter()(args))
-    n = 1 if captured.program.unsplittable else micro_batches
-    split: Split = cut_at_requests(batch, n) if n > 1 else whole(batch, "alone")
-    plan_cache.prepare(Signature(n))
+    return plan_cache, plan_cache.allowed_split(batch, cut_at_requests(batch, micro_batches))
+
+
+def _whole(captured: CapturedProgram, args: Sequence[Any]) -> Run:
+    """Return what runs a graph un-split."""
+    plan_cache, split = _sequential(captured, args, micro_batches=1)
 
     def run() -> None:
         with torch.no_grad():  # a graph of AOT autograd holds its own backward
@@ -140,7 +131,7 @@ def _collectives(captured: CapturedProgram, args: Sequence[Any]) -> Run:
 
         return call if name in network else function
 
-    _plan(_wrapped(captured, noting), args)()
+    _whole(_wrapped(captured, noting), args)()
 
     def run() -> None:
         for function, given in calls:

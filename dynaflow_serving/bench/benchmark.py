@@ -118,12 +118,22 @@ class Comparison:
             raise ConfigError("--requests 1: a batch of one request cannot be split; give 2 or more")
 
     @property
+    def dtype(self) -> str:
+        """The dtype of the model."""
+        return self.asked.dtype or default_dtype()
+
+    @property
+    def server_settings(self) -> EngineSettings:
+        """The settings of each of two servers under load."""
+        return replace(self.settings, max_model_len=None, memory_share=GPU_SHARE / 2)
+
+    @property
     def settings(self) -> EngineSettings:
         """The settings of each engine, without DynaFlow."""
         length = math.ceil(self.asked.traffic.longest / LENGTH_UNIT) * LENGTH_UNIT
         return EngineSettings(
             model=self.model,
-            dtype=self.asked.dtype or default_dtype(),
+            dtype=self.dtype,
             tensor_parallel=self.ranks,
             compiled=self.compiled,
             max_batched_tokens=self.asked.max_batched_tokens,
@@ -148,9 +158,8 @@ class Comparison:
         """
         asked, sides = self.asked, self.sides
         if asked.system in WORKLOADS:
-            dtype = asked.dtype or default_dtype()
             settings = WorkloadSettings(
-                model=self.model, dtype=dtype, requests=asked.traffic.requests, length=asked.traffic.input_len,
+                model=self.model, dtype=self.dtype, requests=asked.traffic.requests, length=asked.traffic.input_len,
                 training=asked.training, seed=asked.traffic.seed,
             )  # fmt: skip
             return RankRunner(sides, WORKLOADS[asked.system], settings, self.ranks, self.environment, logs, link)
@@ -187,7 +196,7 @@ class Comparison:
             "command": self.asked.command,
             "config": {
                 "ranks": self.ranks,
-                "dtype": self.asked.dtype or default_dtype(),
+                "dtype": self.dtype,
                 "pairs": self.asked.pairs * self.asked.starts,
                 "starts": self.asked.starts,
                 "traffic": asdict(self.asked.traffic),
@@ -205,7 +214,7 @@ class Comparison:
     def chosen(self) -> str:
         """What was decided for the user, in words."""
         graph = f", all engines {self.graph}" if self.asked.system in ENGINES else ""
-        return f"{self.asked.dtype or default_dtype()}, {self.ranks} rank{'s' if self.ranks > 1 else ''}{graph}"
+        return f"{self.dtype}, {self.ranks} rank{'s' if self.ranks > 1 else ''}{graph}"
 
     @property
     def graph(self) -> str:
@@ -236,7 +245,7 @@ class Comparison:
         assert config is not None
         return ServingBenchmark(
             tool=load_tool(self.engine.tool),
-            settings=replace(self.settings, max_model_len=None, memory_share=GPU_SHARE / 2),
+            settings=self.server_settings,
             dynaflow=config.model_dump(),
             loads=loads,
             pairs=self.asked.pairs,
@@ -250,8 +259,6 @@ class Comparison:
     def serving_facts(self, seed: int) -> dict[str, Any]:
         """Return what the record of servers under load says of the comparison."""
         side = self.sides[-1]
-        settings = replace(self.settings, max_model_len=None, memory_share=GPU_SHARE / 2)
-        assert side.config is not None
         return {
             "engine": self.asked.system,
             "model": self.model,
@@ -262,7 +269,7 @@ class Comparison:
                 "graph": self.graph,
                 "pairs": self.asked.pairs,
                 "environment": self.environment,
-                **asdict(replace(settings, dynaflow=side.config.model_dump())),
+                **asdict(replace(self.server_settings, dynaflow=side.content)),
                 "seed": seed,
             },
             "machine": machine(),

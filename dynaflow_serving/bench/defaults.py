@@ -1,4 +1,4 @@
-"""The defaults of a benchmark: the strategy, and the settings that depend on the device.
+"""The defaults of a benchmark: the settings that depend on the device.
 
 Contract
 - A default is stated in the output of the command that uses it.
@@ -6,11 +6,7 @@ Contract
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from dynaflow_serving.bench.environment import has_gpu
-
-DEFAULT_CONFIG = Path(__file__).with_name("default.yaml")
 
 
 def default_dtype() -> str:

@@ -11,6 +11,7 @@ Contract
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any
 from dynaflow_serving.bench.environment import busy_seconds
 from dynaflow_serving.bench.link import Link
 from dynaflow_serving.bench.runner.base import PassResult, Progress, Runner, SideSteps
+from dynaflow_serving.bench.serving.server import terminated_as_exit
 from dynaflow_serving.bench.sides import STOCK, Side
 from dynaflow_serving.core.measurement import in_turn
 
@@ -86,13 +88,11 @@ def measure(
     Raises:
         EngineProcessError: A process failed.
     """
-    try:
+    with terminated_as_exit(), contextlib.closing(runner):
         runner.start(progress)
         parts = [_part(runner, rate, pairs, link, progress) for rate in links]
         progress("stop")
         return parts
-    finally:
-        runner.close()
 
 
 def merged(starts: Sequence[Sequence[PartResult]]) -> list[PartResult]:
@@ -134,7 +134,7 @@ def _part(runner: Runner, rate: float, pairs: int, link: Link | None, progress: 
         turns: list[SidePasses | str] = [*part.sides, *part.alone]
         for what in in_turn(turns, number + 1):  # the first pair begins with the stock system
             if isinstance(what, str):
-                seconds = runner.run_alone(what, number)
+                seconds = runner.alone[what](number)
                 part.alone[what] += [seconds] if number else []
             else:
                 progress(f"{stage}: {what.side.name}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.pages import assert_installed, svg, templates
-from dynaflow_serving.bench.report import CPU_OFFLINE, LINK_NOTE, efficiency, label, row_name, spread
+from dynaflow_serving.bench.report import efficiency, label, remark, row_name, spread
 
 COLOURS = {"stock": "#5b6472", "sequential": "#b9a27c", "limit": "#c62828", "strategy": "#1f6fb4"}
 
@@ -34,11 +34,9 @@ def render(result: Mapping[str, Any]) -> str:
 
     environment = templates(Path(__file__).parent)
     environment.filters |= {"spread": spread, "efficiency": efficiency, "row_name": row_name, "label": label}
-    linked = any(part["link_mbit"] for part in result["parts"])
-    remark = LINK_NOTE if linked else "" if result["machine"]["gpu"] else CPU_OFFLINE
     template = environment.get_template("page.html.j2")
     config = json.dumps(result["config"], indent=2)
-    page: str = template.render(result=result, bars=Markup(bars(result)), remark=remark, config=config)
+    page: str = template.render(result=result, bars=Markup(bars(result)), remark=remark(result), config=config)
     return page
 
 

@@ -17,8 +17,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dynaflow_serving.session.report import WorkerReport
 LOG_LINES, LOG_ERRORS = 15, 3
 ERROR = re.compile(r"\w(Error|Exception): .")
 CLOSE_SECONDS = 20.0
+LOOK_SECONDS = 0.2  # so often it is looked whether a child is alive
 
 
 class EngineProcessError(DynaflowError):
@@ -82,6 +84,11 @@ class ChildProcess:
             )
         theirs.close()
 
+    @property
+    def pipe(self) -> Connection:
+        """What the answers come from, to wait for several children at once."""
+        return self._pipe
+
     def close(self) -> None:
         """Ask the child to end its engine and itself; end both if they linger."""
         if self._process.poll() is None:
@@ -105,9 +112,9 @@ class ChildProcess:
         with contextlib.suppress(OSError):  # a child that is gone is found by `answer`
             self._pipe.send_bytes(json.dumps({"action": action, "arguments": arguments}).encode())
 
-    def answered(self) -> bool:
-        """Whether `answer` need not wait: there is an answer, or the child is gone."""
-        return self._pipe.poll(0) or self._process.poll() is not None
+    def answered(self, seconds: float = 0.0) -> bool:
+        """Wait so long at most, and return whether `answer` need not wait: it is there, or the child is gone."""
+        return self._pipe.poll(seconds) or self._process.poll() is not None
 
     def answer(self, action: str) -> Any:
         """Return the answer to a request, or raise the error that it says.
@@ -117,7 +124,7 @@ class ChildProcess:
         """
         try:
             # The pipe alone would not do: it stays open while any worker of a dead child has it.
-            while not self._pipe.poll(0.2):
+            while not self._pipe.poll(LOOK_SECONDS):
                 if self._process.poll() is not None and not self._pipe.poll(0):
                     raise EOFError
             reply = json.loads(self._pipe.recv_bytes())
@@ -157,6 +164,20 @@ class EngineProcess(ChildProcess):
     def reset(self) -> None:
         """Zero the counters of the report."""
         self.ask("reset")
+
+
+def ask_all(processes: Sequence[ChildProcess], action: str, **arguments: Any) -> list[Any]:
+    """Send a request to all processes, and return their answers.
+
+    They may wait for one another: an error, or the end of one of them, is raised at once.
+    """
+    for process in processes:
+        process.tell(action, **arguments)
+    answers: dict[ChildProcess, Any] = {}
+    while waiting := [process for process in processes if process not in answers]:
+        wait([process.pipe for process in waiting], LOOK_SECONDS)
+        answers |= {process: process.answer(action) for process in waiting if process.answered()}
+    return [answers[process] for process in processes]
 
 
 def how_it_ended(process: subprocess.Popen[bytes]) -> str:

@@ -4,7 +4,7 @@ Contract
 - Every pass begins at a barrier of all ranks, and ends when its outputs are there. Its seconds are this rank's; a rank
   that waits for another one in a collective measures that, too.
 - Each pass's outputs are compared with those of the stock system's first pass. They are equal if they differ by less
-  than `TOLERANCE` of the dtype, relative to the greatest magnitude: on some processors a micro-batch takes another
+  than the `tolerance` of the dtype, relative to the greatest magnitude: on some processors a micro-batch takes another
   matmul kernel than its batch.
 """
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from dynaflow_serving.bench.alone import Alone
 from dynaflow_serving.config import Config
 from dynaflow_serving.integrations.base import Workload, WorkloadSettings, WorkloadSide
+from dynaflow_serving.session.shadow import relative_difference
 
 RECOMPILE_LIMIT = 64  # Dynamo's cache has an entry per side
 
@@ -31,16 +32,10 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> tuple[float, bool]:
     """Return the greatest difference relative to the greatest magnitude of its tensor, and whether all are equal."""
-    if [t.shape for t in found] != [t.shape for t in expected]:
+    if len(found) != len(expected):
         return float("inf"), False
-    apart, equal = 0.0, True
-    for a, b in zip(found, expected, strict=True):
-        if not b.numel():
-            continue
-        scale = float(b.abs().max()) or 1.0
-        one = float((a.double() - b.double()).abs().max()) / scale
-        apart, equal = max(apart, one), equal and one <= tolerance(b.dtype)  # NaN is not equal
-    return apart, equal
+    apart = [relative_difference(a, b) for a, b in zip(found, expected, strict=True)]
+    return max(apart, default=0.0), all(x <= tolerance(b.dtype) for x, b in zip(apart, expected))
 
 
 def finished(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

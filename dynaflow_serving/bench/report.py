@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
+from dynaflow_serving.bench.sides import side_name
+
 CPU_NOTE = (
     "This is a CPU: splitting is expected to lose here, because weights are read once per micro-batch and no hardware "
     "stands idle that a second stream could use. The run shows that DynaFlow is active"
@@ -56,9 +58,16 @@ def tables(result: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield facts
 
 
+def remark(result: Mapping[str, Any]) -> str:
+    """Return what has to be known about a run that was not on a GPU."""
+    if "tcp" in result["config"]:  # there was an emulated link
+        return LINK_NOTE
+    return "" if result["machine"]["gpu"] else CPU_OFFLINE
+
+
 def row_name(row: Mapping[str, Any]) -> str:
     """Return the side of a row in words."""
-    return f"{row['strategy']} x{row['micro_batches']}" if row["micro_batches"] > 1 else str(row["strategy"])
+    return side_name(row["strategy"], row["micro_batches"])
 
 
 def label(part: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ Contract
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,11 @@ STOCK, SEQUENTIAL, AUTO = "stock", "sequential", "auto"
 DEFAULT_STRATEGIES = ("comm_overlap",)
 MICRO_BATCHES = 3
 AUTO_OPTIONS: dict[str, Any] = {"retune": True}  # decisions on disk may be of another link
+
+
+def side_name(strategy: str, micro_batches: int) -> str:
+    """Return a side in words."""
+    return strategy if micro_batches < 2 else f"{strategy} x{micro_batches}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,12 @@ class Side:
     @property
     def name(self) -> str:
         """The side in words; no other side has this name."""
-        return self.strategy if self.micro_batches < 2 else f"{self.strategy} x{self.micro_batches}"
+        return side_name(self.strategy, self.micro_batches)
+
+    @property
+    def content(self) -> dict[str, Any] | None:
+        """The content of the config file, for another process; None for the stock system."""
+        return None if self.config is None else self.config.model_dump()
 
     @property
     def decides(self) -> bool:
@@ -89,8 +100,9 @@ def make_sides(
     if (split := next((s for s in sides if s.micro_batches > 1), None)) is not None:
         sides = [_sequential(split), *(s for s in sides if s.strategy != SEQUENTIAL)]
     found = [Side(STOCK, None, 1), *sides]
-    if twice := [name for name in {s.name for s in found} if sum(s.name == name for s in found) > 1]:
-        raise ConfigError(f"--strategy {twice[0]} is given twice, so it would be compared with itself")
+    name, times = Counter(side.name for side in found).most_common(1)[0]
+    if times > 1:
+        raise ConfigError(f"--strategy {name} is given twice, so it would be compared with itself")
     return found
 
 

@@ -155,7 +155,7 @@ def _compare(comparison: Comparison, json_path: Path | None, html: Path | None) 
     from dynaflow_serving.bench.link import enter, open_link
     from dynaflow_serving.bench.measure import measure, merged, stages
     from dynaflow_serving.bench.page import assert_can_draw, render
-    from dynaflow_serving.bench.report import CPU_OFFLINE, LINK_NOTE, tables
+    from dynaflow_serving.bench.report import remark, tables
     from dynaflow_serving.bench.result import record, write_json
     from dynaflow_serving.files import write_text
 
@@ -176,8 +176,7 @@ def _compare(comparison: Comparison, json_path: Path | None, html: Path | None) 
             write_json(json_path, result)
         if html is not None:
             write_text(html, render(result))
-        remark = LINK_NOTE if asked.links else "" if comparison.gpu else CPU_OFFLINE
-        _conclude(tables(result), [remark, *result["notes"]], result["failures"], work)
+        _conclude(tables(result), [remark(result), *result["notes"]], result["failures"], work)
 
 
 def _compare_under_load(

@@ -77,9 +77,8 @@ def explain(
     trace: TraceOption = None,
 ) -> None:
     """Print the Program, the split of a batch, and the Plan as text and as a grid of actions and streams."""
-    from dynaflow_serving.bench.defaults import DEFAULT_CONFIG
     from dynaflow_serving.capture.examples import EXAMPLES
-    from dynaflow_serving.picture.explanation import explain_example, explain_model
+    from dynaflow_serving.picture.explanation import DEFAULT_CONFIG, explain_example, explain_model
 
     tokens = parse_batch(batch)
     config = configure(strategy or DEFAULT_CONFIG, micro_batches, option)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from dynaflow_serving.core.parse import parse_plan
@@ -148,3 +149,16 @@ def spans_of(plan: Plan, marks: Sequence[tuple[int, float, float]]) -> tuple[Spa
     zero = min((start for _, start, _ in marks), default=0.0)
     spans = [Span(i, plan.actions[i], start - zero, end - zero) for i, start, end in marks]
     return tuple(sorted(spans, key=lambda s: (s.start, s.index)))
+
+
+def operator_times(timelines: Sequence[Timeline]) -> dict[tuple[str, int], float]:
+    """Return the median seconds of each (operator, micro-batch) over runs of one plan.
+
+    An action with several operators or micro-batches counts for the first of them.
+    """
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for timeline in timelines:
+        for span in timeline.spans:
+            if span.action.operators:
+                seconds.setdefault((span.action.operators[0], span.action.start), []).append(span.end - span.start)
+    return {key: median(values) for key, values in seconds.items()}

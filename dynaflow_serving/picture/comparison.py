@@ -15,7 +15,7 @@ from statistics import median
 
 from dynaflow_serving.core.measurement import Spread
 from dynaflow_serving.core.program import Program
-from dynaflow_serving.core.timeline import Timeline
+from dynaflow_serving.core.timeline import Timeline, operator_times
 from dynaflow_serving.simulate.cost import MeasuredCosts
 from dynaflow_serving.simulate.engine import simulate
 
@@ -140,16 +140,3 @@ def compare(
         unsplit=ShownTimeline.among("un-split, measured", unsplit) if unsplit else None,
         engine_step=engine_step,
     )
-
-
-def operator_times(timelines: Sequence[Timeline]) -> dict[tuple[str, int], float]:
-    """Return the median seconds of each (operator, micro-batch) over runs of one plan.
-
-    An action with several operators or micro-batches counts for the first of them.
-    """
-    seconds: dict[tuple[str, int], list[float]] = {}
-    for timeline in timelines:
-        for span in timeline.spans:
-            if span.action.operators:
-                seconds.setdefault((span.action.operators[0], span.action.start), []).append(span.end - span.start)
-    return {key: median(values) for key, values in seconds.items()}

@@ -29,6 +29,8 @@ from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.strategy.splitting import whole
 
+DEFAULT_CONFIG = Path(__file__).with_name("default.yaml")
+
 
 @dataclass(frozen=True)
 class Explanation:

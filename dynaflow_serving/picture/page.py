@@ -14,7 +14,8 @@ from typing import Any
 
 from dynaflow_serving.bench.pages import templates
 from dynaflow_serving.core.grid import grid
-from dynaflow_serving.picture.comparison import PlanComparison, ShownTimeline, operator_times
+from dynaflow_serving.core.timeline import operator_times
+from dynaflow_serving.picture.comparison import PlanComparison, ShownTimeline
 from dynaflow_serving.picture.figure import draw
 
 

@@ -24,10 +24,10 @@ from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.core.plan import ActionKind
-from dynaflow_serving.core.timeline import Timeline, spans_of
+from dynaflow_serving.core.timeline import Timeline, operator_times, spans_of
 from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.executor.cpu import CPUExecutor
-from dynaflow_serving.picture.comparison import PlanComparison, compare, operator_times
+from dynaflow_serving.picture.comparison import PlanComparison, compare
 from dynaflow_serving.picture.engine import IN_TURN, compare_in_engine
 from dynaflow_serving.picture.figure import assert_can_draw, draw
 from dynaflow_serving.picture.measure import measured_and_predicted

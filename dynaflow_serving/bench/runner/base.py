@@ -10,11 +10,12 @@ Contract
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dynaflow_serving.bench.sides import Side
+from dynaflow_serving.session.report import WorkerReport
 
 Progress = Callable[[str], None]
 COMPUTE, NETWORK = "compute", "network"
@@ -96,13 +97,12 @@ class Runner(abc.ABC):
         """End everything."""
 
     @property
-    def alone(self) -> Sequence[str]:
-        """The parts of a pass that `run_alone` can measure: `COMPUTE` and `NETWORK`, or none."""
-        return ()
+    def alone(self) -> Mapping[str, Callable[[int], float]]:
+        """What measures the parts of a pass alone, `COMPUTE` and `NETWORK`, in seconds; it takes the number of a pass.
 
-    def run_alone(self, what: str, number: int) -> float:
-        """Return the seconds of a part of a pass alone."""
-        raise NotImplementedError
+        It is empty where the parts cannot be told apart.
+        """
+        return {}
 
     def begin_part(self, mbit: float) -> None:  # noqa: B027
         """Prepare for passes over a link of that rate, which is set: a policy decides anew."""
@@ -110,3 +110,18 @@ class Runner(abc.ABC):
     def details(self, side: Side) -> dict[str, Any]:
         """Return more about a side for the record."""
         return {}
+
+
+def steps_of(reports: Sequence[WorkerReport]) -> SideSteps:
+    """Return what the reports of all ranks say, rank 0's first."""
+    first = reports[0]
+    agree = all((r.steps, r.plan_hash) == (first.steps, first.plan_hash) for r in reports)
+    return SideSteps(
+        split=first.steps.split,
+        unsplit=dict(first.steps.unsplit),
+        mode=first.mode,
+        plan_hash=first.plan_hash,
+        problem=""
+        if agree
+        else "The ranks report different steps or plans: they must all run one plan. Please report it.",
+    )

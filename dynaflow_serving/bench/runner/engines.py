@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dynaflow_serving.bench.process import EngineProcess
-from dynaflow_serving.bench.runner.base import PassResult, Progress, Runner, SideSteps
-from dynaflow_serving.bench.runner.ranks import steps_of
+from dynaflow_serving.bench.runner.base import PassResult, Progress, Runner, SideSteps, steps_of
 from dynaflow_serving.bench.settings import EngineSettings, Traffic, requests_of_pass
 from dynaflow_serving.bench.sides import Side
 
@@ -62,8 +61,7 @@ class EngineRunner(Runner):
             self._engines[side.name] = process
         for side in self.sides:
             progress(f"start {side.name}")
-            config = None if side.config is None else side.config.model_dump()
-            info = self._engines[side.name].start(replace(self._settings, dynaflow=config))
+            info = self._engines[side.name].start(replace(self._settings, dynaflow=side.content))
         self.release, self.device, self._vocabulary = info.version, info.device, info.vocabulary
 
     def run(self, side: Side, number: int) -> PassResult:

@@ -15,17 +15,16 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dynaflow_serving.bench.engines import Engine
 from dynaflow_serving.bench.environment import cores_of_ranks, device_name, usable_cores
 from dynaflow_serving.bench.link import ADDRESSES, NODES, Link
 from dynaflow_serving.bench.muted import messages, prepare
-from dynaflow_serving.bench.process import ChildProcess, EngineProcessError, here
+from dynaflow_serving.bench.process import ChildProcess, EngineProcessError, ask_all, here
 from dynaflow_serving.bench.runner.base import COMPUTE, NETWORK, PassResult, Progress, Runner, SideSteps
 from dynaflow_serving.bench.serving.loads import Load
 from dynaflow_serving.bench.serving.server import Server, free_port
@@ -35,6 +34,7 @@ from dynaflow_serving.bench.settings import EngineSettings
 from dynaflow_serving.bench.sides import Side
 
 METRICS_SECONDS = 1.5  # within this time, a worker's counters are at /metrics
+LOOK_SECONDS = 0.2  # so often it is looked whether all servers of a pass are alive
 PASS_SECONDS = 600.0
 
 
@@ -97,7 +97,7 @@ class NodeRunner(Runner):
             where = {"RANK": str(rank), "WORLD_SIZE": str(NODES), "MASTER_ADDR": address, "MASTER_PORT": port}
             environment = {**self._environment, **self._link.environment(rank), **where, "OMP_NUM_THREADS": "1"}
             self._replays.append(self._child(f"network-alone-{rank}", "replay", "", rank, environment))
-        self._ask_replays("start")
+        ask_all(self._replays, "start")
 
     def begin_part(self, mbit: float) -> None:
         self._part += 1
@@ -124,22 +124,22 @@ class NodeRunner(Runner):
         return SideSteps(split=steps.total_split, unsplit=steps.unsplit)
 
     @property
-    def alone(self) -> Sequence[str]:
-        return (COMPUTE, NETWORK)
+    def alone(self) -> Mapping[str, Callable[[int], float]]:
+        return {COMPUTE: self._compute_alone, NETWORK: self._network_alone}
 
-    def run_alone(self, what: str, number: int) -> float:
-        folder = self._work / "muted"
-        if what == NETWORK:
-            found = messages(folder)[self._noted :] or messages(folder)
-            return max(map(float, self._ask_replays("run", messages=found)))
-        self._noted = len(messages(folder))
+    def _compute_alone(self, number: int) -> float:
+        self._noted = len(messages(self._work / "muted"))
         time.sleep(self.settle_seconds)
         return self._tool.figures(self._send(COMPUTE, number).read_text(), self._load).seconds
 
+    def _network_alone(self, number: int) -> float:
+        """Send what the latest pass of compute alone has noted; before the first one, what its start has."""
+        noted = messages(self._work / "muted")
+        return max(map(float, ask_all(self._replays, "run", messages=noted[self._noted :] or noted)))
+
     def close(self) -> None:
-        if self._replays:
-            for process in self._replays:
-                process.tell("close")
+        for process in self._replays:
+            process.tell("close")
         for servers in self._servers.values():
             for server in servers:
                 server.terminate()
@@ -154,8 +154,7 @@ class NodeRunner(Runner):
 
     def _launch(self, name: str, side: Side, more: Mapping[str, str] | None = None) -> None:
         """Start the servers of a side on both nodes, without waiting for them."""
-        config = None if side.config is None else side.config.model_dump()
-        settings, port, master = replace(self._settings, dynaflow=config), free_port(), free_port(ADDRESSES[0])
+        settings, port, master = replace(self._settings, dynaflow=side.content), free_port(), free_port(ADDRESSES[0])
         shares = cores_of_ranks(usable_cores(), NODES).split("|")
         self._servers[name] = servers = []
         for rank in range(NODES):
@@ -178,17 +177,11 @@ class NodeRunner(Runner):
         job = ClientJob(self._settings.model, servers[0].port, self._load, seed, dataset=None, result=result)
         self._client.tell("run", words=self._tool.client_words(job))
         end = time.monotonic() + PASS_SECONDS
-        while not self._client.answered():
+        while not self._client.answered(LOOK_SECONDS):
             for server in servers:
                 server.assert_alive()
             if time.monotonic() > end:
                 raise EngineProcessError(f"the load generator did not end within {PASS_SECONDS:.0f} s against {name}")
-            time.sleep(0.02)
         self._client.answer("run")
         self._ended[name] = time.monotonic()
         return result
-
-    def _ask_replays(self, action: str, **arguments: object) -> list[Any]:
-        for process in self._replays:
-            process.tell(action, **arguments)
-        return [process.answer(action) for process in self._replays]

@@ -9,8 +9,7 @@ Contract
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 
 from dynaflow_serving.bench.environment import device_name, usable_cores
 from dynaflow_serving.bench.link import ADDRESSES, Link
-from dynaflow_serving.bench.process import ChildProcess, here
-from dynaflow_serving.bench.runner.base import COMPUTE, NETWORK, PassResult, Progress, Runner, SideSteps
+from dynaflow_serving.bench.process import ChildProcess, ask_all, here
+from dynaflow_serving.bench.runner.base import COMPUTE, NETWORK, PassResult, Progress, Runner, SideSteps, steps_of
 from dynaflow_serving.bench.serving.server import free_port
 from dynaflow_serving.bench.serving.tool import HOST
 from dynaflow_serving.bench.sides import Side
@@ -79,7 +78,7 @@ class RankRunner(Runner):
             process = ChildProcess(f"rank {rank}", "rank", self._workload, environment, log, placed)
             self._stack.callback(process.kill)
             self._processes.append(process)
-        configs = {s.name: None if s.config is None else s.config.model_dump() for s in self.sides}
+        configs = {side.name: side.content for side in self.sides}
         first = self._ask("start", settings=asdict(self._settings), sides=configs, ranks=self._ranks, threads=threads)[
             0
         ]
@@ -104,10 +103,10 @@ class RankRunner(Runner):
         return steps_of([WorkerReport.model_validate(r) for r in self._ask("steps", side=side.name)])
 
     @property
-    def alone(self) -> Sequence[str]:
-        return (COMPUTE, NETWORK) if self._communicates else ()
+    def alone(self) -> Mapping[str, Callable[[int], float]]:
+        return {what: partial(self._alone, what) for what in (COMPUTE, NETWORK)} if self._communicates else {}
 
-    def run_alone(self, what: str, number: int) -> float:
+    def _alone(self, what: str, number: int) -> float:
         return max(map(float, self._ask("alone", what=what)))
 
     def details(self, side: Side) -> dict[str, Any]:
@@ -129,27 +128,4 @@ class RankRunner(Runner):
 
     def _ask(self, action: str, **arguments: Any) -> list[Any]:
         """Have all ranks do the same, and return their answers, rank 0's first."""
-        for process in self._processes:
-            process.tell(action, **arguments)
-        answers: dict[int, Any] = {}
-        while len(answers) < len(self._processes):  # an error, or the end of one of them, is raised at once
-            for rank, process in enumerate(self._processes):
-                if rank not in answers and process.answered():
-                    answers[rank] = process.answer(action)
-            time.sleep(0.001)
-        return [answers[rank] for rank in range(len(answers))]
-
-
-def steps_of(reports: Sequence[WorkerReport]) -> SideSteps:
-    """Return what the reports of all ranks say, rank 0's first."""
-    first = reports[0]
-    agree = all((r.steps, r.plan_hash) == (first.steps, first.plan_hash) for r in reports)
-    return SideSteps(
-        split=first.steps.split,
-        unsplit=dict(first.steps.unsplit),
-        mode=first.mode,
-        plan_hash=first.plan_hash,
-        problem=""
-        if agree
-        else "The ranks report different steps or plans: they must all run one plan. Please report it.",
-    )
+        return ask_all(self._processes, action, **arguments)
