@@ -32,6 +32,7 @@ LOG_LINES, LOG_ERRORS = 15, 3
 ERROR = re.compile(r"\w(Error|Exception): .")
 CLOSE_SECONDS = 20.0
 LOOK_SECONDS = 0.2  # so often it is looked whether a child is alive
+DEATH_SECONDS = 2.0  # so long a process may take to end; those that wait for it learn of it before its parent does
 
 
 class EngineProcessError(DynaflowError):
@@ -116,6 +117,12 @@ class ChildProcess:
         """Wait so long at most, and return whether `answer` need not wait: it is there, or the child is gone."""
         return self._pipe.poll(seconds) or self._process.poll() is not None
 
+    def gone(self) -> bool:
+        """Wait for the child to end if it is about to, and return whether it has."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(DEATH_SECONDS)
+        return self._process.poll() is not None
+
     def answer(self, action: str) -> Any:
         """Return the answer to a request, or raise the error that it says.
 
@@ -169,14 +176,20 @@ class EngineProcess(ChildProcess):
 def ask_all(processes: Sequence[ChildProcess], action: str, **arguments: Any) -> list[Any]:
     """Send a request to all processes, and return their answers.
 
-    They may wait for one another: an error, or the end of one of them, is raised at once.
+    They may wait for one another: an error, or the end of one of them, is raised at once. If one has ended, that is
+    what is raised: the errors of the others follow from it.
     """
     for process in processes:
         process.tell(action, **arguments)
     answers: dict[ChildProcess, Any] = {}
     while waiting := [process for process in processes if process not in answers]:
         wait([process.pipe for process in waiting], LOOK_SECONDS)
-        answers |= {process: process.answer(action) for process in waiting if process.answered()}
+        try:
+            answers |= {process: process.answer(action) for process in waiting if process.answered()}
+        except EngineProcessError:
+            for process in filter(ChildProcess.gone, waiting):
+                process.answer(action)
+            raise
     return [answers[process] for process in processes]
 
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dynaflow_serving.bench.engines import ENGINES, Engine
-from dynaflow_serving.bench.process import EngineProcess, EngineProcessError
+from dynaflow_serving.bench.process import EngineProcess, EngineProcessError, ask_all
 from dynaflow_serving.bench.settings import EngineSettings, Request
 from dynaflow_serving.cli import app
 
@@ -40,6 +40,9 @@ class Fake:
         self.counted += 1
         if self.fault == "raises":
             raise RuntimeError("no memory")
+        if self.fault == "dies later":
+            time.sleep(0.5)
+            os._exit(3)
         time.sleep(0.01)
         off = self.fault == "wrong and idle" and self.dynaflow and self.passes == 2
         return [[r.prompt[-1] + i + off for i in range(r.output_len)] for r in requests]
@@ -152,3 +155,17 @@ def test_an_exception_in_the_engine_is_told_with_the_log(engine: Path) -> None:
     finally:
         process.kill()
     assert "Traceback" in (engine / "stock.log").read_text()
+
+
+def test_of_two_that_fail_the_dead_one_is_told(engine: Path) -> None:
+    """The other one fails because it waited for the dead one, and says so first."""
+    faults = ("raises", "dies later")
+    processes = [EngineProcess(f, ENGINES["fake"].driver, {"FAKE": f}, engine / f"{f}.log") for f in faults]
+    try:
+        for process in processes:
+            process.start(EngineSettings(model="m"))
+        with pytest.raises(EngineProcessError, match="the process of dies later ended with exit code 3"):
+            ask_all(processes, "generate", requests=[])
+    finally:
+        for process in processes:
+            process.kill()
