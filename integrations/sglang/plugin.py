@@ -11,6 +11,7 @@ Contract
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -35,27 +36,28 @@ def register() -> None:
         HookRegistry.register("sglang.srt.runtime_context.publish", _published, HookType.AFTER)
 
 
-def _add_flag(result: None, parser: argparse.ArgumentParser) -> None:
+def _add_flag(result: None, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
     group = parser.add_argument_group("DynaFlow", "Run the forward pass as scheduled micro-batches.")
     group.add_argument("--dynaflow", metavar="CONFIG", help="YAML strategy config, or the name of a strategy")
 
 
-def _take_flag(server_args: Any, cls: type, args: argparse.Namespace) -> None:
+def _take_flag(server_args: Any, cls: type, args: argparse.Namespace, *others: Any, **kwargs: Any) -> None:
     server_args._dynaflow_cli = True
     server_args._dynaflow = getattr(args, "dynaflow", None)
 
 
-def _resolve(original: Callable[[Any], None], server_args: Any) -> None:
+def _resolve(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
+    resolve = functools.partial(original, server_args, *args, **kwargs)
     if getattr(server_args, "_resolution_finished", False):  # a child's copy, or the second call
-        return original(server_args)
+        return resolve()
     try:
         requested = _requested(server_args)
         server_args._dynaflow, server_args._dynaflow_cli = None, getattr(server_args, "_dynaflow_cli", False)
         if requested is None:
-            return original(server_args)
+            return resolve()
         from dynaflow_serving.integrations.sglang.server_args import activate
 
-        activate(server_args, requested, original)
+        activate(server_args, requested, resolve)
     except DynaflowError as error:
         if getattr(server_args, "_dynaflow_cli", False):  # set by `_take_flag`
             raise SystemExit(f"dynaflow: error: {error}") from None
@@ -85,7 +87,7 @@ def _requested(server_args: Any) -> Any:
     return source
 
 
-def _published(context: Any, server_args: Any, *, role: str, **_: Any) -> None:
+def _published(context: Any, server_args: Any, *args: Any, role: str, **kwargs: Any) -> None:
     """Enter SGLang when it publishes its arguments, early in every process; errors raised here end the process."""
     # A process that has started an engine with DynaFlow also looks at those that it starts without.
     if getattr(server_args, "_dynaflow", None) is None and SCHEDULER not in sys.modules:

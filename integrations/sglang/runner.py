@@ -111,9 +111,9 @@ class DynaflowRunner:
         self.eager_forward.eager.detach()
         self.session.close()
 
-    def init_attention_backends(self) -> None:
+    def init_attention_backends(self, *args: Any, **kwargs: Any) -> None:
         """Initialize SGLang's backends and ours; this replaces `ModelRunner.init_attention_backends`."""
-        self._init_attention_backends()
+        self._init_attention_backends(*args, **kwargs)
         self.make_backends()
 
     def make_backends(self) -> None:

@@ -32,13 +32,13 @@ def active_config(server_args: Any) -> Config | None:
     return load(content) if isinstance(content, dict) else None
 
 
-def activate(server_args: Any, requested: Any, resolve: Callable[[Any], None]) -> None:
+def activate(server_args: Any, requested: Any, resolve: Callable[[], None]) -> None:
     """Resolve the arguments of a server, and put it under DynaFlow as requested.
 
     Args:
         server_args: SGLang's ServerArgs, not resolved yet.
         requested: A source that `config.load` takes.
-        resolve: This resolves the arguments in SGLang's own way.
+        resolve: This resolves `server_args` in SGLang's own way.
 
     Raises:
         ConfigError: The config is wrong.
@@ -49,14 +49,14 @@ def activate(server_args: Any, requested: Any, resolve: Callable[[Any], None]) -
     resolved = False
     try:
         SGLANG.check_release()
-        resolve(server_args)
+        resolve()
         resolved = True
         check(server_args, config, selector)
     except InactiveError as error:
         if not config.fallback:
             raise
         logger.warning("DynaFlow is NOT active, SGLang runs as it is (fallback: true): %s", error)
-        return None if resolved else resolve(server_args)
+        return None if resolved else resolve()
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     declare_resolution(server_args, "dynaflow", flashinfer_allreduce_fusion_backend=None)

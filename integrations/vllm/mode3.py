@@ -35,20 +35,22 @@ def attach() -> None:
     stock = CompilationConfig.init_backend
 
     @functools.wraps(stock)
-    def init_backend(self: Any, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> Any:
-        backend = stock(self, vllm_config, prefix=prefix, is_encoder=is_encoder)
-        if isinstance(backend, VllmBackend) and not is_encoder and KEY in (vllm_config.additional_config or {}):
-            return functools.partial(_compile, backend)
-        return backend
+    def init_backend(*args: Any, **kwargs: Any) -> Any:
+        backend = stock(*args, **kwargs)
+        if not isinstance(backend, VllmBackend) or backend.is_encoder:
+            return backend
+        if KEY not in (backend.vllm_config.additional_config or {}):
+            return backend
+        return functools.partial(_compile, backend)
 
     CompilationConfig.init_backend = init_backend
 
 
-def _compile(backend: Any, graph: fx.GraphModule, example_inputs: Any) -> Any:
+def _compile(backend: Any, graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     """Compile `graph` by vLLM's `backend`, and put our stitching in the place of its own."""
     # Before the graph is cut: annotations go with the nodes into the pieces.
     apply_rules(graph, (*current().session.selector.annotations, *rules()))
-    result = backend(graph, example_inputs)
+    result = backend(graph, *args, **kwargs)
     result.optimized_call = _stitch(backend, result.optimized_call)
     return result
 

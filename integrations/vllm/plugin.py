@@ -28,8 +28,8 @@ def register() -> None:
     from_cli_args = EngineArgs.from_cli_args.__func__
 
     @functools.wraps(add_cli_args)
-    def add_with_flag(parser: Any) -> Any:
-        parser = add_cli_args(parser)
+    def add_with_flag(*args: Any, **kwargs: Any) -> Any:
+        parser = add_cli_args(*args, **kwargs)
         group = parser.add_argument_group("DynaFlow", "Run the forward pass as scheduled micro-batches.")
         group.add_argument(
             "--dynaflow", metavar="CONFIG", default=None, help="YAML strategy config, or the name of a strategy"
@@ -37,8 +37,8 @@ def register() -> None:
         return parser
 
     @functools.wraps(from_cli_args)
-    def from_cli_with_flag(cls: type, args: Any) -> Any:
-        engine_args = from_cli_args(cls, args)
+    def from_cli_with_flag(cls: type, args: Any, *others: Any, **kwargs: Any) -> Any:
+        engine_args = from_cli_args(cls, args, *others, **kwargs)
         engine_args._dynaflow_cli = True
         if source := getattr(args, "dynaflow", None):
             engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: source}

@@ -24,15 +24,17 @@ class V1RunnerMixin(RunnerMixin):
     _slots: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     _attention: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
-    def initialize_metadata_builders(self, kv_cache_config: Any, kernel_block_sizes: list[int]) -> None:
-        super().initialize_metadata_builders(kv_cache_config, kernel_block_sizes)  # type: ignore[misc]
+    def initialize_metadata_builders(
+        self, kv_cache_config: Any, kernel_block_sizes: list[int], *args: Any, **kwargs: Any
+    ) -> None:
+        super().initialize_metadata_builders(kv_cache_config, kernel_block_sizes, *args, **kwargs)  # type: ignore[misc]
         self.create_metadata_builders(kernel_block_sizes)
 
-    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._live = scheduler_output
         try:
             with ExitStack() as self._live_step:
-                return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
+                return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._live = None
             self._slots = self._attention = ((), {})

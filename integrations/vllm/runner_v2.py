@@ -49,8 +49,8 @@ class V2RunnerMixin(RunnerMixin):
         with ExitStack() as self._live_step:
             return super().execute_model(*args, **kwargs)  # type: ignore[misc]
 
-    def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
-        state, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)  # type: ignore[misc]
+    def gather_batch_req_state(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        state, uniform = super().gather_batch_req_state(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if state is not None and self.dynaflow.serving:
             computed = self.req_states.num_computed_tokens_np[state.idx_mapping_np]  # type: ignore[attr-defined]
             # Requests resumed after a preemption are among the new ones.
@@ -63,22 +63,22 @@ class V2RunnerMixin(RunnerMixin):
             self.begin_step(state.num_scheduled_tokens, computed, joined, tables)
         return state, uniform
 
-    def add_requests(self, scheduler_output: Any) -> None:
-        super().add_requests(scheduler_output)  # type: ignore[misc]
+    def add_requests(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> None:
+        super().add_requests(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         for request in scheduler_output.scheduled_new_reqs:
             self._block_ids[request.req_id] = [list(ids) for ids in request.block_ids]
 
-    def update_requests(self, scheduler_output: Any) -> None:
-        super().update_requests(scheduler_output)  # type: ignore[misc]
+    def update_requests(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> None:
+        super().update_requests(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         cached = scheduler_output.scheduled_cached_reqs
         for name, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if new is not None:
                 for ids, more in zip(self._block_ids[name], new, strict=True):
                     ids.extend(more)
 
-    def _remove_request(self, req_id: str) -> bool:
+    def _remove_request(self, req_id: str, *args: Any, **kwargs: Any) -> bool:
         self._block_ids.pop(req_id, None)
-        return bool(super()._remove_request(req_id))  # type: ignore[misc]
+        return bool(super()._remove_request(req_id, *args, **kwargs))  # type: ignore[misc]
 
 
 class MicroBatchRunner:

@@ -28,8 +28,8 @@ class DynaflowWorkerMixin:
 
     dynaflow: WorkerState
 
-    def init_device(self) -> None:
-        super().init_device()  # type: ignore[misc]
+    def init_device(self, *args: Any, **kwargs: Any) -> None:
+        super().init_device(*args, **kwargs)  # type: ignore[misc]
         device_type, rank = current_platform.device_type, self.rank  # type: ignore[attr-defined]
         self.dynaflow = WorkerState(self.vllm_config, device_type, rank)  # type: ignore[attr-defined]
         mode3.attach()
@@ -45,12 +45,12 @@ class DynaflowWorkerMixin:
         self.eager_forward = eager.attach(self.dynaflow, self.model_runner)  # type: ignore[attr-defined]
         return result
 
-    def compile_or_warm_up_model(self) -> Any:
+    def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         from vllm.distributed.parallel_state import get_tp_group
 
         if self.eager_forward is not None:
             eager.record(self.eager_forward, self.model_runner)  # type: ignore[attr-defined]
-        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
         session = self.dynaflow.session
         session.confirm(get_tp_group().cpu_group)
         self.dynaflow.serving = True
@@ -65,10 +65,10 @@ class DynaflowWorkerMixin:
         """Count steps from zero."""
         self.dynaflow.session.reset()
 
-    def shutdown(self) -> None:
+    def shutdown(self, *args: Any, **kwargs: Any) -> None:
         if hasattr(self, "dynaflow"):
             self.dynaflow.session.close()
-        super().shutdown()  # type: ignore[misc]
+        super().shutdown(*args, **kwargs)  # type: ignore[misc]
 
 
 class GPUDynaflowWorker(DynaflowWorkerMixin, Worker):
