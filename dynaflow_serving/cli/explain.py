@@ -2,7 +2,8 @@
 
 Contract
 - TARGET is an embedded example (no engine needed) or a model, which an engine runs for one step with exactly the
-  given batch. The command then prints the engine's own report.
+  given batch. The command then shows the engine's own report.
+- The picture is first: which operators run beside which. --full adds the text of Program and Plan.
 - A batch that is not split is an answer, not an error: the command prints the reason, and what to change. A picture or
   a trace of it is an error, for there is no plan to show.
 - --svg, --html and --trace run the plan: an example here, a model in its engine. What they need is checked before.
@@ -26,11 +27,10 @@ from dynaflow_serving.cli.options import (
     command_line,
     configure,
 )
+from dynaflow_serving.cli.output import show
 from dynaflow_serving.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dynaflow_serving.core.batch import Split
-    from dynaflow_serving.core.plan import Plan
     from dynaflow_serving.picture.explanation import Explanation
 
 TargetArgument = Annotated[str, typer.Argument(help="Embedded example (llama, moe, dit), or model directory.")]
@@ -47,6 +47,9 @@ SVGOption = Annotated[
 HTMLOption = Annotated[Path | None, typer.Option(help="The same as a page, with the operators' times and the plan.")]
 TraceOption = Annotated[
     Path | None, typer.Option(help="Run the plan and write the measured Chrome trace to this file.")
+]
+FullOption = Annotated[
+    bool, typer.Option("--full", help="All rows, then the program and the plan as text, which `dynaflow check` reads.")
 ]
 
 
@@ -75,10 +78,12 @@ def explain(
     svg: SVGOption = None,
     html: HTMLOption = None,
     trace: TraceOption = None,
+    full: FullOption = False,
 ) -> None:
-    """Print the Program, the split of a batch, and the Plan as text and as a grid of actions and streams."""
+    """Show what runs beside what on which stream, for a model, a batch and a strategy."""
     from dynaflow_serving.capture.examples import EXAMPLES
     from dynaflow_serving.picture.explanation import DEFAULT_CONFIG, explain_example, explain_model
+    from dynaflow_serving.picture.overview import overview
 
     tokens = parse_batch(batch)
     config = configure(strategy or DEFAULT_CONFIG, micro_batches, option)
@@ -95,7 +100,7 @@ def explain(
         raise ConfigError(
             f"target {target!r} is neither an embedded example ({', '.join(EXAMPLES)}) nor a model directory"
         )
-    _print(explanation)
+    show(overview(explanation, full=full))
     if files.wanted:
         _write(files, explanation)
 
@@ -125,41 +130,6 @@ def _assert_can_write(files: Files) -> None:
             raise ConfigError(f"{str(path)!r} is a folder: give the name of a file")
     if len(set(files.wanted)) < len(files.wanted):
         raise ConfigError("--svg, --html and --trace must be different files")
-
-
-def _print(explanation: Explanation) -> None:
-    for program in explanation.programs:
-        print(program)
-    for sentence in explanation.missing:
-        print(f"note: {sentence}")
-    _print_split(explanation.tokens, explanation.split)
-    for plan in explanation.plans:
-        _print_plan(plan)
-
-
-def _print_split(tokens: tuple[int, ...], split: Split) -> None:
-    from dynaflow_serving.bench.result import is_small
-
-    print(f"split of {len(tokens)} requests, {sum(tokens)} tokens")
-    if len(split.micro_batches) == 1:
-        print(f"  not split: {split.reason}")
-        if is_small(split.reason):
-            print("  to split it: lower the strategy's threshold (-o min_tokens=1), or try a larger --batch")
-        return
-    for i, part in enumerate(split.micro_batches):
-        (r0, r1), (t0, t1) = part.requests, part.tokens
-        print(f"  micro-batch {i}: requests {r0}..{r1 - 1}, tokens {t0}..{t1 - 1} ({t1 - t0})")
-    for earlier, later in split.depends:
-        print(f"  micro-batch {later} reads the KV cache that {earlier} writes")
-    print()
-
-
-def _print_plan(plan: Plan) -> None:
-    from dynaflow_serving.core.grid import grid
-
-    print(plan.to_text())
-    print(f"plan {plan.digest}, action by stream")
-    print(grid(plan))
 
 
 def _write(files: Files, explanation: Explanation) -> None:

@@ -7,14 +7,29 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.text import Text
 
+WIDTH = 160  # columns that the widest table needs
 Tell = Callable[[str], None]  # (what begins)
 TellState = Callable[[str, str], None]  # (what is under way, what becomes of it)
+
+
+def console_of_tables() -> Console:
+    """Return the console for tables, which is wide enough for all of them where stdout is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def show(things: Iterable[RenderableType]) -> None:
+    """Print tables and texts on stdout; texts are not wrapped."""
+    console = console_of_tables()
+    for thing in things:
+        console.print(thing, soft_wrap=isinstance(thing, Text))
 
 
 def say(text: str) -> None:

@@ -1,12 +1,13 @@
-"""A Plan as an action x stream grid, for errors and for `dynaflow explain`.
+"""A Plan as a grid whose columns are streams: `grid` for errors, `rows_of_runs` for `dynaflow explain`.
 
 Contract
-- An action has a row and a stream a column, in issue order; at most `around` rows are on each side of `mark`.
+- In `grid`, an action has a row, in issue order; at most `around` rows are on each side of `mark`.
+- `rows_of_runs` has operators and kernels only. Those of one row wait for none of each other.
 """
 
 from __future__ import annotations
 
-from dynaflow_serving.core.plan import Action, Plan
+from dynaflow_serving.core.plan import Action, ActionKind, Plan
 
 CELL_WIDTH = 46
 
@@ -25,6 +26,25 @@ def grid(plan: Plan, mark: int = -1, around: int | None = None) -> str:
     if stop < len(plan.actions):
         lines.append(f"  ... {len(plan.actions) - stop} later actions")
     return "\n".join(lines)
+
+
+def rows_of_runs(plan: Plan) -> list[dict[str, Action]]:
+    """Return the rows, each a RUN or REPLACE by stream: the schedule if each of them took equally long."""
+    rows: list[dict[str, Action]] = []
+    free = dict.fromkeys(plan.streams, 0)  # the first row that a stream may fill
+    recorded: dict[int, int] = {}  # the first row after an event
+    for action in plan.actions:
+        stream = action.stream
+        match action.kind:
+            case ActionKind.RECORD:
+                recorded[action.event] = free[stream]
+            case ActionKind.WAIT:
+                free[stream] = max(free[stream], recorded[action.event])
+            case ActionKind.RUN | ActionKind.REPLACE:
+                rows += ({} for _ in range(free[stream] + 1 - len(rows)))
+                rows[free[stream]][stream] = action
+                free[stream] += 1
+    return rows
 
 
 def _cells(action: Action, streams: tuple[str, ...]) -> str:

@@ -19,7 +19,7 @@ from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.core.plan import ActionKind, Plan
-from dynaflow_serving.core.program import Resource
+from dynaflow_serving.core.program import Program, Resource
 from dynaflow_serving.executor import get_executor
 from dynaflow_serving.picture import engine as in_engine
 from dynaflow_serving.picture import measure
@@ -27,6 +27,7 @@ from dynaflow_serving.picture.comparison import PlanComparison
 from dynaflow_serving.picture.page import Caption
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.strategy.selector import Selector
 from dynaflow_serving.strategy.splitting import whole
 
 DEFAULT_CONFIG = Path(__file__).with_name("default.yaml")
@@ -38,7 +39,8 @@ class Explanation:
 
     Attributes:
         model: The model's name in words.
-        programs: The text of each Program.
+        strategy: The strategy's name and options, in words.
+        programs: The Programs of the model.
         tokens: The tokens of each request of the batch.
         split: How the strategy cuts the batch.
         plans: The Plans that run the batch; none where the model runs un-split its own way.
@@ -50,7 +52,8 @@ class Explanation:
     """
 
     model: str
-    programs: Sequence[str]
+    strategy: str
+    programs: Sequence[Program]
     tokens: tuple[int, ...]
     split: Split
     plans: Sequence[Plan]
@@ -102,7 +105,8 @@ def explain_example(name: str, tokens: tuple[int, ...], config: Config, *, measu
     network = any(o.resource is Resource.NETWORK for o in capture.program.operators)
     return Explanation(
         model=f"example {name}",
-        programs=[capture.program.to_text()],
+        strategy=_in_words(plan_cache.selector),
+        programs=[capture.program],
         tokens=tokens,
         split=split,
         plans=plans,
@@ -145,6 +149,7 @@ def explain_model(
         report, comparisons = in_engine.compare_in_engine(engine, model, tokens, config, dtype, tensor_parallel)
     else:
         report = one_step(engine, model, tokens, config, dtype, tensor_parallel)
+    programs = [parse_program(program.program) for program in report.programs]
     plans: list[Plan] = []
     # The engine may order its requests anew, so the strategy is asked for the cut only where the engine split.
     selector = build_selector(config)
@@ -156,12 +161,18 @@ def explain_model(
     ranks = f", rank 0 of {tensor_parallel}" if tensor_parallel > 1 else ""
     return Explanation(
         model=Path(model).resolve().name,
-        programs=[program.program for program in report.programs],
+        strategy=_in_words(selector),
+        programs=programs,
         tokens=tokens,
         split=split,
         plans=[plan for plan in plans if plan.micro_batches > 1],
         comparisons=comparisons,
         where=f"{engine}{ranks}, mode {report.mode}",
         runs=in_engine.RUNS,
-        missing=selector.missing_tags([parse_program(program.program) for program in report.programs]),
+        missing=selector.missing_tags(programs),
     )
+
+
+def _in_words(selector: Selector) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in selector.options.model_dump().items())
+    return f"{selector.name} ({options or 'no options'})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from dynaflow_serving.capture.examples import EXAMPLES, HIDDEN
 from dynaflow_serving.cli import app
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.parse import parse_plan
 from dynaflow_serving.picture.measure import example_inputs
-from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.base import OpScheduler
@@ -105,27 +105,12 @@ def test_doctor() -> None:
         assert text in result.stdout
 
 
-@pytest.mark.parametrize("example", ["llama", "moe"])
-def test_explain_prints_what_check_accepts(example: str, tmp_path: Path) -> None:
-    result = dynaflow("explain", example, "--batch", "64,64,8,1", "-s", "nanoflow", "-n", "3", "-o", "min_tokens=1")
-    assert result.exit_code == 0, result.output
-    assert "micro-batch 0: requests 0..0, tokens 0..63 (64)" in result.stdout
-    assert "micro-batch 2: requests 2..3, tokens 128..136 (9)" in result.stdout
-    assert "action  compute" in result.stdout and "network" in result.stdout
-    program_text, _, rest = result.stdout.partition("split of")
-    plan_text = rest[rest.index("plan nanoflow") : rest.index("plan ", rest.index("plan nanoflow") + 5)]
-    verify(parse_program(program_text), parse_plan(plan_text))
-    saved = tmp_path / "explained.txt"
-    saved.write_text(program_text + plan_text)
-    assert dynaflow("check", str(saved)).exit_code == 0
-
-
 def test_explain_says_why_not() -> None:
     result = dynaflow("explain", "llama", "-s", "nanoflow", "--batch", "8,8")
     assert result.exit_code == 0
     assert "not split: a micro-batch would have under 2048 tokens" in result.stdout
     assert "-o min_tokens=1" in result.stdout
-    assert "plan nanoflow" not in result.stdout
+    assert "13 operators" not in result.stdout  # of a plan
     assert "not split: one request" in dynaflow("explain", "llama", "--batch", "8").stdout
 
 
@@ -155,7 +140,7 @@ def test_check_plan(tmp_path: Path) -> None:
 def test_explain_shows_the_plan_of_a_strategy_that_orders_unsplit_steps() -> None:
     result = dynaflow("explain", "moe", "--strategy", "branches")
     assert "not split: branches overlap without a split" in result.stdout
-    assert "side0   | run layers.0.shared_expert @0" in result.stdout
+    assert re.search(r"^layers.0.dispatch @0 +layers.0.shared_expert @0 *$", result.stdout, re.MULTILINE)
 
 
 def test_explain_draws_and_traces_what_it_prints(tmp_path: Path) -> None:
