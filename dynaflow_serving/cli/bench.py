@@ -13,7 +13,6 @@ Contract
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from dynaflow_serving.cli.options import (
     CompiledOption,
@@ -31,13 +30,12 @@ from dynaflow_serving.cli.options import (
     OptionOption,
     command_line,
 )
-from dynaflow_serving.cli.output import progress_bar, say, say_on_stderr
+from dynaflow_serving.cli.output import progress_bar, say, say_on_stderr, show
 from dynaflow_serving.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynaflow_serving.bench.benchmark import Comparison
 
-WIDTH = 140  # columns that the tables need, and get where they are not shown on a terminal
 LOADS, RATES = ("random", "sharegpt"), (8.0, float("inf"))
 
 SystemArgument = Annotated[str, typer.Argument(help="System to benchmark: torch, transformers, vllm or sglang.")]
@@ -233,9 +231,7 @@ def _work_folder() -> Iterator[Path]:
 
 def _conclude(tables: Iterable[RenderableType], notes: Sequence[str], problems: Sequence[str], work: Path) -> None:
     """Print the tables, what to know about them, and the verdict. Only a failed run keeps its logs."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    for table in tables:
-        console.print(table)
+    show(tables)
     for note in filter(None, notes):
         say(f"\n{note}")
     for problem in problems:

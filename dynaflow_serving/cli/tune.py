@@ -9,13 +9,11 @@ Contract
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from dynaflow_serving.cli.options import (
     CompiledOption,
@@ -24,13 +22,11 @@ from dynaflow_serving.cli.options import (
     TensorParallelOption,
     configure,
 )
-from dynaflow_serving.cli.output import progress_lines, say, say_on_stderr
+from dynaflow_serving.cli.output import WIDTH, console_of_tables, progress_lines, say, say_on_stderr
 
 if TYPE_CHECKING:
     from dynaflow_serving.policy.table import Table
     from dynaflow_serving.tune.offline import TuningJob
-
-WIDTH = 160  # columns that the table needs, and gets where it is not shown on a terminal
 
 TargetArgument = Annotated[
     str,
@@ -137,7 +133,7 @@ def _print_table(table: Table) -> None:
     """Print the table, or a line per decision where the terminal is too narrow for it."""
     from dynaflow_serving.policy.show import as_table, log_lines
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = console_of_tables()
     if console.width >= WIDTH:
         console.print(as_table(table))
         return
