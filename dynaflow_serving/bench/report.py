@@ -75,9 +75,21 @@ def label(part: Mapping[str, Any]) -> str:
     return f"{part['link_mbit']:g}" if part["link_mbit"] else "no limit"
 
 
-def spread(figure: Mapping[str, float]) -> str:
-    """Write a spread with three digits, such as `1.63 (1.61 - 2.01)`."""
-    return f"{figure['median']:.3g} ({figure['min']:.3g} - {figure['max']:.3g})"
+def number(value: float) -> str:
+    """Write a value with three significant digits, and all of those before the point: 4,778; 36.1; 0.832."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def spread(figure: Mapping[str, float] | None, ratio: bool = False) -> str:
+    """Write a spread as `median (least - greatest)`, a ratio below 10 with three decimals."""
+    if figure is None:
+        return "not measured"
+    median, least, greatest = (
+        f"{figure[key]:.3f}" if ratio and figure[key] < 10 else number(figure[key]) for key in ("median", "min", "max")
+    )
+    return f"{median} ({least} - {greatest})"
 
 
 def efficiency(row: Mapping[str, Any]) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from dynaflow_serving.bench.report import number, spread
 from dynaflow_serving.bench.serving.loads import LONGEST, SHORTEST, Load, ShareGPT, lengths, make_loads, seed_of_pass
 from dynaflow_serving.bench.serving.record import LOSS, METRICS, NOISE, WIN, figure_of, noise_note, verdict
-from dynaflow_serving.bench.serving.report import number, spread
 from dynaflow_serving.bench.serving.run import ServedPass
 from dynaflow_serving.bench.serving.server_metrics import (
     ServedSteps,

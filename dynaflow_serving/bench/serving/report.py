@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.pages import assert_installed, templates
-from dynaflow_serving.bench.report import CPU_SERVERS
+from dynaflow_serving.bench.report import CPU_SERVERS, spread
 from dynaflow_serving.bench.serving.loads import DATASETS
 from dynaflow_serving.bench.serving.record import headline
 
@@ -47,23 +47,6 @@ def render(result: Mapping[str, Any]) -> str:
     drawn = Markup(gains(rows))
     page: str = template.render(result=result, rows=rows, datasets=datasets, gains=drawn, cpu_note=CPU_SERVERS)
     return page
-
-
-def number(value: float) -> str:
-    """Write a value with three significant digits, and all of those before the point: 4,778; 36.1; 0.832."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
-
-
-def spread(value: Mapping[str, float] | None, ratio: bool = False) -> str:
-    """Write a spread as `median (least - greatest)`, a ratio below 10 with three decimals."""
-    if value is None:
-        return "not measured"
-    median, least, greatest = (
-        f"{value[key]:.3f}" if ratio and value[key] < 10 else number(value[key]) for key in ("median", "min", "max")
-    )
-    return f"{median} ({least} - {greatest})"
 
 
 def _span(values: Sequence[int]) -> str:

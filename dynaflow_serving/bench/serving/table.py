@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
+from dynaflow_serving.bench.report import spread
 from dynaflow_serving.bench.serving.record import LOSS, WIN, headline
-from dynaflow_serving.bench.serving.report import spread
 
 STYLES = {WIN: "green", LOSS: "red"}
 
