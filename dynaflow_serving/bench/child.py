@@ -74,7 +74,7 @@ def rank_actions(path: str) -> Actions:
     rank = Rank(load(path))
     return {
         "start": rank.start, "tune": rank.tune, "run": rank.run, "alone": rank.alone, "steps": rank.steps,
-        "operators": rank.operators, "close": rank.close,
+        "details": rank.details, "close": rank.close,
     }  # fmt: skip
 
 

@@ -103,14 +103,16 @@ class Rank:
         assert self._alone is not None
         return self._timed({"compute": self._alone.compute, "network": self._alone.network}[what])[0]
 
-    def operators(self, micro_batches: int) -> list[dict[str, Any]]:
-        """Return the times of the operators of so many micro-batches, one after the other."""
-        assert self._alone is not None
-        return self._alone.operator_times(micro_batches)
-
     def steps(self, side: str) -> dict[str, Any]:
-        """Return the report of a side so far: its steps, programs and plans."""
-        return self._sides[side].session.report().model_dump(mode="json")
+        """Return the report of a side so far, without its programs."""
+        return self._sides[side].session.report().model_dump(mode="json", exclude={"programs"})
+
+    def details(self, side: str, micro_batches: int) -> dict[str, Any]:
+        """Return the program and the plan of a side, and its operators' times in so many micro-batches, in turn."""
+        assert self._alone is not None
+        program = self._sides[side].session.report().programs[0]
+        times = self._alone.operator_times(micro_batches)
+        return {"program": program.program, "plan": program.plans[-1], "operators": times}
 
     def close(self) -> None:
         """Leave the group together with the other ranks."""

@@ -79,9 +79,8 @@ class RankRunner(Runner):
             self._stack.callback(process.kill)
             self._processes.append(process)
         configs = {side.name: side.content for side in self.sides}
-        first = self._ask("start", settings=asdict(self._settings), sides=configs, ranks=self._ranks, threads=threads)[
-            0
-        ]
+        settings = asdict(self._settings)
+        first, *_ = self._ask("start", settings=settings, sides=configs, ranks=self._ranks, threads=threads)
         self.release, self.device, self._communicates = first["release"], device_name(), first["communicates"]
         self._started = True
 
@@ -113,10 +112,8 @@ class RankRunner(Runner):
         """Return the Program, the plan, and the operators' times in turn: what a prediction needs."""
         if side.micro_batches < 2 or not self._communicates or self._settings.training:
             return {}
-        report = WorkerReport.model_validate(self._ask("steps", side=side.name)[0])
-        operators = self._ask("operators", micro_batches=side.micro_batches)[0]
-        program = report.programs[0]
-        return {"program": program.program, "plan": program.plans[-1], "operators": operators}
+        details: dict[str, Any] = self._ask("details", side=side.name, micro_batches=side.micro_batches)[0]
+        return details
 
     def close(self) -> None:
         if self._started:
