@@ -11,6 +11,7 @@ Contract
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,9 +94,10 @@ def made_by_user(name: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         raise ConfigError(f"{FORM}; not {name!r}")
     if not Path(path).is_file():
         raise ConfigError(f"--model: the file {path} does not exist. {FORM}.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"{__name__}.file.{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dynamo imports the module of an inlined function, for the names in it
     spec.loader.exec_module(module)
     factory = getattr(module, function, None)
     if not callable(factory):
