@@ -43,21 +43,41 @@ def result_list(graph: fx.GraphModule) -> list[Any]:
     return list(results) if isinstance(results, tuple | list) else [results]
 
 
-def add_into_variants(capture: CapturedProgram, copy: bool = False, only: Set[str] | None = None) -> None:
+def own_code(piece: Any) -> Callable[..., Any]:
+    """Return the function that runs `piece`, past the calls that `nn.Module` and torch.fx put around it.
+
+    Args:
+        piece: A graph, or what an engine has compiled from one, which is called as it is.
+    """
+    function: Callable[..., Any] = piece
+    if isinstance(piece, fx.GraphModule):
+        _ = piece.code  # a lazy module, as Dynamo makes them, has a `forward` of its own only once this was read
+        function = piece.forward
+    return function
+
+
+def add_into_variants(
+    capture: CapturedProgram,
+    copy: bool = False,
+    only: Set[str] | None = None,
+    build: Callable[[fx.GraphModule], Callable[..., Any]] = own_code,
+) -> None:
     """Let operators write outputs into given buffers, where that is possible.
 
     Args:
         capture: is changed: `into`, `buffers`, and `Operator.into` in its Program.
         copy: whether a final copy will do where there is no `out=` form.
         only: names of the operators; None for all.
+        build: graph of a variant -> its function.
     """
     program = capture.program
+    capture.into.clear()
     operators = []
     for op in program.operators:
         makers = _buffer_makers(capture, op) if only is None or op.name in only else {}
         variant, done = _into_variant(capture.pieces[op.name], list(makers), copy)
         if done:
-            capture.into[op.name] = variant
+            capture.into[op.name] = build(variant)
         capture.buffers.update({op.outputs[i]: maker for i, maker in makers.items()})
         operators.append(replace(op, into=tuple(op.outputs[i] for i in makers if i in done)))
     capture.program = replace(program, operators=tuple(operators))
@@ -76,7 +96,7 @@ def _buffer_makers(capture: CapturedProgram, op: Operator) -> dict[int, Callable
     return makers
 
 
-def _into_variant(piece: fx.GraphModule, ports: list[int], copy: bool) -> tuple[Callable[..., Any], set[int]]:
+def _into_variant(piece: fx.GraphModule, ports: list[int], copy: bool) -> tuple[fx.GraphModule, set[int]]:
     """Copy `piece`, with a buffer argument for each of the outputs `ports` that can be written in place.
 
     Returns:

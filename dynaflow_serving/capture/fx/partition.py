@@ -21,7 +21,7 @@ from torch import fx
 from torch.fx.passes.split_module import split_module
 
 from dynaflow_serving.capture.fx.axes import Axes, derived_nodes
-from dynaflow_serving.capture.fx.buffers import add_into_variants, merger, permutation, result_list, result_of
+from dynaflow_serving.capture.fx.buffers import add_into_variants, merger, own_code, permutation, result_list, result_of
 from dynaflow_serving.capture.fx.effects import EffectTable, hidden_edges, piece_effects, storage_id
 from dynaflow_serving.capture.fx.matching import apply_rules
 from dynaflow_serving.capture.fx.regions import Region, find_regions, piece_region, region_name
@@ -298,7 +298,7 @@ def _input_name(node: str) -> str:
 
 def _function(piece: Any, graph: fx.GraphModule) -> Callable[..., Any]:
     """Return what a plan calls: past `nn.Module.__call__`, and one output bare even where the piece wraps it."""
-    function: Callable[..., Any] = piece.forward if isinstance(piece, fx.GraphModule) else piece
+    function = own_code(piece)
     results = result_of(graph)
     wrapped = isinstance(results, tuple | list) and len(results) == 1
     return (lambda *args: function(*args)[0]) if wrapped else function
