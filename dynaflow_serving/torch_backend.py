@@ -17,17 +17,16 @@ Contract
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
 
 from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.buffers import own_code, result_list, result_of
 from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.capture.fx.input_writes import settle_input_writes
 from dynaflow_serving.capture.fx.matching import apply_rules
@@ -69,7 +68,8 @@ class Compiled(torch.nn.Module):
         dim = self._batch_dim
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dim() > dim]
         if tensors:
-            size, _ = Counter(t.shape[dim] for t in tensors).most_common(1)[0]
+            sizes = [t.shape[dim] for t in tensors]
+            size = max(sizes, key=sizes.count)
             if size < 2:
                 return self.model(*args, **kwargs)  # Dynamo specialises on 0 and 1; there is nothing to split
             tensors = [t for t in tensors if t.shape[dim] == size]
@@ -87,8 +87,12 @@ class Compiled(torch.nn.Module):
         """
         for tensor in batched:
             torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
-        with unwrapped_errors():
+        try:
             return self._compiled(list(batched), args, kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as e:
+            if isinstance(e.inner_exception, DynaflowError):
+                raise e.inner_exception from None  # our own errors as they are
+            raise
 
     def tune(self, *inputs: tuple[Any, ...]) -> Table:
         """Have `strategy: auto` decide, by measuring, for batches like `inputs`.
@@ -105,7 +109,7 @@ class Compiled(torch.nn.Module):
         calls, dim = [], self._batch_dim
         for given in inputs:
             sizes = [a.shape[dim] for a in given if isinstance(a, torch.Tensor) and a.dim() > dim]
-            if sizes and (size := Counter(sizes).most_common(1)[0][0]) > 1:
+            if sizes and (size := max(sizes, key=sizes.count)) > 1:
                 calls.append((Batch((1,) * size), functools.partial(self, *given)))
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
         return tune_calls(self.session, calls, parameters, {"engine": "torch", "level": self._backend.level})
@@ -118,17 +122,6 @@ class Compiled(torch.nn.Module):
         for tensor in batched:
             torch._check(tensor.shape[self._batch_dim] == batched[0].shape[self._batch_dim])  # type: ignore[no-untyped-call]
         return self.model(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def unwrapped_errors() -> Iterator[None]:
-    """Raise our own errors in this block as they are, not as Dynamo's `BackendCompilerFailed`."""
-    try:
-        yield
-    except torch._dynamo.exc.BackendCompilerFailed as e:
-        if isinstance(e.inner_exception, DynaflowError):
-            raise e.inner_exception from None
-        raise
 
 
 class Backend:
@@ -206,27 +199,33 @@ class Backend:
     def _add(self, gm: fx.GraphModule, captured: CapturedProgram) -> Callable[..., Any]:
         if self.level == "inductor":
             compile_pieces(captured, {})
-        plan_cache = self.session.add(captured, _device(gm))
-        outputs = [captured.program.values[v] for v in captured.program.outputs]
-        axes = [(i, v.axis) for i, v in enumerate(outputs) if v.axis is not None]
+        session = self.session
+        plan_cache = session.add(captured, _device(gm))
+        axes = _result_axes(gm, captured)
         captured.rebuild = _marked_dynamic(captured.rebuild, axes)
-        forward = CompiledGraph(self, plan_cache, groups_of(gm))
+        # Compiled operators, the strategy's order and CUDA graphs are what un-split plans have and the graph lacks.
+        plain = self.level != "inductor" and not session.selector.schedules_unsplit and session.config.graph == "off"
+        whole = _marked_dynamic(own_code(gm), axes) if plain else None
+        forward = CompiledGraph(self, plan_cache, groups_of(gm), whole)
         return lambda *args: forward(*args)  # AOT autograd sets attributes on what it gets
 
 
 class CompiledGraph(SplitForward):
     """This callable runs one captured graph. Each call is a step, unless a whole forward is one step."""
 
-    def __init__(self, backend: Backend, plan_cache: PlanCache, groups: list[Any]) -> None:
+    def __init__(
+        self, backend: Backend, plan_cache: PlanCache, groups: list[Any], whole: Callable[..., Any] | None
+    ) -> None:
         """Prepare the graph's first call.
 
         Args:
             backend: It has captured the graph.
             plan_cache: The plans of the graph.
             groups: The process groups whose ranks have to compare plans before the first call.
+            whole: The graph's own code, for un-split steps; None if plans run these, too.
         """
         super().__init__(backend.session)
-        self.backend, self.plan_cache, self._groups = backend, plan_cache, groups
+        self.backend, self.plan_cache, self._groups, self._whole = backend, plan_cache, groups, whole
         self._count = plan_cache.captured.token_counter()
 
     def __call__(self, *args: Any) -> Any:
@@ -241,6 +240,8 @@ class CompiledGraph(SplitForward):
             return step.checked(run(*args), lambda: run(*args), args)
 
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._whole is not None:
+            return self._whole(*args)
         step = self.session.in_flight
         assert step is not None
         return self._run(step, step.split, args)
@@ -365,15 +366,25 @@ def _same_size(gm: fx.GraphModule, batch_dim: int, symbols: set[Any]) -> list[st
     return [name for name, s in others.items() if s.node.hint in batch]
 
 
-def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, int]]) -> Callable[[list[Any]], Any]:
-    """Return a `rebuild` that marks the token axes of the outputs, so that the next graph can be split, too."""
+def _result_axes(gm: fx.GraphModule, captured: CapturedProgram) -> list[tuple[int, int]]:
+    """Return the positions of the graph's results that have a token axis, with that axis."""
+    if not isinstance(result_of(gm), tuple | list):
+        return []
+    axes = {node: captured.program.values[v].axis for v, node in captured.nodes.items() if v in captured.program.values}
+    found = [(i, axes.get(result.name)) for i, result in enumerate(result_list(gm)) if isinstance(result, fx.Node)]
+    return [(i, axis) for i, axis in found if axis is not None]
 
-    def mark_and_rebuild(values: list[Any]) -> Any:
+
+def _marked_dynamic(function: Callable[..., Any], axes: list[tuple[int, int]]) -> Callable[..., Any]:
+    """Return a `function` that marks the token axes of its results, so that the next graph can be split, too."""
+
+    def run_and_mark(*args: Any) -> Any:
+        results = function(*args)
         for i, axis in axes:
-            torch._dynamo.maybe_mark_dynamic(values[i], axis)
-        return rebuild(values)
+            torch._dynamo.maybe_mark_dynamic(results[i], axis)
+        return results
 
-    return mark_and_rebuild
+    return run_and_mark
 
 
 def _device(gm: fx.GraphModule) -> str:

@@ -88,3 +88,16 @@ def test_no_operator_is_the_forward_of_a_lazy_module(level: Any) -> None:
     functions: dict[str, Any] = {**capture.functions, **{f"{n} into": f for n, f in capture.into.items()}}
     assert {n for n, f in functions.items() if "lazy" in f.__code__.co_name} == set()
     assert capture.into  # that are looked at, too
+
+
+@pytest.mark.parametrize("level", ["dynamo", "aot"])
+def test_an_unsplit_step_calls_the_graph_and_no_operator(level: Any) -> None:
+    compiled = dynaflow_serving.compile(Chain(), CutAtSine(SequentialOptions(micro_batches=1)), level=level)
+    x = torch.rand(TOKENS, 4)
+    with torch.no_grad():
+        calls = python_calls(compiled, x)
+        expected = Chain()(x)
+        assert torch.equal(compiled(x), expected)
+    generated = [code for code in calls if code.co_filename.startswith("<eval_with_key>")]
+    assert [calls[code] for code in generated] == [1]
+    assert compiled.session.plan_caches[0].made == 0
