@@ -4,7 +4,7 @@ The models are Llamas of thin layers (hidden size 64, 16 requests), so that a st
 to call. The operators are real, as captured. SYSTEM is one of `SYSTEMS` or how its name begins; the default is all that
 this environment can import. Each system runs in a process of its own.
 
-Four sides take turns, one step each per round:
+There are four sides:
 - stock: the system without DynaFlow;
 - un-split: the system with DynaFlow, and a strategy that splits nothing;
 - split: the same, and the strategy splits every step;
@@ -12,10 +12,11 @@ Four sides take turns, one step each per round:
   arguments that were cut and computed in an earlier step. A model without a graph has no operators to call: its own
   forward runs once per micro-batch.
 
-A stock step follows or precedes each step of the others, so that requests have the same lengths on all sides. Ratios
-are taken within a round, and a figure is their median, with the least and the greatest:
+Stock and un-split take turns first, one step each per round, then un-split, split and by hand. Requests have the same
+lengths in all steps of a round. Ratios are taken within a round, and a figure is their median, with the least and the
+greatest:
 - un-split / stock: of the whole step, with all that the engine does around the model;
-- split / un-split: of the whole step, per micro-batch; `forward` is the same of the model's forward alone;
+- split / un-split: of the whole step, per micro-batch; then the same of the model's forward alone;
 - split / by hand: of the model's forward alone.
 """
 
@@ -46,6 +47,7 @@ from dynaflow_serving.core.measurement import Spread, in_turn
 from dynaflow_serving.session.forward import SplitForward
 
 LAYERS = [8, 32, 80]
+STEP, FORWARD = 0, 1
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # more of them only add noise
 PACKAGES = {"compile": "torch", "vllm": "vllm", "sglang": "sglang"}
 
@@ -90,48 +92,51 @@ class Row:
     split_over_by_hand: Spread
 
 
+Times = dict[str, list[tuple[float, float]]]  # side -> seconds of each step, and of the model's forward in it
+
+
 def measure(system: str, layers: int, subject: Subject, rounds: int, clock: Callable[[], float]) -> Row:
-    """Let the sides take turns, and return the figures."""
-    steps: dict[str, list[float]] = {side: [] for side in (*OURS, "stock", "un-split's stock")}
-    forwards: dict[str, list[float]] = {side: [] for side in OURS}
+    """Return the figures of a system."""
+    with_stock = take_turns(subject, ("stock", "un-split"), rounds, clock)
+    counts = subject.session.counts
+    counts.reset()
+    ours = take_turns(subject, OURS, rounds, clock)
+    assert counts.split == 2 * (WARM + rounds), counts.unsplit
+    return Row(
+        system,
+        layers,
+        sum(len(cache.captured.program.operators) for cache in subject.session.plan_caches),
+        Spread.of_values(1e3 * step for step, _ in with_stock["stock"]),
+        _ratio(with_stock["un-split"], with_stock["stock"], STEP),
+        _ratio(ours["split"], ours["un-split"], STEP, MICRO_BATCHES),
+        _ratio(ours["split"], ours["un-split"], FORWARD, MICRO_BATCHES),
+        _ratio(ours["split"], ours["by hand"], FORWARD),
+    )
+
+
+def take_turns(subject: Subject, sides: Sequence[str], rounds: int, clock: Callable[[], float]) -> Times:
+    """Run one step of each side per round."""
+    times: Times = {side: [] for side in sides}
     timer = ForwardTimer(clock)
-    subject.session.counts.reset()
     gc.collect()
     gc.disable()
     try:
         with timer.installed():
             for number in range(WARM + rounds):
-                if number == WARM:
-                    for times in (*steps.values(), *forwards.values()):
-                        times.clear()
-                for position, side in enumerate(in_turn(OURS, number)):
-                    subject.use_side(side)
-                    for stock in in_turn((True, False), number + position):
-                        subject.use_stock(stock)
-                        begin = clock()
-                        (subject.stock if stock else subject.ours)()
-                        seconds = clock() - begin
-                        steps["stock" if stock else side].append(seconds)
-                        if stock and side == "un-split":
-                            steps["un-split's stock"].append(seconds)
-                    forwards[side].append(timer.seconds)
+                for side in in_turn(sides, number):
+                    step = subject.use_side(side)
+                    begin = clock()
+                    step()
+                    times[side].append((clock() - begin, timer.seconds))
     finally:
         gc.enable()
-    assert subject.session.counts.split == 2 * (WARM + rounds), subject.session.counts.unsplit
-    return Row(
-        system,
-        layers,
-        sum(len(cache.captured.program.operators) for cache in subject.session.plan_caches),
-        Spread.of_values(1e3 * s for s in steps["stock"]),
-        _ratio(steps["un-split"], steps["un-split's stock"]),
-        _ratio(steps["split"], steps["un-split"], MICRO_BATCHES),
-        _ratio(forwards["split"], forwards["un-split"], MICRO_BATCHES),
-        _ratio(forwards["split"], forwards["by hand"]),
-    )
+    return {side: counted[WARM:] for side, counted in times.items()}
 
 
-def _ratio(times: Sequence[float], others: Sequence[float], factor: int = 1) -> Spread:
-    return Spread.of_ratios(a / b / factor for a, b in zip(times, others, strict=True))
+def _ratio(
+    times: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]], which: int, factor: int = 1
+) -> Spread:
+    return Spread.of_ratios(a[which] / b[which] / factor for a, b in zip(times, others, strict=True))
 
 
 # -- the command ----------------------------------------------------------------------------------------------------

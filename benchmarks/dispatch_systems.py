@@ -35,6 +35,7 @@ PROMPT = (1, 2, 3, 4)
 MICRO_BATCHES = 2
 WARM = 3  # rounds that are not counted
 OURS = ("un-split", "split", "by hand")
+STEPS_PER_ROUND = 2 + len(OURS)  # of one batch, at most
 STRATEGY = {"strategy": "nanoflow", "options": {"micro_batches": MICRO_BATCHES, "min_tokens": 1}}
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 
@@ -56,13 +57,16 @@ class Subject:
             session: DynaFlow's session in it.
             stock: Runs a step of the stock system.
             ours: Runs a step of the system with DynaFlow.
-            use_stock: Is called before every step, which it prepares; it is not timed.
+            use_stock: Prepares the next step, of the stock system or not; it is not timed.
         """
         self.session, self.stock, self.ours, self.use_stock = session, stock, ours, use_stock
         self._hands = [ByHand(cache.captured) for cache in session.plan_caches]
 
-    def use_side(self, side: str) -> None:
-        """Make the next steps with DynaFlow those of one of `OURS`."""
+    def use_side(self, side: str) -> Callable[[], Any]:
+        """Prepare for steps of `side`, "stock" or one of `OURS`, and return what runs one."""
+        self.use_stock(side == "stock")
+        if side == "stock":
+            return self.stock
         strategy = self.session.selector.strategy("")
         strategy.options = strategy.options.model_copy(update={"min_tokens": 1 << 30 if side == "un-split" else 1})
         eager = self.session.eager
@@ -70,11 +74,12 @@ class Subject:
             vars(eager).pop("run", None)
             if side == "by hand":
                 vars(eager)["run"] = lambda plan, *arguments: eager.run_apart(*arguments)
-            return
+            return self.ours
         for cache, hand in zip(self.session.plan_caches, self._hands):
             vars(cache).pop("prepare", None)
             if side == "by hand":
                 vars(cache)["prepare"] = functools.partial(hand.prepare, cache.prepare)
+        return self.ours
 
 
 class ByHand:
@@ -183,7 +188,7 @@ def vllm(mode: str, layers: int, rounds: int) -> Iterator[Subject]:
     exec(tests.MODE3_PLUGIN, plugin)
     plugin["register"]()
     os.environ["TEST_MODE3"] = "1" if mode == "mode3" else ""
-    steps = len(OURS) * (WARM + rounds) + 8
+    steps = STEPS_PER_ROUND * (WARM + rounds) + 8
     engines = []
     for dynaflow in (None, STRATEGY):
         torch._dynamo.reset()
@@ -226,7 +231,7 @@ def sglang(layers: int, rounds: int) -> Iterator[Subject]:
                 else:
                     vars(thing)[name] = method
 
-        ids, _, batch = tests.prefill(runner, [PROMPT] * REQUESTS, len(OURS) * (WARM + rounds) * 2 + 2)
+        ids, _, batch = tests.prefill(runner, [PROMPT] * REQUESTS, STEPS_PER_ROUND * (WARM + rounds) + 2)
         step = functools.partial(tests.decode, runner, ids, batch)
         yield Subject(ours.session, step, step, use_stock)
         use_stock(False)

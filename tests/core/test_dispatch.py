@@ -6,7 +6,9 @@ The modules that Dynamo makes are lazy only while it compiles, so models are cap
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -101,3 +103,21 @@ def test_an_unsplit_step_calls_the_graph_and_no_operator(level: Any) -> None:
     generated = [code for code in calls if code.co_filename.startswith("<eval_with_key>")]
     assert [calls[code] for code in generated] == [1]
     assert compiled.session.plan_caches[0].made == 0
+
+
+def test_the_benchmark_measures_all_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from dispatch import measure, table
+    from dispatch_systems import OURS, compiled
+
+    with compiled("dynamo", 1, 1) as subject:
+        expected = subject.use_side("stock")()
+        subject.session.counts.reset()
+        for side in OURS:
+            result = subject.use_side(side)()
+            torch.testing.assert_close(result, expected)  # a micro-batch may take another matmul kernel
+        assert (subject.session.counts.split, sum(subject.session.counts.unsplit.values())) == (2, 1)
+        row = measure("compile-dynamo", 1, subject, 2, time.perf_counter)
+    assert row.operators == 3
+    assert all(spread.min > 0 for spread in (row.stock_ms, row.unsplit_over_stock, row.split_over_by_hand))
+    assert table([asdict(row)]).row_count == 1
