@@ -2,8 +2,8 @@
 
 Contract
 - A file is loaded as data only (`weights_only`), so nothing in it is run. Any other file is a `ConfigError`.
-- A row is an index on an output's token axis. The program tells this axis where its outputs match those in the file.
-  Otherwise it is the first axis that is as long as the batch.
+- A row is an index on an output's token axis. The program tells this axis, or that there is none (a sum over tokens),
+  where its outputs match those in the file. Otherwise it is the first axis that is as long as the batch.
 - Without a token axis, rows are not attributed to micro-batches.
 """
 
@@ -192,7 +192,8 @@ class Reproducer:
         if len(self.plans) == 1 and len(self.plans[0][0].outputs) == outputs:
             program = self.plans[0][0]
             values = [program.values[name] for name in program.outputs]
-            return [(v.axis, v.rows) if v.scope is Scope.BATCH else None for v in values]
+            known = (Scope.BATCH, Scope.PARTIAL)  # a sum has no token axis, whatever its shape is
+            return [(v.axis, v.rows) if v.scope in known else None for v in values]
         return [None] * outputs
 
 
