@@ -234,6 +234,27 @@ def test_prefill_decode_makes_a_sum_apart_for_a_reader_that_is_apart() -> None:
     assert "merge u@0 u@1 -> u@0:2" in map(str, plan.actions)
 
 
+def test_token_weave_shards_no_sum() -> None:
+    """A sum over the tokens of one rank's shard would be another sum."""
+    program = program_of("""
+        value x batch:0
+        value y batch:0
+        value s partial
+        inputs x
+        op all_reduce network
+          tags all_reduce
+          inputs x
+          outputs y
+        op add_up compute
+          tags replicated
+          inputs y
+          outputs s
+        outputs s
+    """)
+    with pytest.raises(ScheduleError, match="none of the 1 operators that follow an all-reduce .* can run on a shard"):
+        build_strategy("token_weave", {}).record(program, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -287,6 +308,11 @@ GOOD = """
         ("merge s@0 s@1 s@2", "merge s@0 s@1 s@1 s@2", "do not tile s@0:3"),
         ("merge s@0 s@1 s@2", "merge s@1 s@0 s@2", "do not tile s@0:3"),
         ("merge s@0 s@1 s@2", "merge s@0 s@1 -> s@0:2\n    compute | merge s@0:2 s@1 s@2", "do not tile s@0:3"),
+        (
+            "merge s@0 s@1 s@2",
+            "merge s@0 s@1 -> s@0:2\n    compute | merge s@1 s@2 -> s@1:3\n    compute | merge s@0:2 s@1:3",
+            "do not tile s@0:3",
+        ),
         ("compute | wait e1\n", "", "s@0 is read without waiting for action 5"),
         ("network | run add_up @2\n", "", "s@2 is read before it is produced"),
         ("compute | merge", "compute | alloc s@0:3\n    compute | merge", "only values with a token axis have merge"),
