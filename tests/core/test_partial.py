@@ -251,7 +251,7 @@ def test_token_weave_shards_no_sum() -> None:
           outputs s
         outputs s
     """)
-    with pytest.raises(ScheduleError, match="none of the 1 operators that follow an all-reduce .* can run on a shard"):
+    with pytest.raises(ScheduleError, match=r"none of the 1 operators that follow an all-reduce .* can run on a shard"):
         build_strategy("token_weave", {}).record(program, 2)
 
 
