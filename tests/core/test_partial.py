@@ -138,7 +138,9 @@ def test_a_mean_of_a_batch_that_16_bits_can_hold_does_not_overflow() -> None:
     capture = manual(program, add_up=lambda x: x.mean(), double=lambda s: s * 2)
     plan = lower(build_strategy("sequential", {}).record(program, 2), "sequential")
     x = torch.full((40000,), 8.0, dtype=torch.float16)
-    (found,) = SequentialExecutor().bind(capture, plan, {})([x], [0, 10000, 40000], no_context)
+    bound = SequentialExecutor().bind(capture, plan, {})
+    assert " * ((c1) / (c2)) + v" in bound.source and " * ((c2 - c1) / (c2))  # merge t@0 t@1 -> t@0:2" in bound.source
+    (found,) = bound([x], [0, 10000, 40000], no_context)
     assert found.dtype is torch.float16 and found == 16
 
 
