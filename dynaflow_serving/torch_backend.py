@@ -12,6 +12,7 @@ Contract
 - Training works at `level="dynamo"`, where autograd runs through the operators of the plan.
 - At the other levels, both the forward and the backward graph run under plans. The backward graph sums gradients over
   the batch, so it is not split. A strategy that orders un-split steps (`comm_overlap`) still overlaps its collectives.
+- The first step of each graph under a plan also runs whole, and is compared (`session.graph_check`).
 - With collectives in a graph, all ranks of their groups compare plans before the first one runs.
 """
 
@@ -43,6 +44,7 @@ from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.agreement import agree, groups_of
 from dynaflow_serving.session.forward import SplitForward
+from dynaflow_serving.session.graph_check import run_checked
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.session import LiveStep, Session
 from dynaflow_serving.strategy.base import OpScheduler
@@ -227,18 +229,18 @@ class CompiledGraph(SplitForward):
         """
         super().__init__(backend.session)
         self.backend, self.plan_cache, self._groups = backend, plan_cache, groups
+        self._unagreed = list(groups)
         self._count = plan_cache.captured.token_counter()
 
     def __call__(self, *args: Any) -> Any:
-        while self._groups:
-            agree([self.plan_cache.texts()], self._groups[0])
-            del self._groups[0]
-        run = super().__call__
-        if self.session.in_flight is not None:  # the caller that began the step ends and checks it, too
-            return run(*args)
+        while self._unagreed:
+            agree([self.plan_cache.texts()], self._unagreed[0])
+            del self._unagreed[0]
+        if self.session.in_flight is not None:  # the caller that began the step ends it, too
+            return super().__call__(*args)
         batch = Batch((1,) * self._count(args), width=self.backend.width)
-        with self.session.step(batch, [self.plan_cache]) as step:
-            return step.checked(run(*args), lambda: run(*args), args)
+        with self.session.step(batch, [self.plan_cache]):
+            return super().__call__(*args)
 
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = self.session.in_flight
@@ -250,6 +252,10 @@ class CompiledGraph(SplitForward):
 
     def _run(self, step: LiveStep, split: Split, args: tuple[Any, ...]) -> Any:
         zero_copy = not torch.is_grad_enabled()  # autograd has no `out=`
+        signature, check = split.signature, self.session.check
+        planned = signature.micro_batches > 1 or self.plan_cache.orders_unsplit(signature.candidate)
+        if check is not None and planned and check.wants(step, [self.plan_cache], signature):
+            return run_checked(step, check, self.plan_cache, split, args, zero_copy, self._groups)
         return self.plan_cache.run(args, split, zero_copy=zero_copy, traced=step.to_trace)
 
 

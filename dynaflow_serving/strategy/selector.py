@@ -41,6 +41,11 @@ class Selector(abc.ABC):
         """What the user configured, as a pydantic model."""
 
     @property
+    def in_use(self) -> tuple[str, ...]:
+        """These candidates may split steps from now on."""
+        return self.candidates
+
+    @property
     def annotations(self) -> tuple[Rule, ...]:
         strategies = [self.strategy(candidate) for candidate in self.candidates]
         return tuple(dict.fromkeys(rule for s in strategies for rule in s.annotations))

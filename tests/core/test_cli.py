@@ -215,8 +215,8 @@ class Suspicious(OpScheduler):
 
 @pytest.fixture
 def reproducer(tmp_path: Path) -> Path:
-    """What shadow mode writes about a step of `llama` under `Suspicious`: 11 requests of 4 tokens."""
-    config = Config(strategy="sequential", executor="sequential", shadow={"folder": str(tmp_path), "every": 1})
+    """What the check writes about a step of `llama` under `Suspicious`: 11 requests of 4 tokens."""
+    config = Config(strategy="sequential", executor="sequential", check={"folder": str(tmp_path)})
     session = Session(FixedStrategy(Suspicious()), config)
     capture = example("llama")
     plan_cache = session.add(capture)

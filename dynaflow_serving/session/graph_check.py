@@ -1,0 +1,133 @@
+"""`run_checked` runs a captured graph under a plan and whole, and returns the whole's result where they differ.
+
+Contract
+- The comparison leaves nothing behind. Inputs that the graph writes in place, gradients, and the state of the random
+  number generators are as after the run under the plan alone.
+- The other run is the program in its own order, without replacement kernels, without gradients, and on copies of what
+  is written in place.
+- If the runs differ, the graph runs once more, whole, from the inputs and the generators as they were before the step.
+  That is the caller's result, with gradients.
+- A graph that draws random numbers draws others for micro-batches than for the batch. So it is not judged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dynaflow_serving.core.batch import Split
+from dynaflow_serving.session.check import Check, Comparison, Found, describe_step
+from dynaflow_serving.session.difference import difference, tensors
+from dynaflow_serving.session.plan_cache import PlanCache
+from dynaflow_serving.session.replay import copied, find_operator
+from dynaflow_serving.session.session import LiveStep
+
+logger = logging.getLogger("dynaflow_serving")
+
+
+class _Before:
+    """What a graph finds before it runs: its inputs, and the generators of random numbers."""
+
+    def __init__(self, plan_cache: PlanCache, args: Sequence[Any]) -> None:
+        program = plan_cache.captured.program
+        self.args = args
+        self.written = {
+            i: name
+            for i, name in enumerate(program.inputs[: len(args)])
+            if isinstance(args[i], torch.Tensor) and program.values[name].storage in program.written_storages
+        }
+        self._copies = self._of_written(args)
+        device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
+        self._generators = [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
+        self._random = self.random()
+
+    def _of_written(self, args: Sequence[Any]) -> list[Any]:
+        return copied([args[i] for i in self.written])
+
+    def inputs(self) -> list[Any]:
+        """Return the inputs, with new copies of those that are written."""
+        found = list(self.args)
+        for i, copy in zip(self.written, copied(self._copies), strict=True):
+            found[i] = copy
+        return found
+
+    def random(self) -> list[torch.Tensor]:
+        """Return the state that the generators have now."""
+        return [g.get_rng_state() for g in self._generators]
+
+    def set_random(self, states: Sequence[torch.Tensor] | None = None) -> None:
+        """Put the generators into these states; by default, into those before the run."""
+        for generator, state in zip(self._generators, self._random if states is None else states, strict=True):
+            generator.set_rng_state(state)
+
+    def drew(self, states: Sequence[torch.Tensor]) -> bool:
+        """Return whether the generators have left the states before the run, for these."""
+        return not all(map(torch.equal, states, self._random))
+
+    def restore(self) -> None:
+        """Make inputs and generators what they were before the run."""
+        for i, copy in zip(self.written, self._copies, strict=True):
+            self.args[i].data.copy_(copy)  # autograd does not see it: what it would go through is dropped
+        self.set_random()
+
+
+def run_checked(
+    step: LiveStep,
+    check: Check,
+    plan_cache: PlanCache,
+    split: Split,
+    args: Sequence[Any],
+    zero_copy: bool,
+    groups: Sequence[Any],
+) -> Any:
+    """Run a graph in both ways.
+
+    Args:
+        step: The step in flight.
+        check: It judges the runs.
+        plan_cache: The plans of the graph.
+        split: The cut of the batch.
+        args: The graph's inputs without constants.
+        zero_copy: Whether operators may write into given buffers.
+        groups: The process groups of the graph's collectives.
+
+    Returns:
+        The graph's result.
+    """
+    session, tokens, program = step.session, split.bounds[-1], plan_cache.captured.program
+    step.to_compare = True
+    before = _Before(plan_cache, args)
+    result = plan_cache.run(args, split, zero_copy=zero_copy, traced=step.to_trace)
+    with check.timed(session.clock):
+        kept = [t.detach().clone() for t in tensors(result)]
+        after, inputs = before.random(), before.inputs()
+        before.set_random()
+        with torch.no_grad():
+            expected = tensors(plan_cache.run_plain(inputs, tokens))
+        before.set_random(after)
+        names = [f"input {name}, which is written in place," for name in before.written.values()]
+        written = [args[i].detach() for i in before.written], [inputs[i] for i in before.written]
+        found = difference([*kept, *written[0]], [*expected, *written[1]], check.options.tolerance, names)
+        if found is not None and before.drew(after):
+            logger.info("DynaFlow: program %s draws random numbers, so its split is not judged", program.digest)
+            found = None
+
+        def find() -> Found:
+            plan = plan_cache.prepare(split.signature, zero_copy).plan
+            kernels = plan_cache.kernels(split.signature)
+            return find_operator(
+                plan_cache.captured, plan, kernels, before.inputs(), split.bounds, check.options.tolerance
+            )
+
+        def facts() -> dict[str, Any]:
+            return describe_step(session.selector, step, split, [plan_cache], before.inputs())
+
+        comparison = Comparison(kept, expected, str(found or ""), facts, find)
+        equal = session.conclude(step, [plan_cache], split, comparison, groups)
+        if equal:
+            return result
+    before.restore()
+    return plan_cache.run_plain(args, tokens, zero_copy)
