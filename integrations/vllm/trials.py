@@ -1,4 +1,4 @@
-"""The policy's trials in vLLM (`strategy: auto`) are real steps that no user asked for, in the mode that serves.
+"""Trials in vLLM are real steps that no user asked for, in the mode that serves. The policy and the check run them.
 
 Contract
 - A trial is one `SchedulerOutput` of new requests, run by the worker's own `execute_model` and `sample_tokens`. vLLM's
