@@ -135,6 +135,9 @@ class Tuner:
                 continue
             if n not in profiles:
                 profiles[n] = self._profile(n, batch)
+            if reason := self._why_refused(f"{Sequential.name} x{n}"):  # so no order of these micro-batches is right
+                trial.verdict = reason
+                continue
             trial.predicted = min(plain) / self._predict(profiles[n], split.signature)
             if self._replaces(split.signature):
                 timed.append(trial)

@@ -38,8 +38,13 @@ class Difference:
 
 
 def tensors(outputs: Any) -> list[torch.Tensor]:
-    """Return the tensors in the pytree `outputs`, in order."""
-    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    """Return the tensors in the pytree `outputs`, in order; of a DTensor, this rank's shard."""
+    return [local(t) for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+
+
+def local(tensor: Any) -> Any:
+    """Return this rank's shard of a DTensor, whose comparison would communicate, and any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def difference(

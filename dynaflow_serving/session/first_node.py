@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynaflow_serving.session.difference import relative_difference, tolerance_of
+from dynaflow_serving.session.difference import local, relative_difference, tolerance_of
 
 
 def first_node(
@@ -39,7 +39,7 @@ def first_node(
             break
         for run in runs:
             run.env[node] = run.run_node(node)
-        a, b = (run.env[node] for run in runs)
+        a, b = (local(run.env[node]) for run in runs)
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             b = _same_part(a, b, tokens, total)
             if b is not None and relative_difference(a, b) > tolerance_of(b, tolerance):

@@ -20,6 +20,7 @@ from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.errors import PlanError, ScheduleError
 from dynaflow_serving.executor.base import BoundPlan, Executor
+from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.executor.tracing import measured
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
@@ -209,3 +210,9 @@ class PlanCache:
             plan = lower(recorded, Sequential.name, zero_copy)
             self._plain[zero_copy] = self.executor.bind(self.captured, plan, recorded.kernels)
         return self.captured.rebuild(self._plain[zero_copy].run(args, (0, tokens), no_context))
+
+    def run_in_turn(self, args: Sequence[Any], split: Split) -> Any:
+        """Run the plan of `split` on one stream, with buffers of its own; arguments and result are those of `run`."""
+        plan = self.prepare(split.signature, zero_copy=False).plan
+        bound = SequentialExecutor().bind(self.captured, plan, self._kernels[split.signature])
+        return self.captured.rebuild(bound.run(args, split.bounds, no_context))

@@ -27,7 +27,7 @@ from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan, range
 from dynaflow_serving.core.program import Operator, Scope
 from dynaflow_serving.kernels import Composed, kernels_of
 from dynaflow_serving.session.check import CONTEXT, Found
-from dynaflow_serving.session.difference import Difference, relative_difference, tolerance_of
+from dynaflow_serving.session.difference import Difference, local, relative_difference, tolerance_of
 from dynaflow_serving.session.first_node import first_node
 
 logger = logging.getLogger("dynaflow_serving")
@@ -155,7 +155,7 @@ class _Replay:
             if name in inputs and value.storage not in written:
                 continue
             whole = self._read(name, action.start, action.stop, self._whole)
-            part, whole = _finished(part), _finished(whole)
+            part, whole = _finished(local(part)), _finished(local(whole))
             allowed, relative = tolerance_of(whole, self.tolerance), relative_difference(part, whole)
             if relative > allowed:
                 operators = " + ".join(action.operators)

@@ -60,7 +60,7 @@ class WithKernel(OpScheduler):
 
     def schedule(self, s: Schedule) -> None:
         while ready := s.get_ready_ops():
-            s.execute(ready[0], replace=self.kernel if ready[0].name == "layers.1.Block" else None)
+            s.execute(ready[0], replace=self.kernel if ready[0].name.endswith("layers.1.Block") else None)
 
 
 def kernel_of(block: nn.Module, factor: float = 1.0) -> Kernel:

@@ -139,6 +139,26 @@ def test_a_trusted_operator_that_mixes_rows_is_caught(tmp_path: Path, level: Any
     assert reason.startswith("check: centred (centred") and reason.endswith("differs from the un-split run")
 
 
+class Choosing(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return torch.where(y == y.round(), 1.0, 2.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", LEVELS)
+def test_rounding_that_an_operator_carries_on_is_no_difference(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, level: Any
+) -> None:
+    """The kernel is off by less than the tolerance, which is enough for another choice afterwards."""
+    model, x = with_integer_weights(Choosing()), integers(8, WIDTH)
+    strategy = WithKernel(kernel_of(model.layers[1], 1 + 1e-6))
+    compiled = compiled_with(strategy, model, level, {"folder": str(tmp_path)})
+    assert not torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), model(x))
+    assert checked(compiled) == 1 and not list(tmp_path.iterdir())
+    assert "rounding is carried on" in caplog.text and compiled.session.counts.split == 2
+
+
 # -- nothing is left behind -----------------------------------------------------------------------------
 @pytest.mark.parametrize(("level", "factor"), [("dynamo", 1.0), ("dynamo", WRONG), ("aot", 1.0)])
 def test_the_first_training_step_has_the_gradients_of_the_model(tmp_path: Path, level: Any, factor: float) -> None:

@@ -103,7 +103,7 @@ def test_tuning_adopts_no_candidate_that_differs(tmp_path: object, monkeypatch: 
     (trial,) = decision.trials
     assert not decision.candidate and not trial.ratios
     assert trial.verdict == "check: the output differs from the un-split run" and trial.verdict in decision.reason
-    assert engine.session.plan_caches[0].refused.keys() == {"nanoflow x2", "sequential x2"}
+    assert engine.session.plan_caches[0].refused.keys() == {"sequential x2"}  # no order of these is right
 
 
 def test_an_adopted_candidate_that_differs_is_refused_and_others_go_on(
