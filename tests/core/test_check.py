@@ -179,9 +179,14 @@ def test_the_first_training_step_has_the_gradients_of_the_model(tmp_path: Path, 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_random_numbers_are_drawn_as_without_the_check_and_not_judged(tmp_path: Path, level: Any) -> None:
-    x, states, results = torch.randn(8, WIDTH), [], []
+    """Torch draws under 16 normal numbers in another way than more, so that micro-batches get others than the batch."""
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn_like(x)
+
+    x, states, results = torch.randn(4, 5), [], []
     for check in ("never", {"folder": str(tmp_path)}):
-        compiled = compiled_with(WithKernel(), nn.Dropout(0.5).train(), level, check)
+        compiled = compiled_with(WithKernel(), noisy, level, check)
         torch.manual_seed(0)
         results.append(compiled(x))
         states.append(torch.get_rng_state())

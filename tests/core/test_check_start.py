@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
 import pytest
 import torch
 from policy_support import Engine, adopted, table_for
 
+from dynaflow_serving.bench.rank import Rank
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.integrations.base import WorkloadSettings
+from dynaflow_serving.integrations.torch.workload import TorchWorkload
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.policy.start import start_policy
 from dynaflow_serving.policy.tuner import Tuner
@@ -119,3 +123,17 @@ def test_an_adopted_candidate_that_differs_is_refused_and_others_go_on(
     assert engine.session.counts.unsplit["check: the output differs from the un-split run"] == 1
     assert len(engine.selector.cut(batch, "nanoflow x3").micro_batches) == 3
     assert not engine.plan_cache.allowed_split(batch, engine.selector.cut(batch, "nanoflow x3")).reason
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_benchmark_measures_no_step_that_is_compared(training: bool) -> None:
+    torch._dynamo.reset()
+    settings = WorkloadSettings(model="", dtype="auto", requests=4, length=2, training=training, seed=0)
+    config = Config(strategy="comm_overlap", options={"min_tokens": 1})
+    rank = Rank(TorchWorkload)
+    rank.start(asdict(settings), {"stock": None, "ours": config.model_dump()}, ranks=1, threads=torch.get_num_threads())
+    before = rank.steps("ours")
+    assert before["check"]["steps"] == 1 + training  # the forward and the backward graph
+    assert rank.run("ours")["equal"] and rank.run("ours")["equal"]
+    after = rank.steps("ours")
+    assert after["check"] == before["check"] and after["steps"]["split"] == before["steps"]["split"] + 2
