@@ -4,7 +4,8 @@ Contract
 - `random_case(seed, gradients)` returns the same program, inputs and number of micro-batches for the same seed.
 - A program has 5 to 30 statements over two arguments of shapes [batch, 4] and [batch, 3, 4], and four weights. It is
   called at two batch sizes between 2 and 40.
-- Values are whole numbers in float64 until a statement makes them real. Operators with jumps (comparisons, sorting,
+- Values are whole numbers in float64: in half of the programs all, in the others until a statement makes them real.
+- Whole numbers are compared bit by bit. Operators with jumps (comparisons, sorting,
   rounding) take whole numbers only, so that a difference in the last bit stays one.
 - One program in three has row-wise statements only, one has one mixing statement, and one takes them as they come.
 """
@@ -77,7 +78,7 @@ def random_case(seed: int, gradients: bool = False) -> RandomProgram:
 
 def random_source(rng: random.Random) -> tuple[str, bool]:
     """Return a program's text, and whether all its values are whole numbers."""
-    writer = Writer(rng)
+    writer = Writer(rng, whole_only=rng.random() < 0.5)
     writer.values = [Value("x", (-1, WIDTH), True), Value("y", (-1, LENGTH, WIDTH), True)]
     kind = rng.choice(("row-wise", "one mixing", "any"))
     count = rng.randint(*STATEMENTS)

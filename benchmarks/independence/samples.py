@@ -22,7 +22,16 @@ from benchmarks.independence.judge import Case
 LEAST_ROWS = 4
 # What these return is whatever was in memory.
 UNDEFINED = frozenset(
-    {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_", "resize_as_"}
+    {
+        "empty",
+        "empty_like",
+        "empty_permuted",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "resize_",
+        "resize_as_",
+    }
 )
 
 
@@ -95,4 +104,3 @@ class _Writer:
         name = f"c{len(self.constants)}"
         self.constants[name] = value
         return name
-

@@ -31,12 +31,16 @@ class Value:
 
 
 class Writer:
-    """The lines so far, and the values that they define."""
+    """The lines so far, and the values that they define. `whole_only`: all of them are whole numbers."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng, self.lines, self.values = rng, list[str](), list[Value]()
+    def __init__(self, rng: random.Random, whole_only: bool) -> None:
+        self.rng, self.whole_only = rng, whole_only
+        self.lines: list[str] = []
+        self.values: list[Value] = []
 
     def add(self, text: str, shape: Shape, whole: bool) -> bool:
+        if self.whole_only and not whole:
+            return False
         name = f"v{len(self.values)}"
         self.lines.append(f"{name} = {text}")
         self.values.append(Value(name, shape, whole))
@@ -65,11 +69,32 @@ def without(shape: Shape, dim: int, new: int | None = None) -> Shape:
     return (*shape[:dim], *(() if new is None else (new,)), *shape[dim + 1 :])
 
 
-UNARY_WHOLE = ("{} + 1", "-{}", "{} * 2", "{} * 0.5", "torch.relu({})", "{}.abs()", "{}.clamp(-3, 3)", "{}.sign()",
-    "{}.remainder(5)", "torch.where({} > 0, {}, -1.0)", "({} > 0).double()", "{}.masked_fill({} == 0, 2.0)",
-    "torch.ones_like({})", "{}.round()", "F.hardtanh({}, -4.0, 4.0)")  # fmt: skip
-UNARY_REAL = ("{}.sin()", "{}.tanh()", "{}.sigmoid()", "F.silu({})", "{} * 0.3", "({} * 0.1).exp().clamp(max=9)",
-    "F.softplus({})")  # fmt: skip
+UNARY_WHOLE = (
+    "{} + 1",
+    "-{}",
+    "{} * 2",
+    "{} * 0.5",
+    "torch.relu({})",
+    "{}.abs()",
+    "{}.clamp(-3, 3)",
+    "{}.sign()",
+    "{}.remainder(5)",
+    "torch.where({} > 0, {}, -1.0)",
+    "({} > 0).double()",
+    "{}.masked_fill({} == 0, 2.0)",
+    "torch.ones_like({})",
+    "{}.round()",
+    "F.hardtanh({}, -4.0, 4.0)",
+)
+UNARY_REAL = (
+    "{}.sin()",
+    "{}.tanh()",
+    "{}.sigmoid()",
+    "F.silu({})",
+    "{} * 0.3",
+    "({} * 0.1).exp().clamp(max=9)",
+    "F.softplus({})",
+)
 
 
 def unary(w: Writer, v: Value) -> bool:
@@ -110,8 +135,12 @@ def weight(w: Writer, v: Value) -> bool:
 def norm(w: Writer, v: Value) -> bool:
     if v.shape[-1] != 4:
         return False
-    kinds = ("F.layer_norm({}, (4,))", "F.layer_norm({}, (4,), self.scale)", "F.rms_norm({}, (4,), self.scale)",
-        "{} * ({} * {}).sum(-1, keepdim=True).add(1).rsqrt()")  # fmt: skip
+    kinds = (
+        "F.layer_norm({}, (4,))",
+        "F.layer_norm({}, (4,), self.scale)",
+        "F.rms_norm({}, (4,), self.scale)",
+        "{} * ({} * {}).sum(-1, keepdim=True).add(1).rsqrt()",
+    )
     return w.add(w.rng.choice(kinds).replace("{}", v.name), v.shape, False)
 
 
@@ -157,8 +186,8 @@ def rows(w: Writer, v: Value) -> bool:
     if s[0] == -1 and len(s) >= 3 and s[1] > 0:
         return w.add(f"{v.name}.reshape(B * {s[1]}, {', '.join(map(size, s[2:]))})", (-s[1], *s[2:]), v.whole)
     if s[0] < -1:
-        return w.add(f"{v.name}.view(B, {-s[0]}, {', '.join(map(size, s[1:]))})" if v.shape[1:] and False else
-            f"{v.name}.reshape(B, {', '.join(map(size, (-s[0], *s[1:])))})", (-1, -s[0], *s[1:]), v.whole)  # fmt: skip
+        shape = (-1, -s[0], *s[1:])
+        return w.add(f"{v.name}.reshape({', '.join(map(size, shape))})", shape, v.whole)
     if s[0] == -1 and len(s) == 2 and s[1] == 4:
         return w.add(f"{v.name}.reshape(B, 2, 2)", (-1, 2, 2), v.whole)
     return False
@@ -252,22 +281,45 @@ def write_argument(w: Writer, v: Value) -> bool:
 
 
 FACTORIES = (
-    ("{} + torch.zeros(B, 1)", True), ("{} + torch.ones({}.shape)", True), ("{} + {}.new_full(({}.shape[0], 1), 3.0)", True),
-    ("{} + torch.zeros_like({})", True), ("torch.full((B, 1), 2.0) * {}", True),
-)  # fmt: skip
+    ("{} + torch.zeros(B, 1)", True),
+    ("{} + torch.ones({}.shape)", True),
+    ("{} + {}.new_full(({}.shape[0], 1), 3.0)", True),
+    ("{} + torch.zeros_like({})", True),
+    ("torch.full((B, 1), 2.0) * {}", True),
+)
 COUNTING = (
-    ("{} + torch.arange(B)[:, None]", True), ("{} * B", True), ("{} + torch.full((B, 1), float(B))", True),
-    ("{} / B", False), ("{} / B ** 0.5", False), ("{} + torch.eye(B)[:, :1]", True), ("{} + torch.linspace(0, 1, B)[:, None]", False),
-    ("{} + torch.ones(B, 1).cumsum(0)", True), ("{}.tril()", True), ("torch.where(torch.arange(B)[:, None] < 2, {}, 0.0)", True),
-)  # fmt: skip
+    ("{} + torch.arange(B)[:, None]", True),
+    ("{} * B", True),
+    ("{} + torch.full((B, 1), float(B))", True),
+    ("{} / B", False),
+    ("{} / B ** 0.5", False),
+    ("{} + torch.eye(B)[:, :1]", True),
+    ("{} + torch.linspace(0, 1, B)[:, None]", False),
+    ("{} + torch.ones(B, 1).cumsum(0)", True),
+    ("{}.tril()", True),
+    ("torch.where(torch.arange(B)[:, None] < 2, {}, 0.0)", True),
+)
 NEIGHBOURS = (
-    "{} - {}[:1]", "{} + {}[-1:]", "torch.cat([{}[1:], {}[:1]])", "torch.cat([{}[1:] - {}[:-1], {}[:1]])",
-    "{}[::2].repeat_interleave(2, 0)[:B]", "torch.cat([{}, {}])[:B]", "torch.cat([{}, -{}]).view(2, B, K).sum(0)",
-    "{}[torch.arange(B).flip(0)]", "{}.index_select(0, (torch.arange(B) + 1) % B)", "{}.index_add(0, torch.arange(B).flip(0), {})",
-    "{} + {}.select(0, 1)", "{}.index_put((torch.arange(B).flip(0),), {})", "F.pad({}[1:], (0, 0, 0, 1))",
-    "({} @ {}.t()).clamp(-9, 9) @ {}", "{} @ ({}.t() @ {}).clamp(-9, 9)", "torch.einsum('bi,cj->bj', {}, {}).clamp(-9, 9)",
-    "torch.einsum('bi,ci->bc', {}, {}).clamp(-9, 9) @ {}", "{} + {}.masked_select({} > 0).sum()", "{} - {}.mean()",
-)  # fmt: skip
+    "{} - {}[:1]",
+    "{} + {}[-1:]",
+    "torch.cat([{}[1:], {}[:1]])",
+    "torch.cat([{}[1:] - {}[:-1], {}[:1]])",
+    "{}[::2].repeat_interleave(2, 0)[:B]",
+    "torch.cat([{}, {}])[:B]",
+    "torch.cat([{}, -{}]).view(2, B, K).sum(0)",
+    "{}[torch.arange(B).flip(0)]",
+    "{}.index_select(0, (torch.arange(B) + 1) % B)",
+    "{}.index_add(0, torch.arange(B).flip(0), {})",
+    "{} + {}.select(0, 1)",
+    "{}.index_put((torch.arange(B).flip(0),), {})",
+    "F.pad({}[1:], (0, 0, 0, 1))",
+    "({} @ {}.t()).clamp(-9, 9) @ {}",
+    "{} @ ({}.t() @ {}).clamp(-9, 9)",
+    "torch.einsum('bi,cj->bj', {}, {}).clamp(-9, 9)",
+    "torch.einsum('bi,ci->bc', {}, {}).clamp(-9, 9) @ {}",
+    "{} + {}.masked_select({} > 0).sum()",
+    "{} - {}.mean()",
+)
 
 
 def factory(w: Writer, v: Value) -> bool:
@@ -293,25 +345,54 @@ def neighbours(w: Writer, v: Value) -> bool:
 def attention(w: Writer, v: Value) -> bool:
     if len(v.shape) != 3 or v.shape[-1] != 4 or v.shape[0] != -1:
         return False
-    kinds = ("torch.einsum('bij,bkj->bik', {0}, {0}).softmax(-1) @ {0}", "torch.bmm({0}, {0}.transpose(1, 2)).softmax(2) @ {0}",
-        "F.scaled_dot_product_attention({0}[:, None], {0}[:, None], {0}[:, None])[:, 0]")  # fmt: skip
+    kinds = (
+        "torch.einsum('bij,bkj->bik', {0}, {0}).softmax(-1) @ {0}",
+        "torch.bmm({0}, {0}.transpose(1, 2)).softmax(2) @ {0}",
+        "F.scaled_dot_product_attention({0}[:, None], {0}[:, None], {0}[:, None])[:, 0]",
+    )
     return w.add(w.rng.choice(kinds).format(v.name), v.shape, False)
 
 
 def attention_of_batch(w: Writer, v: Value) -> bool:
     if v.shape != (-1, 4):
         return False
-    kinds = ("F.scaled_dot_product_attention({0}[None], {0}[None], {0}[None])[0]", "({0} @ {0}.t()).softmax(-1) @ {0}",
-        "F.batch_norm({0}, None, None, training=True)", "F.normalize({0} + 20, dim=0)",
-        "F.scaled_dot_product_attention({0}[None, None], {0}[None, None], {0}[None, None], is_causal=True)[0, 0]")  # fmt: skip
+    kinds = (
+        "F.scaled_dot_product_attention({0}[None], {0}[None], {0}[None])[0]",
+        "({0} @ {0}.t()).softmax(-1) @ {0}",
+        "F.batch_norm({0}, None, None, training=True)",
+        "F.normalize({0} + 20, dim=0)",
+        "F.scaled_dot_product_attention({0}[None, None], {0}[None, None], {0}[None, None], is_causal=True)[0, 0]",
+    )
     return w.add(w.rng.choice(kinds).format(v.name), v.shape, False)
 
 
 ROW_WISE: tuple[Statement, ...] = (
-    unary, unary, binary, binary, weight, weight, norm, reduction(False), rows, rows, columns, expand, lookup, in_place,
-    factory, attention, write_argument,
-)  # fmt: skip
+    unary,
+    unary,
+    binary,
+    binary,
+    weight,
+    weight,
+    norm,
+    reduction(False),
+    rows,
+    rows,
+    columns,
+    expand,
+    lookup,
+    in_place,
+    factory,
+    attention,
+    write_argument,
+)
 MIXING: tuple[Statement, ...] = (
-    reduction(True), reduction(True), transpose, halves, in_place_rows, counting, neighbours, neighbours,
+    reduction(True),
+    reduction(True),
+    transpose,
+    halves,
+    in_place_rows,
+    counting,
+    neighbours,
+    neighbours,
     attention_of_batch,
-)  # fmt: skip
+)

@@ -4,6 +4,7 @@ Contract
 - Workers are forked after PyTorch and its samples are imported, so starting one is cheap. Each takes a chunk of tasks
   and ends, so that what Dynamo keeps in memory goes with it.
 - A worker reports each part of a task as it begins and as it ends. One that is silent for `limit` seconds is killed.
+- A worker ends by itself when the process that started it is gone.
 - The part that was under way in a worker that died or was killed is reported as such; the task goes on after it.
 """
 
@@ -70,8 +71,10 @@ def run_tasks(
                 workers.remove(worker)
                 if worker.tasks:
                     task, skipped = worker.tasks.popleft()
-                    yield task, worker.begun, text
-                    waiting.extendleft(reversed([(task, skipped + worker.ended_parts + 1), *worker.tasks]))
+                    if worker.begun is not None:
+                        yield task, worker.begun, text
+                    ended = skipped + worker.ended_parts + (worker.begun is not None)
+                    waiting.extendleft(reversed([(task, ended), *worker.tasks]))
     finally:
         for worker in workers:
             worker.process.kill()
@@ -79,13 +82,13 @@ def run_tasks(
 
 def _start(tasks: list[tuple[Any, int]], work: Work) -> _Worker:
     ours, theirs = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=_serve, args=(tasks, work, theirs), daemon=True)
+    process = FORK.Process(target=_serve, args=(tasks, work, theirs, os.getpid()), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, ours, deque(tasks))
 
 
-def _serve(tasks: list[tuple[Any, int]], work: Work, reports: Connection) -> None:
+def _serve(tasks: list[tuple[Any, int]], work: Work, reports: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
@@ -93,6 +96,8 @@ def _serve(tasks: list[tuple[Any, int]], work: Work, reports: Connection) -> Non
         os.dup2(nowhere.fileno(), 2)  # warnings of C++ code
         for task, skip in tasks:
             for key, result in work(task, skip):
+                if os.getppid() != parent:
+                    return
                 reports.send((key, result))
             reports.send(None)
 
@@ -111,7 +116,7 @@ def _read(worker: _Worker) -> Iterator[tuple[Any, Any, Any]]:
             if result is None:
                 worker.begun = key
             else:
-                worker.ended_parts += 1
+                worker.ended_parts, worker.begun = worker.ended_parts + 1, None
                 yield worker.tasks[0][0], key, result
     except EOFError:
         worker.process.join()

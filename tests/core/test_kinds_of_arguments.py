@@ -121,31 +121,53 @@ KINDS = {
     "an identity matrix": Kind(lambda x: torch.eye(x.shape[0]) @ x, REFUSED, COUNTS + " mm matmul"),
     "the batch size returned": Kind(lambda x: (x * 2, x.shape[0]), EITHER),
     "the batch size as a tensor": Kind(lambda x: (x * 2, torch.tensor(x.shape[0])), REFUSED, COUNTS + " tensor scalar"),
-    "the first eight tokens": Kind(lambda x: torch.where(torch.arange(x.shape[0])[:, None] < 3, x, 0.0), REFUSED, COUNTS + " where lt"),
+    "the first eight tokens": Kind(
+        lambda x: torch.where(torch.arange(x.shape[0])[:, None] < 3, x, 0.0), REFUSED, COUNTS + " where lt"
+    ),
     "the batch twice": Kind(lambda x: torch.cat([x, x]), EITHER, "cat"),
-    "the batch twice, and its first half": Kind(lambda x: torch.cat([x, -x])[: x.shape[0]], EITHER, "cat getitem slice"),
+    "the batch twice, and its first half": Kind(
+        lambda x: torch.cat([x, -x])[: x.shape[0]], EITHER, "cat getitem slice"
+    ),
     "repeated rows": Kind(lambda x: x.repeat(2, 1), EITHER, "repeat"),
     "interleaved rows": Kind(lambda x: x.repeat_interleave(2, 0), EITHER, "repeat_interleave view reshape clone"),
     "rows counted by a tensor": Kind(
-        lambda x, y: x.repeat_interleave((y[:, 0].abs() + 1).long(), 0).sum(0), REFUSED, "repeat_interleave sum index item", two
+        lambda x, y: x.repeat_interleave((y[:, 0].abs() + 1).long(), 0).sum(0),
+        REFUSED,
+        "repeat_interleave sum index item",
+        two,
     ),
-    "a table used for embedding": Kind(lambda ids, table: F.embedding(ids, table).sum(1), EITHER, "embedding", ids_and_table),
+    "a table used for embedding": Kind(
+        lambda ids, table: F.embedding(ids, table).sum(1), EITHER, "embedding", ids_and_table
+    ),
     "a table that is indexed": Kind(lambda ids, table: table[ids[:, 0]] * 2, EITHER, "getitem index", ids_and_table),
     "a weight matrix": Kind(lambda x, w: x @ w, EITHER, "matmul mm", square_weight),
     "a weight matrix of linear": Kind(lambda x, w: F.linear(x, w), EITHER, "linear mm permute", square_weight),
     "a weight matrix, transposed": Kind(lambda x, w: x @ w.t(), EITHER, "matmul mm permute t", two),
     "a table added row by row": Kind(lambda x, table: x + table, SPLIT, "", two),
-    "a bias as long as the batch": Kind(lambda x, b: x + b, EITHER, "add", lambda: (integers(BATCH, BATCH), integers(BATCH))),
-    "a vector of weights": Kind(lambda x, w: x @ w, EITHER, "matmul mv", lambda: (integers(BATCH, BATCH), integers(BATCH))),
+    "a bias as long as the batch": Kind(
+        lambda x, b: x + b, EITHER, "add", lambda: (integers(BATCH, BATCH), integers(BATCH))
+    ),
+    "a vector of weights": Kind(
+        lambda x, w: x @ w, EITHER, "matmul mv", lambda: (integers(BATCH, BATCH), integers(BATCH))
+    ),
     "offsets of an embedding bag": Kind(
-        lambda ids, offsets, table: F.embedding_bag(ids, table, offsets, mode="sum"), REFUSED, "embedding_bag",
+        lambda ids, offsets, table: F.embedding_bag(ids, table, offsets, mode="sum"),
+        REFUSED,
+        "embedding_bag",
         lambda: (torch.randint(0, 9, (BATCH,)), torch.arange(BATCH), integers(9, WIDTH)),
     ),
     "offsets of an embedding bag, half as many": Kind(
-        lambda ids, offsets, table: F.embedding_bag(ids, table, offsets, mode="sum"), REFUSED, "embedding_bag",
+        lambda ids, offsets, table: F.embedding_bag(ids, table, offsets, mode="sum"),
+        REFUSED,
+        "embedding_bag",
         lambda: (torch.randint(0, 9, (2 * BATCH,)), torch.arange(0, 2 * BATCH, 2), integers(9, WIDTH)),
     ),
-    "sorted boundaries": Kind(lambda x, edges: torch.bucketize(x, edges), EITHER, "bucketize", lambda: (integers(BATCH, WIDTH), torch.arange(-4.0, 4.0))),
+    "sorted boundaries": Kind(
+        lambda x, edges: torch.bucketize(x, edges),
+        EITHER,
+        "bucketize",
+        lambda: (integers(BATCH, WIDTH), torch.arange(-4.0, 4.0)),
+    ),
     "an input is written": Kind(write_input, EITHER, "mul", two),
     "an input is written, backward": Kind(write_input, EITHER, "mul", with_training_weight, gradients=True),
     "rows of an input are written": Kind(write_rows_of_input, REFUSED, "setitem slice getitem copy fill", two),
@@ -167,7 +189,7 @@ KINDS = {
     "sequence first, the batch in dimension 1": Kind(
         SequenceFirst, EITHER, "", lambda: (integers(3, BATCH, WIDTH),), batch_dim=1
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -88,8 +88,11 @@ KINDS = {
     "bernoulli": Kind(lambda x: x.sigmoid().bernoulli(), REFUSED, "bernoulli"),
     "dropout in training": Kind(lambda x: F.dropout(x, 0.5, training=True), REFUSED, "dropout bernoulli rand"),
     "dropout in training, backward": Kind(
-        lambda x: F.dropout(x, 0.5, training=True), REFUSED, "dropout bernoulli rand",
-        lambda: (integers(BATCH, WIDTH).requires_grad_(),), gradients=True,
+        lambda x: F.dropout(x, 0.5, training=True),
+        REFUSED,
+        "dropout bernoulli rand",
+        lambda: (integers(BATCH, WIDTH).requires_grad_(),),
+        gradients=True,
     ),
     "einsum bi,cj->bj": Kind(lambda x, y: torch.einsum("bi,cj->bj", x, y), REFUSED, "einsum sum mul bmm", two),
     "einsum bi,bj->ij": Kind(lambda x, y: torch.einsum("bi,bj->ij", x, y), REFUSED, "einsum bmm permute", two),
@@ -106,20 +109,38 @@ KINDS = {
     ),
     "gram matrix": Kind(lambda x: x @ (x.t() @ x), REFUSED, "matmul mm"),
     "attention over the batch": Kind(
-        lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0], REFUSED, "attention dot_product matmul bmm"
+        lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
+        REFUSED,
+        "attention dot_product matmul bmm",
     ),
     "attention over the batch, by hand": Kind(lambda x: (x @ x.t()).softmax(-1) @ x, REFUSED, "matmul mm"),
     "sequence first: MultiheadAttention": Kind(
         lambda x: F.multi_head_attention_forward(
-            x, x, x, WIDTH, 2, torch.ones(3 * WIDTH, WIDTH), torch.ones(3 * WIDTH), None, None, False, 0.0,
-            torch.eye(WIDTH), torch.zeros(WIDTH), need_weights=False,
+            x,
+            x,
+            x,
+            WIDTH,
+            2,
+            torch.ones(3 * WIDTH, WIDTH),
+            torch.ones(3 * WIDTH),
+            None,
+            None,
+            False,
+            0.0,
+            torch.eye(WIDTH),
+            torch.zeros(WIDTH),
+            need_weights=False,
         )[0],
-        REFUSED, "multi_head view bmm attention dot_product", lambda: (integers(BATCH, 5, WIDTH),),
+        REFUSED,
+        "multi_head view bmm attention dot_product",
+        lambda: (integers(BATCH, 5, WIDTH),),
     ),
     "rot90": Kind(lambda x: torch.rot90(x), REFUSED, "rot90 flip transpose", square_batch),
     "rot90 twice": Kind(lambda x: torch.rot90(x, 2), REFUSED, "rot90 flip"),
     "renorm": Kind(lambda x: torch.renorm(x, 2, 1, 1.0), REFUSED, "renorm norm"),
-    "cross over the batch": Kind(lambda x, y: torch.linalg.cross(x, y, dim=0), REFUSED, "cross", lambda: (integers(3, 4), integers(3, 4))),
+    "cross over the batch": Kind(
+        lambda x, y: torch.linalg.cross(x, y, dim=0), REFUSED, "cross", lambda: (integers(3, 4), integers(3, 4))
+    ),
     "masked_scatter": Kind(lambda x, y: x.masked_scatter(x > 0, y), REFUSED, "masked_scatter", two),
     "slice_scatter": Kind(lambda x, y: x.slice_scatter(y[2:4], 0, 0, 2), REFUSED, "slice getitem", two),
     "select_scatter": Kind(lambda x: x.select_scatter(x[1] * 2, 0, 0), REFUSED, "select getitem"),
@@ -127,7 +148,9 @@ KINDS = {
     "safe softmax": Kind(lambda x: torch._safe_softmax(x, 0), REFUSED, "softmax"),
     "attention over the batch with a full mask": Kind(
         lambda x, y: F.scaled_dot_product_attention(x[None], x[None], x[None], attn_mask=(y @ y.t() > 99)[None])[0],
-        REFUSED, "attention dot_product matmul mm", two,
+        REFUSED,
+        "attention dot_product matmul mm",
+        two,
     ),
     "cumsum": Kind(lambda x: x.cumsum(0), REFUSED, "cumsum"),
     "cumprod": Kind(lambda x: x.sign().cumprod(0), REFUSED, "cumprod"),
@@ -148,7 +171,9 @@ KINDS = {
     "scatter_add over rows": Kind(lambda x, y: x.scatter_add(0, (y > 0).long(), x), REFUSED, "scatter_add", two),
     "index_add": Kind(lambda x: x.index_add(0, torch.arange(x.shape[0]).flip(0), x), REFUSED, "index_add flip arange"),
     "gather over rows": Kind(lambda x, y: x.gather(0, (y > 0).long()), REFUSED, "gather", two),
-    "index_select": Kind(lambda x: x.index_select(0, torch.arange(x.shape[0]).flip(0)), REFUSED, "index_select flip arange"),
+    "index_select": Kind(
+        lambda x: x.index_select(0, torch.arange(x.shape[0]).flip(0)), REFUSED, "index_select flip arange"
+    ),
     "rows by values of the batch": Kind(lambda x, y: x[(y[:, 0] > 0).long()], REFUSED, "getitem index", two),
     "cdist of the batch with itself": Kind(lambda x: torch.cdist(x, x), REFUSED, "cdist"),
     "pdist": Kind(lambda x: F.pdist(x), REFUSED, "pdist"),
@@ -171,11 +196,13 @@ KINDS = {
     "variance": Kind(lambda x: (x - x.mean(0)) / x.std(0), REFUSED, "mean std"),
     "quantile": Kind(lambda x: x.quantile(0.5, 0), REFUSED, "quantile sort"),
     "determinant of the batch": Kind(lambda x: x + torch.linalg.det(x), REFUSED, "det", square_batch),
-    "convolution along the batch": Kind(lambda x: F.conv1d(x.t()[None], torch.ones(4, 4, 3), padding=1)[0].t() + 0, REFUSED, "conv"),
+    "convolution along the batch": Kind(
+        lambda x: F.conv1d(x.t()[None], torch.ones(4, 4, 3), padding=1)[0].t() + 0, REFUSED, "conv"
+    ),
     "pooling along the batch": Kind(lambda x: F.avg_pool1d(x.t()[None], 2)[0].t() + 0, REFUSED, "pool"),
     "channels of the batch": Kind(lambda x: F.group_norm(x[None], 2)[0], REFUSED, "group_norm view"),
     "a loss": Kind(lambda x, y: F.mse_loss(x, y), REFUSED, "mse_loss mean sum", two),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -129,15 +129,20 @@ KINDS = {
     "block": Kind(Block, SPLIT),
     "block, backward": Kind(Block, SPLIT, inputs=training, gradients=True),
     "multi-head attention": Kind(Attention, SPLIT, inputs=sequences),
-    "attention": Kind(lambda x: F.scaled_dot_product_attention(*[x.view(-1, 6, 2, 2).transpose(1, 2)] * 3), SPLIT,
-                      inputs=sequences),
+    "attention": Kind(
+        lambda x: F.scaled_dot_product_attention(*[x.view(-1, 6, 2, 2).transpose(1, 2)] * 3), SPLIT, inputs=sequences
+    ),
     "k rows per token: experts": Kind(Experts, SPLIT),
-    "k rows per token": Kind(lambda x: (x.view(x.shape[0] * 6, -1) @ WEIGHT).relu().view(x.shape[0], 6, -1), SPLIT,
-                             inputs=sequences),
-    "k rows per token, the batch inferred": Kind(lambda x: F.layer_norm(x.reshape(-1, WIDTH), (WIDTH,)).view(x.shape), SPLIT,
-                                                 inputs=sequences),
+    "k rows per token": Kind(
+        lambda x: (x.view(x.shape[0] * 6, -1) @ WEIGHT).relu().view(x.shape[0], 6, -1), SPLIT, inputs=sequences
+    ),
+    "k rows per token, the batch inferred": Kind(
+        lambda x: F.layer_norm(x.reshape(-1, WIDTH), (WIDTH,)).view(x.shape), SPLIT, inputs=sequences
+    ),
     "masks that number tokens": Kind(
-        numbered_mask, SPLIT, inputs=lambda: (integers(BATCH, 6, WIDTH), torch.arange(6) < torch.arange(1, 9)[:, None] % 6 + 1)
+        numbered_mask,
+        SPLIT,
+        inputs=lambda: (integers(BATCH, 6, WIDTH), torch.arange(6) < torch.arange(1, 9)[:, None] % 6 + 1),
     ),
     "norms in evaluation": Kind(Norms, SPLIT, inputs=images),
     "convolution": Kind(Convolution, SPLIT, inputs=images),
@@ -171,11 +176,13 @@ KINDS = {
     "pairwise distance": Kind(lambda x: F.pairwise_distance(x, x + 1), SPLIT),
     "cosine similarity": Kind(lambda x: F.cosine_similarity(x, x + 1), SPLIT),
     "dropout in evaluation": Kind(lambda x: F.dropout(x, 0.5, training=False) * 2, SPLIT),
-    "the batch in dimension 1": Kind(lambda x: x.softmax(0) @ WEIGHT, SPLIT, inputs=lambda: (integers(3, BATCH, WIDTH),), batch_dim=1),
+    "the batch in dimension 1": Kind(
+        lambda x: x.softmax(0) @ WEIGHT, SPLIT, inputs=lambda: (integers(3, BATCH, WIDTH),), batch_dim=1
+    ),
     "interpolate": Kind(lambda x: F.interpolate(x, scale_factor=2.0), SPLIT, inputs=images),
     "pixel shuffle": Kind(lambda x: F.pixel_shuffle(x, 2), SPLIT, inputs=images),
     "glu and chunks": Kind(lambda x: F.glu(x) + torch.cat(x.chunk(2, 1)[::-1], 1)[:, :2], SPLIT),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("level", LEVELS)
