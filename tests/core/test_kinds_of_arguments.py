@@ -36,8 +36,7 @@ class TrainingNorm(nn.Module):
         self.norm = nn.BatchNorm1d(WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.norm(x)
-        return y
+        return self.norm(x)
 
 
 class Counter(nn.Module):
@@ -88,8 +87,7 @@ class SequenceFirst(nn.Module):
         self.attention = nn.MultiheadAttention(WIDTH, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return y
+        return self.attention(x, x, x, need_weights=False)[0]
 
 
 def write_input(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -132,7 +130,7 @@ KINDS = {
     "interleaved rows": Kind(lambda x: x.repeat_interleave(2, 0), EITHER, "repeat_interleave view reshape clone"),
     "rows counted by a tensor": Kind(
         lambda x, y: x.repeat_interleave((y[:, 0].abs() + 1).long(), 0).sum(0),
-        REFUSED,
+        EITHER,
         "repeat_interleave sum index item",
         two,
     ),
