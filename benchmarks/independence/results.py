@@ -68,7 +68,7 @@ class Results:
             for mode, letters in modes.items():
                 for verdict in ("wrong", "crash", "timeout"):
                     if number := letters.count(LETTERS[cast(Verdict, verdict)]):
-                        yield name, mode, cast(Verdict, verdict), number, self.reasons[name][mode].get(verdict, "")
+                        yield name, mode, cast(Verdict, verdict), number, self._reason(name, mode, verdict)
 
     def no_longer_split(self, before: Results) -> Iterator[tuple[str, str, int, str]]:
         """Yield (name, mode, samples, reason) of samples that `before` split with equal results, and this run not."""
@@ -77,8 +77,11 @@ class Results:
                 later = self.letters.get(name, {}).get(mode, "")
                 lost = [b for a, b in zip(earlier, later) if a == LETTERS["split"] != b]
                 if lost and len(earlier) == len(later):
-                    reasons = self.reasons.get(name, {}).get(mode, {})
-                    yield name, mode, len(lost), reasons.get(VERDICTS.get(lost[0], "refused"), "")
+                    verdict = VERDICTS.get(lost[0], "refused")
+                    yield name, mode, len(lost), self._reason(name, mode, verdict)
+
+    def _reason(self, name: str, mode: str, verdict: str) -> str:
+        return self.reasons.get(name, {}).get(mode, {}).get(verdict, "")
 
     def to_json(self) -> dict[str, Any]:
         return {
