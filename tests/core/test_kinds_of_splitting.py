@@ -1,6 +1,6 @@
 """Kinds of models that keep tokens apart: they are really split, and equal.
 
-Where PyTorch itself looks at all values at level "aot" (errors of `linalg`, the largest index), a refusal is also right.
+Where PyTorch itself looks at all values at level "aot" (errors of `linalg`, the largest index), a refusal is right.
 """
 
 from __future__ import annotations
