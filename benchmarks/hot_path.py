@@ -1,19 +1,13 @@
-"""The cost of our own dispatch per action of a plan: `python benchmarks/hot_path.py [--json FILE]`.
+"""The cost of parts of our dispatch alone: `python benchmarks/hot_path.py [--json FILE]`.
 
-The operators are Python functions that do nothing, so the figures are of the calls and of what we add to them.
-Three variants call the same functions in the same order, each operator for two micro-batches:
-- plan: a bound plan (sequential strategy, one stream), in which every action counts: runs, views, frees, the merge;
-- loop: `for fn in functions: x = fn(x)`, the least that any dispatcher with a list does;
-- straight: generated code with one line per call, the least there is.
-`ours` is (plan - straight) per action of the plan. `of it tensors` is the part for the two views of the input and the
-merge of the output, which are torch calls. Each figure is the median of `--repeat` timings, and its spread is the
-distance between the first and the third quartile.
-
-The benchmark also times
+The operators are Python functions that do nothing, so the figures are of what we add. `benchmarks/dispatch.py`
+measures what a step of real operators costs. Timed are
 - one hand-off to a worker thread and back with the cpu executor,
 - the lowering and the verification of a program of 1000 operators for two micro-batches,
 - the cost of `strategy: auto` per step: the look-up in the table by number of requests,
 - the begin and the end of an un-split step under it, with look-up, counters and clock.
+
+Each figure is the median of `--repeat` timings, and its spread the distance between the first and the third quartile.
 """
 
 from __future__ import annotations
@@ -45,7 +39,6 @@ from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategy.schedule import Schedule
 
-SIZES = (10, 130, 1000)
 MICRO_BATCHES = 2
 
 
@@ -76,59 +69,6 @@ def microseconds(call: Callable[[], Any], repeat: int) -> tuple[float, float]:
         timings.append((time.perf_counter() - started) / number * 1e6)
     first, median, third = statistics.quantiles(timings, n=4)
     return median, third - first
-
-
-def straight_line(calls: int) -> Callable[[Any], None]:
-    """Return the calls of a plan without its actions: one line per operator and micro-batch."""
-    lines = ["def run(x):"]
-    for mb in range(MICRO_BATCHES):
-        lines.append(f"    y{mb} = x")
-        lines += [f"    y{mb} = f{i}(y{mb})" for i in range(calls)]
-    names: dict[str, Any] = {f"f{i}": identity for i in range(calls)}
-    exec("\n".join(lines), names)
-    run: Callable[[Any], None] = names["run"]
-    return run
-
-
-def hot_path(operators: int, repeat: int) -> dict[str, float]:
-    capture = chain(operators)
-    plan = lower(get_strategy("sequential")().record(capture.program, MICRO_BATCHES), "sequential")
-    verify(capture.program, plan)
-    x = torch.zeros(2, 1)
-    functions = [identity] * operators
-    bound = CPUExecutor().bind(capture, plan, {})
-    straight = straight_line(operators)
-    views = x[:1], x[1:]
-
-    def loop() -> None:
-        for view in views:
-            y = view
-            for fn in functions:
-                y = fn(y)
-
-    def tensor_work() -> None:  # the plan's two views and its merge
-        torch.cat((x.narrow(0, 0, 1), x.narrow(0, 1, 1)), 0)
-
-    ours, ours_spread = microseconds(lambda: bound([x], (0, 1, 2), no_context), repeat)
-    looped, loop_spread = microseconds(loop, repeat)
-    direct, direct_spread = microseconds(lambda: straight(x), repeat)
-    tensors, _ = microseconds(tensor_work, repeat)
-    actions = len(plan.actions)
-    return {
-        "operators": operators,
-        "actions": actions,
-        "plan_us": ours,
-        "plan_spread_us": ours_spread,
-        "loop_us": looped,
-        "loop_spread_us": loop_spread,
-        "straight_us": direct,
-        "straight_spread_us": direct_spread,
-        "views_and_merge_us": tensors,
-        "ours_us_per_action": (ours - direct) / actions,
-        "ours_us_per_action_without_tensor_work": (ours - direct - tensors) / actions,
-        "plan_over_loop": ours / looped,
-        "plan_over_straight": ours / direct,
-    }
 
 
 def hand_off(repeat: int) -> dict[str, float]:
@@ -196,14 +136,6 @@ def main() -> None:
     parser.add_argument("--json", help="write the raw results to this file")
     parser.add_argument("--repeat", type=int, default=51)
     options = parser.parse_args()
-    rows = [hot_path(n, options.repeat) for n in SIZES]
-    head = ("operators", "actions", "plan us", "loop us", "straight us", "ours us/action", "of it tensors", "plan/loop")
-    print(" ".join(f"{h:>16}" for h in (*head, "plan/straight")))
-    for r in rows:
-        timed = [f"{r[f'{k}_us']:.1f} ±{r[f'{k}_spread_us']:.1f}" for k in ("plan", "loop", "straight")]
-        ours = [f"{r['ours_us_per_action']:.3f}", f"{r['views_and_merge_us'] / r['actions']:.3f}"]
-        ratios = [f"{r[f'plan_over_{k}']:.2f}" for k in ("loop", "straight")]
-        print(" ".join(f"{c:>16}" for c in (r["operators"], r["actions"], *timed, *ours, *ratios)))
     threads = hand_off(options.repeat)
     print(f"cpu executor: a run with one hand-off {threads['run_with_one_hand_off_us']:.1f} us, "
           f"an event there and back {threads['event_there_and_back_us']:.1f} us")  # fmt: skip
@@ -216,7 +148,7 @@ def main() -> None:
     if options.json:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
         with open(options.json, "w") as f:
-            figures = {"hot_path": rows, "threads": threads, "planning": plans, "policy": decided}
+            figures = {"threads": threads, "planning": plans, "policy": decided}
             json.dump(machine | figures, f, indent=1)
             f.write("\n")
 

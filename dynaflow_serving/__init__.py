@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dynaflow_serving.capture.independence import row_wise
     from dynaflow_serving.capture.mark import mark
     from dynaflow_serving.config import Config, load
     from dynaflow_serving.core.batch import Batch, MicroBatch, Split
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # Module -> the public names that are in it.
 _PUBLIC = {
+    "capture.independence": ("row_wise",),
     "capture.mark": ("mark",),
     "config": ("Config", "load"),
     "core.batch": ("Batch", "MicroBatch", "Split"),
@@ -60,7 +62,7 @@ __all__ = [
     "COMPUTE", "NETWORK", "Batch", "Config", "DynaflowError", "InactiveError", "MicroBatch", "OpScheduler", "Operator",
     "Options", "Plan", "PlanError", "Program", "Resource", "Schedule", "Split", "SplitFunc", "SplitModule",
     "SplitOptions", "Tag", "TagUse", "Task", "compile", "cut_at_requests", "cut_at_tokens", "cut_evenly",
-    "cut_prefill_decode", "load", "mark", "register_strategy", "verify", "whole",
+    "cut_prefill_decode", "load", "mark", "register_strategy", "row_wise", "verify", "whole",
 ]  # fmt: skip
 
 

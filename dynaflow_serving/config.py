@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.errors import ConfigError, unknown_name
+
+OPERATOR_NAME = r"\w+::\w+"  # namespace::name, without an overload
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -86,20 +88,33 @@ class TraceOptions(BaseModel):
     limit: int = Field(20, ge=1, description="Each rank traces at most so many steps.")
 
 
-class ShadowOptions(BaseModel):
-    """These options ask for split steps that also run un-split, and are compared."""
+class CheckOptions(BaseModel):
+    """These options say which split steps also run un-split, and are compared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    every: int = Field(100, ge=1, description="One split step in so many is compared.")
+    every: int | None = Field(
+        default=None, ge=1, description="Besides the first step of each kind, one split step in so many is compared."
+    )
     tolerance: float | None = Field(
-        None,
+        default=None,
         ge=0,
         description="Outputs may differ by this much, relative to the greatest magnitude of the un-split output; 0 "
         "asks for equal bits. The default depends on the dtype (float32 1e-4, bfloat16 and float16 5e-2), because "
         "kernels sum in another order for another number of rows.",
     )
-    folder: str = Field("dynaflow-mismatch", description="A reproducer goes to this folder when outputs differ.")
+    folder: str = Field(
+        default="dynaflow-mismatch", description="A reproducer goes to this folder when outputs differ."
+    )
+
+
+def _read_check(value: Any) -> Any:
+    """Return the options that `check: first` and `check: never` stand for."""
+    if value in ("first", "never"):
+        return CheckOptions() if value == "first" else None
+    if value is None or isinstance(value, dict | CheckOptions):
+        return value
+    raise ValueError("say first, never, or options such as {every: 100}")
 
 
 class Config(ExecutorOptions):
@@ -117,9 +132,20 @@ class Config(ExecutorOptions):
         description="The engine's graph is scheduled, or, without one, the code between annotated calls. 'auto' means "
         "the graph where the engine makes one.",
     )
+    row_wise: tuple[Annotated[str, Field(pattern=f"^{OPERATOR_NAME}$")], ...] = Field(
+        default=(),
+        description="These custom operators, such as mylib::rotate, treat each token on its own, like those that are "
+        "given to dynaflow_serving.row_wise.",
+    )
     trace: TraceOptions | None = Field(default=None, description="If given, traces of real split steps are written.")
-    shadow: ShadowOptions | None = Field(
-        default=None, description="If given, some split steps also run un-split, and the outputs are compared."
+    check: Annotated[
+        CheckOptions | None,
+        BeforeValidator(_read_check, json_schema_input_type=Literal["first", "never"] | CheckOptions | None),
+    ] = Field(
+        default="first",
+        validate_default=True,
+        description="If 'first', the first split step of each program and number of micro-batches also runs un-split. "
+        "A difference stops the strategy there. Options say more. If 'never', nothing is compared.",
     )
     fallback: bool = Field(
         default=False,

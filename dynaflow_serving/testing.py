@@ -5,6 +5,7 @@ Contract
   and name every dependence.
 - Plans: the embedded examples are scheduled for every number of micro-batches that an engine can ask for. Each plan is
   lowered and verified.
+- Sums over tokens: so is a Program with a loss and a weight's gradient, which are merged by addition and never cut.
 - Results: each plan runs on small inputs, with the executor that fills freed memory with NaN. Its result must be close
   to the un-split one: `RTOL` and `ATOL`, since a micro-batch of another size may take another matmul kernel.
 - Everything runs on a CPU. The examples have marks of their own, so the strategy's `annotations` are not applied.
@@ -17,7 +18,7 @@ from functools import cache
 
 import torch
 
-from dynaflow_serving.capture.examples import EXAMPLES, HIDDEN, example_capture
+from dynaflow_serving.capture.examples import EXAMPLES, HIDDEN, example_capture, loss_capture
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.executor.sequential import SequentialExecutor
@@ -33,12 +34,12 @@ RTOL, ATOL = 1e-4, 1e-5  # in float32
 RANDOM_BATCHES = 200
 
 
-def assert_valid(strategy: OpScheduler | str, examples: tuple[str, ...] = tuple(EXAMPLES)) -> None:
+def assert_valid(strategy: OpScheduler | str, examples: tuple[str, ...] = (*EXAMPLES, "loss")) -> None:
     """Check the splits, the plans and the results of a strategy.
 
     Args:
         strategy: a strategy, or what a config calls it: its name, or the path of the file that registers it.
-        examples: the embedded examples to schedule.
+        examples: the embedded examples to schedule; `loss` is the Program with sums over tokens.
 
     Raises:
         AssertionError: something is wrong. The message names the batch, or the example and the micro-batches.
@@ -104,4 +105,4 @@ def _run(strategy: OpScheduler, captured: CapturedProgram, split: Split) -> list
 
 @cache
 def _captured(example: str) -> CapturedProgram:
-    return example_capture(example)
+    return loss_capture() if example == "loss" else example_capture(example)

@@ -12,27 +12,34 @@ Contract
 - Training works at `level="dynamo"`, where autograd runs through the operators of the plan.
 - At the other levels, both the forward and the backward graph run under plans. The backward graph sums gradients over
   the batch, so it is not split. A strategy that orders un-split steps (`comm_overlap`) still overlaps its collectives.
+- The first step of each graph under a plan also runs whole, and is compared (`session.graph_check`).
 - With collectives in a graph, all ranks of their groups compare plans before the first one runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
 
 from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.batched import (
+    BatchedArguments,
+    marked_dynamic,
+    result_axes,
+    shared_inputs,
+    unrelated_inputs,
+)
+from dynaflow_serving.capture.fx.buffers import own_code
 from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.capture.fx.input_writes import settle_input_writes
 from dynaflow_serving.capture.fx.matching import apply_rules
-from dynaflow_serving.capture.fx.rows import Rows
-from dynaflow_serving.capture.fx.symbols import batch_symbols, expression, fake_value
+from dynaflow_serving.capture.fx.symbols import batch_symbols, fake_value
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch, Split
@@ -43,6 +50,7 @@ from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.agreement import agree, groups_of
 from dynaflow_serving.session.forward import SplitForward
+from dynaflow_serving.session.graph_check import run_checked
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.session import LiveStep, Session
 from dynaflow_serving.strategy.base import OpScheduler
@@ -55,9 +63,12 @@ LEVELS = get_args(Level)
 class Compiled(torch.nn.Module):
     """This module runs a model under a strategy; it is called like the model."""
 
-    def __init__(self, model: Callable[..., Any], backend: Backend, batch_dim: int) -> None:
+    def __init__(
+        self, model: Callable[..., Any], backend: Backend, batch_dim: int, batched: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         self.model, self._backend, self._batch_dim = model, backend, batch_dim
+        self._batched = BatchedArguments(model, batch_dim, batched)
         self._compiled = torch.compile(self._same_batch, backend=backend)
 
     @property
@@ -66,15 +77,12 @@ class Compiled(torch.nn.Module):
         return self._backend.session
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        dim = self._batch_dim
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dim() > dim]
-        if tensors:
-            size, _ = Counter(t.shape[dim] for t in tensors).most_common(1)[0]
-            if size < 2:
-                return self.model(*args, **kwargs)  # Dynamo specialises on 0 and 1; there is nothing to split
-            tensors = [t for t in tensors if t.shape[dim] == size]
+        tensors = self._batched.of_call(args, kwargs)
+        if tensors and tensors[0].shape[self._batch_dim] < 2:
+            return self.model(*args, **kwargs)  # Dynamo specialises on 0 and 1; there is nothing to split
         result = self.run(tensors, args, kwargs)
-        self._backend.check_active()
+        if not self._batched.share(self._backend.take_shared(), args, kwargs):
+            self._backend.check_active()
         return result
 
     def run(self, batched: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,8 +95,12 @@ class Compiled(torch.nn.Module):
         """
         for tensor in batched:
             torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
-        with unwrapped_errors():
+        try:
             return self._compiled(list(batched), args, kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as e:
+            if isinstance(e.inner_exception, DynaflowError):
+                raise e.inner_exception from None  # our own errors as they are
+            raise
 
     def tune(self, *inputs: tuple[Any, ...]) -> Table:
         """Have `strategy: auto` decide, by measuring, for batches like `inputs`.
@@ -102,10 +114,10 @@ class Compiled(torch.nn.Module):
         Raises:
             ConfigError: The strategy is another one, or no input can be split.
         """
-        calls, dim = [], self._batch_dim
+        calls = []
         for given in inputs:
-            sizes = [a.shape[dim] for a in given if isinstance(a, torch.Tensor) and a.dim() > dim]
-            if sizes and (size := Counter(sizes).most_common(1)[0][0]) > 1:
+            tensors = self._batched.of_call(given, {})
+            if tensors and (size := tensors[0].shape[self._batch_dim]) > 1:
                 calls.append((Batch((1,) * size), functools.partial(self, *given)))
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
         return tune_calls(self.session, calls, parameters, {"engine": "torch", "level": self._backend.level})
@@ -120,40 +132,44 @@ class Compiled(torch.nn.Module):
         return self.model(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def unwrapped_errors() -> Iterator[None]:
-    """Raise our own errors in this block as they are, not as Dynamo's `BackendCompilerFailed`."""
-    try:
-        yield
-    except torch._dynamo.exc.BackendCompilerFailed as e:
-        if isinstance(e.inner_exception, DynaflowError):
-            raise e.inner_exception from None
-        raise
-
-
 class Backend:
     """This `torch.compile` backend captures each graph and runs it under the strategy."""
 
     def __init__(self, session: Session, batch_dim: int, level: Level) -> None:
         self.session, self.batch_dim, self.level = session, batch_dim, level
         self.width = 1  # the positions per row of the batch (`Batch.width`), set anew for each call
+        self._shared: tuple[int, ...] = ()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         apply_rules(gm, self.session.selector.annotations)
         if self.level == "dynamo":
-            return self._runner(gm)
+            captures: list[CapturedProgram] = []
+            run = self._runner(gm, captures)
+            if captures and captures[0].program.unsplittable:
+                self._look_for_shared(gm)
+            return run
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch._aot_autograd.utils import make_boxed_func
 
-        # The rows per token of the forward's values, some of which are inputs of the backward graph.
-        rows: dict[str, int] = {}
+        forward: list[CapturedProgram] = []
         compiler = aot_autograd(
-            fw_compiler=lambda graph, _: make_boxed_func(self._forward_runner(graph, rows)),
-            bw_compiler=lambda graph, _: make_boxed_func(self._backward_runner(graph, rows)),
+            fw_compiler=lambda graph, _: make_boxed_func(self._forward_runner(graph, forward)),
+            bw_compiler=lambda graph, _: make_boxed_func(self._backward_runner(graph, forward)),
             keep_inference_input_mutations=True,
         )
         compiled: Callable[..., Any] = compiler(gm, example_inputs)
+        if forward and forward[0].program.unsplittable:
+            self._look_for_shared(gm)
         return compiled
+
+    def take_shared(self) -> tuple[int, ...]:
+        """Return which of the batched tensors must be shared for the graphs captured since to be split."""
+        found, self._shared = self._shared, ()
+        return found
+
+    def _look_for_shared(self, gm: fx.GraphModule) -> None:
+        if self.session.selector.max_micro_batches > 1:
+            self._shared = shared_inputs(gm, batch_symbols(gm, self.batch_dim))
 
     def check_active(self) -> None:
         """Check that some graph can be split. Other graphs may run whole, with the reason counted.
@@ -169,12 +185,12 @@ class Backend:
                 "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
             )
         if all(c.captured.program.unsplittable for c in plan_caches) and selector.max_micro_batches > 1:
-            raise PartitionError(f"this model cannot be split: {plan_caches[0].captured.program.unsplittable}")
+            raise PartitionError(f"this model cannot be split: {plan_caches[-1].captured.program.unsplittable}")
 
-    def _forward_runner(self, gm: fx.GraphModule, rows: dict[str, int]) -> Callable[..., Any]:
+    def _forward_runner(self, gm: fx.GraphModule, forward: list[CapturedProgram]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()
-        positions = settle_input_writes(gm, Rows(batch_symbols(gm, self.batch_dim)))
-        run = self._runner(gm, rows)
+        positions = settle_input_writes(gm, batch_symbols(gm, self.batch_dim))
+        run = self._runner(gm, forward)
         if not positions:
             return run
 
@@ -186,61 +202,77 @@ class Backend:
 
         return run_and_write
 
-    def _backward_runner(self, gm: fx.GraphModule, rows: Mapping[str, int]) -> Callable[..., Any]:
+    def _backward_runner(self, gm: fx.GraphModule, forward: list[CapturedProgram]) -> Callable[..., Any]:
         tokens = batch_symbols(gm, self.batch_dim)
-        if not tokens or not self.session.selector.schedules_unsplit:
+        if not tokens:
             return gm
         gm.graph.eliminate_dead_code()
-        return self._add(gm, partition(gm, tokens=tokens, rows=rows))
+        # What a forward that can be split returns and saves has the rows of each token side by side.
+        adjacent = any(not captured.program.unsplittable for captured in forward)
+        return self._add(gm, partition(gm, tokens=tokens, adjacent=adjacent))
 
-    def _runner(self, gm: fx.GraphModule, rows: dict[str, int] | None = None) -> Callable[..., Any]:
-        """Capture the graph, and return what runs it; add the rows per token of the graph's values to `rows`."""
+    def _runner(self, gm: fx.GraphModule, captures: list[CapturedProgram] | None = None) -> Callable[..., Any]:
+        """Capture the graph, and return what runs it; add the capture to `captures`."""
         tokens = batch_symbols(gm, self.batch_dim)
         if not tokens:
             return gm  # the set-up between graph breaks has no batch, so there is nothing to split
         capture = partition(gm, tokens=tokens)
-        if rows is not None:
-            rows |= {capture.nodes.get(v.name, v.name): v.rows for v in capture.program.values.values() if v.rows > 1}
+        program = capture.program
+        written = [v for v in program.inputs if program.values[v].storage in program.written_storages]
+        if written and torch.is_grad_enabled() and self.level == "dynamo":
+            # Views of one tensor share its version: a write to one would invalidate what others have saved.
+            reason = f"input {written[0]} is written in place while autograd records: use torch.no_grad()"
+            capture.program = replace(program, unsplittable=program.unsplittable or reason)
+        if captures is not None:
+            captures.append(capture)
         return self._add(gm, capture)
 
     def _add(self, gm: fx.GraphModule, captured: CapturedProgram) -> Callable[..., Any]:
         if self.level == "inductor":
             compile_pieces(captured, {})
-        plan_cache = self.session.add(captured, _device(gm))
-        outputs = [captured.program.values[v] for v in captured.program.outputs]
-        axes = [(i, v.axis) for i, v in enumerate(outputs) if v.axis is not None]
-        captured.rebuild = _marked_dynamic(captured.rebuild, axes)
-        forward = CompiledGraph(self, plan_cache, groups_of(gm))
+        session = self.session
+        plan_cache = session.add(captured, _device(gm))
+        axes = result_axes(gm, captured)
+        captured.rebuild = marked_dynamic(captured.rebuild, axes)
+        # Compiled operators, the strategy's order and CUDA graphs are what un-split plans have and the graph lacks.
+        plain = self.level != "inductor" and not session.selector.schedules_unsplit and session.config.graph == "off"
+        whole = marked_dynamic(own_code(gm), axes) if plain else None
+        forward = CompiledGraph(self, plan_cache, groups_of(gm), whole)
         return lambda *args: forward(*args)  # AOT autograd sets attributes on what it gets
 
 
 class CompiledGraph(SplitForward):
     """This callable runs one captured graph. Each call is a step, unless a whole forward is one step."""
 
-    def __init__(self, backend: Backend, plan_cache: PlanCache, groups: list[Any]) -> None:
+    def __init__(
+        self, backend: Backend, plan_cache: PlanCache, groups: list[Any], whole: Callable[..., Any] | None
+    ) -> None:
         """Prepare the graph's first call.
 
         Args:
             backend: It has captured the graph.
             plan_cache: The plans of the graph.
             groups: The process groups whose ranks have to compare plans before the first call.
+            whole: The graph's own code, for un-split steps; None if plans run these, too.
         """
         super().__init__(backend.session)
-        self.backend, self.plan_cache, self._groups = backend, plan_cache, groups
+        self.backend, self.plan_cache, self._groups, self._whole = backend, plan_cache, groups, whole
+        self._unagreed = list(groups)
         self._count = plan_cache.captured.token_counter()
 
     def __call__(self, *args: Any) -> Any:
-        while self._groups:
-            agree([self.plan_cache.texts()], self._groups[0])
-            del self._groups[0]
-        run = super().__call__
-        if self.session.in_flight is not None:  # the caller that began the step ends and checks it, too
-            return run(*args)
+        while self._unagreed:
+            agree([self.plan_cache.texts()], self._unagreed[0])
+            del self._unagreed[0]
+        if self.session.in_flight is not None:  # the caller that began the step ends it, too
+            return super().__call__(*args)
         batch = Batch((1,) * self._count(args), width=self.backend.width)
-        with self.session.step(batch, [self.plan_cache]) as step:
-            return step.checked(run(*args), lambda: run(*args), args)
+        with self.session.step(batch, [self.plan_cache]):
+            return super().__call__(*args)
 
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._whole is not None:
+            return self._whole(*args)
         step = self.session.in_flight
         assert step is not None
         return self._run(step, step.split, args)
@@ -250,6 +282,10 @@ class CompiledGraph(SplitForward):
 
     def _run(self, step: LiveStep, split: Split, args: tuple[Any, ...]) -> Any:
         zero_copy = not torch.is_grad_enabled()  # autograd has no `out=`
+        signature, check = split.signature, self.session.check
+        planned = signature.micro_batches > 1 or self.plan_cache.orders_unsplit(signature.candidate)
+        if check is not None and planned and check.wants(step, [self.plan_cache], signature):
+            return run_checked(step, check, self.plan_cache, split, args, zero_copy, self._groups)
         return self.plan_cache.run(args, split, zero_copy=zero_copy, traced=step.to_trace)
 
 
@@ -259,6 +295,7 @@ def compile(
     *,
     config: Mapping[str, Any] | None = None,
     batch_dim: int = 0,
+    batched: Sequence[str] | None = None,
     level: Level = "dynamo",
     executor: str = "auto",
 ) -> Compiled:
@@ -269,6 +306,8 @@ def compile(
         strategy: A name, a YAML file, a mapping, a `Config` or a strategy object.
         config: The options of the strategy, where `strategy` is a name.
         batch_dim: The dimension of the tensor arguments that is the batch.
+        batched: The names of the arguments that hold the batch. By default, those whose size at `batch_dim` is the most
+            frequent, without those that have to be shared for the model to be split.
         level: "dynamo" keeps the model's own calls as operators, "aot" lowers them to ATen, and "inductor" also
             compiles them.
         executor: The name of an executor; "auto" chooses by the device.
@@ -279,7 +318,7 @@ def compile(
         PartitionError: On the first call, if the model cannot be split.
         InactiveError: On the first call, if no graph has a dynamic batch.
     """
-    return Compiled(model, make_backend(strategy, config, batch_dim, level, executor), batch_dim)
+    return Compiled(model, make_backend(strategy, config, batch_dim, level, executor), batch_dim, batched)
 
 
 def make_backend(
@@ -340,7 +379,7 @@ def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapp
             f"dimension {backend.batch_dim} of this graph's inputs is static, so nothing can be split: call "
             "torch._dynamo.mark_dynamic on the inputs, pass dynamic=True, or use dynaflow_serving.compile"
         )
-    if unrelated := _same_size(gm, backend.batch_dim, symbols):
+    if unrelated := unrelated_inputs(gm, backend.batch_dim, symbols):
         raise PartitionError(
             f"inputs {', '.join(unrelated)} are as large as the batch at dimension {backend.batch_dim}, but the model "
             "never relates the sizes: say so in it with torch._check, or use dynaflow_serving.compile, which does"
@@ -348,32 +387,6 @@ def dynaflow(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapp
     compiled = backend(gm, example_inputs)
     backend.check_active()
     return compiled
-
-
-def _same_size(gm: fx.GraphModule, batch_dim: int, symbols: set[Any]) -> list[str]:
-    """Return the inputs that seem to be batched, but whose size at `batch_dim` is none of `symbols`.
-
-    Their size was the same number while tracing. A split would hand them whole to every micro-batch.
-    """
-    sizes: dict[str, Any] = {
-        n.name: fake.shape[batch_dim]
-        for n in gm.graph.nodes
-        if n.op == "placeholder" and isinstance(fake := fake_value(n), torch.Tensor) and fake.dim() > batch_dim
-    }
-    batch = {s.node.hint for s in sizes.values() if expression(s) in symbols}
-    others = {name: s for name, s in sizes.items() if expression(s).is_Symbol and expression(s) not in symbols}
-    return [name for name, s in others.items() if s.node.hint in batch]
-
-
-def _marked_dynamic(rebuild: Callable[[list[Any]], Any], axes: list[tuple[int, int]]) -> Callable[[list[Any]], Any]:
-    """Return a `rebuild` that marks the token axes of the outputs, so that the next graph can be split, too."""
-
-    def mark_and_rebuild(values: list[Any]) -> Any:
-        for i, axis in axes:
-            torch._dynamo.maybe_mark_dynamic(values[i], axis)
-        return rebuild(values)
-
-    return mark_and_rebuild
 
 
 def _device(gm: fx.GraphModule) -> str:

@@ -12,7 +12,7 @@ between the two kinds. `overlap: attention` splits attention only, the rest runs
 - A micro-batch is known by its position: `first` says which kind the engine puts first (vLLM: decode; SGLang's
   mixed chunk: prefill). A step in the other order, or in mixed order, is not split, with the reason.
 - Operators that read per-micro-batch context, or have a value without a token axis, are not merged either: each runs
-  on the stream of its micro-batch.
+  on the stream of its micro-batch. So does what makes a sum over tokens for one of these: a sum cannot be cut.
 - Streams other than compute run operators with context, which worker threads (executor `cpu`) cannot do.
 - Unmeasured: no figure of this strategy on a GPU exists yet.
 """
@@ -54,7 +54,7 @@ class PrefillDecode(OpScheduler[PrefillDecodeOptions]):
 
     def schedule(self, s: Schedule) -> None:
         decode = 0 if self.options.first == "decode" else 1
-        apart = {o.name for o in s.program.operators if self.options.overlap == "all" or _apart(s.program, o)}
+        apart = {o.name for o in s.program.operators} if self.options.overlap == "all" else _operators_apart(s.program)
         stream_of = {decode: "decode"} if s.micro_batches > 1 else {}
         while ready := s.get_ready_ops():
             groups = [[t for t in ready if t.name == name] for name in dict.fromkeys(t.name for t in ready)]
@@ -66,6 +66,16 @@ class PrefillDecode(OpScheduler[PrefillDecodeOptions]):
                         s.execute(task, stream=stream_of.get(task.micro_batch, COMPUTE))
                 else:
                     s.execute(group, stream=COMPUTE)
+
+
+def _operators_apart(program: Program) -> set[str]:
+    """Return the operators that run per micro-batch."""
+    made_by = {v: o.name for o in program.operators for v in o.outputs}
+    apart = {o.name for o in program.operators if _apart(program, o)}
+    for op in reversed(program.operators):  # readers come before what makes their sums
+        if op.name in apart:
+            apart |= {made_by[v] for v in op.inputs if v in made_by and program.values[v].scope is Scope.PARTIAL}
+    return apart
 
 
 def _apart(program: Program, op: Operator) -> bool:

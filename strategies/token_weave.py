@@ -139,8 +139,9 @@ class TokenWeave(OpScheduler[TokenWeaveOptions]):
 
 
 def _shardable(program: Program, op: Operator) -> bool:
-    local = any(program.values[v].scope is Scope.LOCAL for v in (*op.inputs, *op.outputs))
-    return not (local or op.writes or op.reads or op.context)
+    unsharded = (Scope.LOCAL, Scope.PARTIAL)  # a sum over a shard of the tokens is another one
+    no_shard = any(program.values[v].scope in unsharded for v in (*op.inputs, *op.outputs))
+    return not (no_shard or op.writes or op.reads or op.context)
 
 
 @lru_cache(maxsize=4096)

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,21 @@ def two_nodes(model_path, tmp_path):
         return result
 
     return run
+
+
+COUNT = "count"
+
+
+@pytest.fixture
+def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Call it with lines for the end of the run: counts that a person should see."""
+    return partial(record_property, COUNT)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # Properties of a test's report, because with `-n` the test ran in another process.
+    calls = [r for results in terminalreporter.stats.values() for r in results if getattr(r, "when", "") == "call"]
+    if lines := [text for call in calls for name, text in call.user_properties if name == COUNT]:
+        terminalreporter.section("counts")
+        for line in lines:
+            terminalreporter.line(line)

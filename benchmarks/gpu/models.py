@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from benchmarks.gpu.limits import Work
 from dynaflow_serving.capture.fx.effects import EffectTable
+from dynaflow_serving.capture.independence import row_wise
 from dynaflow_serving.capture.mark import mark
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.program import Resource
@@ -164,6 +165,9 @@ def experts(
 @experts.register_fake
 def _(x: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+row_wise("dynaflow_bench::experts")
 
 
 def random_routing(shape: Shape, tokens: int, device: str) -> torch.Tensor:

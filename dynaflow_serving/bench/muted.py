@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dynaflow_serving.capture.independence import row_wise
+
 NOTES = "DYNAFLOW_BENCH_NOTES"  # the folder for notes
 _STARTUP = """import sys
 
@@ -48,6 +50,7 @@ def messages(folder: Path) -> list[Message]:
 
 def install() -> None:
     """Mute this process."""
+    row_wise("dynaflow_bench::note")
     for muted in (_all_reduce, _all_gather_into_tensor, _all_gather, _gather, _reduce_scatter_tensor):
         setattr(dist, muted.__name__[1:], muted)
 

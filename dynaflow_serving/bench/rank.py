@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dynaflow_serving.bench.alone import Alone
 from dynaflow_serving.config import Config
 from dynaflow_serving.integrations.base import Workload, WorkloadSettings, WorkloadSide
-from dynaflow_serving.session.shadow import relative_difference
+from dynaflow_serving.session.difference import relative_difference
 
 RECOMPILE_LIMIT = 64  # Dynamo's cache has an entry per side
 

@@ -69,6 +69,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         layers=4,
     ),
+    # Its operators compute almost nothing, so that a step's time is the cost of calling them.
+    "llama_thin": Architecture(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+    ),
     "qwen3": Architecture("Qwen3Config", "Qwen3ForCausalLM", {"intermediate_size": 512}),
     "mixtral": Architecture(
         "MixtralConfig",

@@ -1,4 +1,4 @@
-"""Three tiny models with marks, for golden plans, `dynaflow explain` and benchmarks.
+"""Three tiny models with marks, for golden plans, `dynaflow explain` and benchmarks, and a loss with its gradient.
 
 Contract
 - The models are pure torch, on the CPU, without a process group.
@@ -8,6 +8,8 @@ Contract
 - `moe` has two layers with dispatch, experts and combine, and a shared expert that depends on none of them.
 - `dit` has two dual-stream blocks of a diffusion transformer (MM-DiT, arXiv 2403.03206, without modulation). Image and
   text tokens of a sample come together in attention only.
+- `loss` is no model but a Program written by hand: a layer, its loss over the tokens, and its weight's gradient. Its
+  sums over tokens are merged by addition.
 - The batch dimension is symbolic: one capture serves every size from 2.
 """
 
@@ -24,6 +26,7 @@ from dynaflow_serving.capture.fx import partition
 from dynaflow_serving.capture.fx.symbols import batch_symbols
 from dynaflow_serving.capture.mark import mark
 from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.core.parse import parse_program
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.strategy.rules import Rule
 from dynaflow_serving.strategy.tags import Tag
@@ -187,6 +190,61 @@ def llama() -> nn.Module:
 
 def moe() -> nn.Module:
     return Model(MoELayer)
+
+
+LOSS = """
+program
+value x batch:0
+value weight shared
+value partial_y batch:0
+value y batch:0
+value loss partial:mean
+value dy batch:0
+value local_gradient partial
+value gradient partial
+value scaled partial
+inputs x weight
+op project compute
+  inputs x weight
+  outputs partial_y
+op all_reduce.y network group=tp
+  tags all_reduce
+  inputs partial_y
+  outputs y
+  into y
+op loss compute
+  inputs y
+  outputs loss dy
+op weight_gradient compute
+  inputs dy x
+  outputs local_gradient
+op all_reduce.gradient network group=tp
+  tags all_reduce
+  inputs local_gradient
+  outputs gradient
+op scale memory
+  inputs gradient
+  outputs scaled
+outputs y loss scaled
+"""
+
+
+def loss_capture() -> CapturedProgram:
+    """Return the Program `LOSS`: x [tokens, HIDDEN] -> y of the same shape, loss [], scaled [HIDDEN, HIDDEN]."""
+    return CapturedProgram(
+        parse_program(LOSS),
+        {
+            "project": torch.matmul,
+            "all_reduce.y": lambda y: y * 2,
+            "loss": lambda y: (y.square().sum(-1).mean(), y * 2),
+            "weight_gradient": lambda dy, x: x.t() @ dy,
+            "all_reduce.gradient": lambda gradient: gradient * 2,
+            "scale": lambda gradient: gradient / 2,
+        },
+        into={"all_reduce.y": lambda y, out: torch.mul(y, 2, out=out)},
+        buffers={"y": lambda tokens: torch.empty(tokens, HIDDEN)},
+        constants=(torch.arange(HIDDEN * HIDDEN).reshape(HIDDEN, HIDDEN) % 5 - 2.0,),
+    )
 
 
 EXAMPLES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "moe": moe, "dit": DiT}

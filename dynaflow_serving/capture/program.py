@@ -34,7 +34,7 @@ class CapturedProgram:
         functions: operator -> its function.
         into: operator -> its variant that writes into given buffers.
         buffers: value -> a function tokens -> the empty buffer that it is merged into.
-        mergers: value -> a function parts -> the merged value; any other value is concatenated.
+        mergers: BATCH value -> a function parts -> the merged value; any other one is concatenated.
         constants: values of the Program's last inputs, tensors that the graph or the model holds.
         rebuild: a function outputs of the Program -> the model's result.
         pieces: operator -> its FX graph, where there is one.

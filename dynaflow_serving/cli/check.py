@@ -6,8 +6,9 @@ Contract
 - YAML config or .py strategy: its schedule is recorded, lowered and verified on the embedded examples. This is done for
   2 to 4 micro-batches, or for the number that the strategy itself splits into. Where a strategy chooses among
   candidates (`auto`), each of them is verified.
-- Reproducer (.pt, written by shadow mode): its plans are verified. The command shows what differs, and the kernels that
-  the plans put in place of operators. That outputs differ is why the file exists: exit code 1 is for wrong plans only.
+- Reproducer (.pt, written where a split step differed): its plans are verified. The command shows what differs, the
+  first operator that does, and the kernels that the plans put in place of operators. That outputs differ is why the
+  file exists: exit code 1 is for wrong plans only.
 """
 
 from __future__ import annotations

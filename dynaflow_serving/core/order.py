@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from dynaflow_serving.core.program import Operator, Program, Scope
+from dynaflow_serving.core.program import PER_MICRO_BATCH, Operator, Program, Scope
 
 
 def touched(program: Program, op: Operator) -> set[str]:
@@ -66,7 +66,7 @@ def tracked_values(program: Program) -> set[str]:
     return {
         v.name
         for v in program.values.values()
-        if v.scope in (Scope.BATCH, Scope.LOCAL) or (v.scope is Scope.SHARED and v.name in produced)
+        if v.scope in PER_MICRO_BATCH or (v.scope is Scope.SHARED and v.name in produced)
     }
 
 

@@ -157,12 +157,16 @@ class _ProgramReader:
 
 
 def _read_value(*words: str) -> Value:
-    """Such as `hidden batch:0x2 storage=x`: the name, the scope with token axis and rows per token, the storage."""
+    """The name, the scope, and the storage if it has another name; `hidden batch:0x2 storage=x`, `loss partial:mean`.
+
+    The scope may say the token axis and the rows per token, or that the value is a mean.
+    """
     name, place, *rest = words
     scope, _, shape = place.partition(":")
-    axis, _, rows = shape.partition("x")
+    mean = shape == "mean"
+    axis, _, rows = ("" if mean else shape).partition("x")
     storage = rest[0].removeprefix("storage=") if rest else ""
-    return Value(name, Scope(scope), int(axis) if axis else None, int(rows or 1), storage)
+    return Value(name, Scope(scope), int(axis) if axis else None, int(rows or 1), storage, mean)
 
 
 def _read_operator(*words: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class ActionKind(StrEnum):
     REPLACE = "replace"  # a kernel in place of one or more operators
     SPLIT = "split"  # a view of a wider instance
     ALLOC = "alloc"  # a buffer for an instance whose parts will be written in place
-    MERGE = "merge"  # parts -> the whole instance (no copy for parts written into its buffer)
+    MERGE = "merge"  # parts -> the whole instance: joined (no copy for parts in its buffer), or added if PARTIAL
     RECORD = "record"  # an event, after all earlier actions of the stream
     WAIT = "wait"  # hold the stream until the event
     FREE = "free"  # drop the instances: their memory may be reused from here on

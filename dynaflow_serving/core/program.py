@@ -46,7 +46,12 @@ class Scope(StrEnum):
     BATCH = "batch"  # one axis is the token axis: the value can be cut into views and merged
     TOKENS = "tokens"  # an integer: the number of tokens, or rows, of the (micro-)batch
     SHARED = "shared"  # the same for all micro-batches: weights, constants
-    LOCAL = "local"  # one per micro-batch, neither cut nor merged (a size, a sum over the batch)
+    PARTIAL = "partial"  # a sum or mean over the tokens (a loss, a weight gradient): merged by addition, never cut
+    LOCAL = "local"  # one per micro-batch, neither cut nor merged (a size)
+
+
+PER_MICRO_BATCH = frozenset({Scope.BATCH, Scope.PARTIAL, Scope.LOCAL})
+"""The scopes whose values every micro-batch has in memory of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,12 @@ class Value:
     """How many adjacent rows one token has, for BATCH and TOKENS."""
     storage: str = ""
     """Values with one storage alias one another. An empty one becomes the value's name: it has no alias."""
+    mean: bool = False
+    """For PARTIAL only: a mean over the tokens, merged with the token counts as weights, instead of a sum."""
 
     def __post_init__(self) -> None:
+        if self.mean and self.scope is not Scope.PARTIAL:
+            raise ValueError(f"value {self.name}: a mean over the tokens has scope partial, not {self.scope}")
         if (self.scope is Scope.BATCH) != (self.axis is not None):
             raise ValueError(f"value {self.name}: axis={self.axis} does not fit scope {self.scope}")
         object.__setattr__(self, "storage", self.storage or self.name)
@@ -113,6 +122,18 @@ class Program(Textual):
         values = Counter(v.storage for v in self.values.values())
         return frozenset(s for s, n in values.items() if n == 1) - self.written_storages
 
+    @cached_property
+    def unmergeable(self) -> str:
+        """Why the PARTIAL values of several micro-batches cannot be merged by addition; "" if they can."""
+        partial = [v for v in self.values.values() if v.scope is Scope.PARTIAL]
+        for value in partial:
+            if value.name in self.inputs:
+                return f"input {value.name} is a sum over all tokens, of which no micro-batch has a share"
+            owner = self.values.get(value.storage)
+            if value.storage in self.written_storages and (owner is None or owner.scope is Scope.SHARED):
+                return f"{value.name} is a sum in {value.storage}, which all micro-batches share and write in place"
+        return ""
+
     def lines(self) -> Iterator[str]:
         yield "program" + (f" unsplittable: {self.unsplittable}" if self.unsplittable else "")
         yield from map(_value_line, self.values.values())
@@ -123,13 +144,15 @@ class Program(Textual):
 
 
 def _value_line(value: Value) -> str:
-    """Such as `value hidden batch:0x2 storage=x`."""
+    """Such as `value hidden batch:0x2 storage=x` and `value loss partial:mean`."""
     words = ["value", value.name, value.scope.value]
     rows = f"x{value.rows}" if value.rows > 1 else ""
     if value.axis is not None:
         words[-1] += f":{value.axis}{rows}"
     elif rows:
         words[-1] += f":{rows}"
+    elif value.mean:
+        words[-1] += ":mean"
     if value.storage != value.name:
         words.append(f"storage={value.storage}")
     return " ".join(words)

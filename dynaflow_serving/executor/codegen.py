@@ -61,7 +61,7 @@ import torch
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.order import external_ports
 from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
-from dynaflow_serving.core.program import Scope
+from dynaflow_serving.core.program import PER_MICRO_BATCH, Scope
 from dynaflow_serving.executor.base import BoundPlan
 from dynaflow_serving.executor.tracing import Tracer
 from dynaflow_serving.kernels import Composed
@@ -100,7 +100,7 @@ class Emitter:
             self.globals[self.arguments[value]] = constant
         self._parameters = [self.arguments[v] for v in self.program.inputs[:taken]]
         for v in self.program.inputs:
-            if self.program.values[v].scope in (Scope.BATCH, Scope.LOCAL):
+            if self.program.values[v].scope in PER_MICRO_BATCH:
                 self.variables[self._whole(v)] = self.arguments[v]
 
     def _add_globals(self, letter: str, objects: Mapping[str, Any]) -> dict[str, str]:
@@ -149,7 +149,7 @@ class Emitter:
         return BoundPlan(self.plan, self.globals["run"], source, tracer)
 
     def _output(self, value: str) -> str:
-        if self.program.values[value].scope in (Scope.BATCH, Scope.LOCAL):
+        if self.program.values[value].scope in PER_MICRO_BATCH:
             return self.variable(self._whole(value))
         first = [name for i, name in self.variables.items() if i.value == value and i.start == 0]
         return first[0] if first else self._read(value, 0, self.plan.micro_batches)
@@ -240,11 +240,20 @@ class Emitter:
             copied = [p for p in parts if p not in self._in_buffer]
             return [f"{self._narrow(whole, p)}.copy_({self.variable(p)})" for p in copied]
         listed = f"({', '.join(map(self.variable, parts))},)"
-        if whole.value in self._mergers:
+        if self.program.values[whole.value].scope is Scope.PARTIAL:  # one after the other: all runs give the same bits
+            merged = " + ".join(self._share(whole, p) for p in parts)
+        elif whole.value in self._mergers:
             merged = f"{self._mergers[whole.value]}({listed})"
         else:
             merged = f"cat({listed}, {self.program.values[whole.value].axis})"
         return [f"{self.assign(action, whole)} = {merged}"]
+
+    def _share(self, whole: Instance, part: Instance) -> str:
+        """What `part` adds to `whole`: itself, or a mean weighted by its share of the tokens."""
+        if not self.program.values[whole.value].mean:
+            return self.variable(part)
+        # a weight, not a count: the sum of a whole batch may be too great for 16 bits
+        return f"{self.variable(part)} * (({_tokens(part.start, part.stop)}) / ({_tokens(whole.start, whole.stop)}))"
 
     # -- expressions ---------------------------------------------------------------------------------
     def variable(self, instance: Instance) -> str:

@@ -15,7 +15,8 @@ Contract
 - Actions are captured in the order of `lanes.reorder`, which is verified anew.
 - Replacement kernels are captured like operators. These are not captured: operators with context, unless the
   integration declares by `CapturedProgram.static_context` that its metadata keeps its addresses and host values;
-  LOCAL inputs, which differ per step; outputs that alias an input or one another (a copy would not); autograd.
+  LOCAL and PARTIAL inputs, which differ per step; outputs that alias an input or one another (a copy would not);
+  autograd.
 - Collectives are captured like operators, so their communicators must support it, and every rank must reach each
   collective: ranks with one config, plan and batch history decide alike, and a rank whose capture fails runs the same
   collectives eagerly, in the same order. ProcessGroupNCCL is reported to hang at replay (sglang#31852).
@@ -246,12 +247,12 @@ def why_not(program: Program, inputs: Sequence[str], static_context: bool) -> st
     """Why no plan of `program` can be captured, by name; "" if it can."""
     if not static_context and (context := [o.name for o in program.operators if o.context]):
         return f"operator {context[0]} reads the engine's context, whose metadata is made anew for every step"
-    if local := [v for v in inputs if program.values[v].scope is Scope.LOCAL]:
-        return f"input {local[0]} has no token axis and may differ in every step"
+    if own := [v for v in inputs if program.values[v].scope in (Scope.LOCAL, Scope.PARTIAL)]:
+        return f"input {own[0]} has no token axis and may differ in every step"
     owner: dict[str, str] = {}  # storage -> the input or output that has it
     for v in (*inputs, *program.outputs):
         value = program.values[v]
-        if value.scope is not Scope.BATCH:
+        if value.scope not in (Scope.BATCH, Scope.PARTIAL):
             continue
         if value.storage in owner and (value.storage in program.written_storages or v in program.outputs):
             return f"{owner[value.storage]} and {v} share memory, and copies of them would not"

@@ -44,7 +44,7 @@ def compare_in_engine(
             "a picture is of one strategy's plan, and 'auto' chooses among several: name one with --strategy "
             f"(candidates: {', '.join(selector.candidates)})"
         )
-    measuring = config.model_copy(update={"shadow": None})
+    measuring = config.model_copy(update={"check": None})
     in_turn = measuring.model_copy(
         update={"strategy": str(IN_TURN), "options": {"strategy": config.strategy, "options": config.options}}
     )

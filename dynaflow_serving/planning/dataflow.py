@@ -3,6 +3,8 @@
 Contract
 - `read` gives an operator the instance it asks for. If none has these micro-batches, it adds a SPLIT (a view of a
   wider instance) or a MERGE (a copy of several), on the reader's stream.
+- The MERGE of a PARTIAL value adds its parts, out of place and in the order of micro-batches. Such a value has no SPLIT
+  and no buffer.
 - A merge whose parts come from operators that can write into a given buffer gets its buffer before they run (ALLOC).
   It then copies nothing for these parts.
 - The nodes that are added know what they must follow. Nothing is said about streams or events.
@@ -46,9 +48,12 @@ class Dataflow:
             ScheduleError: the value can be neither cut nor merged, or is out of date.
         """
         wanted = Instance(value, start, stop)
+        scope = self.program.values[value].scope
         holders = list(dict.fromkeys(self._holder[value, mb] for mb in range(start, stop)))
         if holders != [wanted]:
-            if self.program.values[value].scope is not Scope.BATCH:
+            if scope is Scope.PARTIAL:
+                _check_covered(wanted, holders)
+            elif scope is not Scope.BATCH:
                 raise ScheduleError(f"{value} has no token axis: it can be neither cut nor merged")
             if wanted not in self._made:
                 if len(holders) == 1:
@@ -94,9 +99,9 @@ class Dataflow:
         outputs = set()
         for value in self.program.outputs:
             if value in self.tracked:
-                batched = self.program.values[value].scope is Scope.BATCH
-                # of a value without token axis any micro-batch's will do
-                instance = self.whole(value) if batched else self._holder[value, 0]
+                merged = self.program.values[value].scope in (Scope.BATCH, Scope.PARTIAL)
+                # of any other value any micro-batch's will do
+                instance = self.whole(value) if merged else self._holder[value, 0]
                 outputs.add(self.read(value, instance.start, instance.stop, reader))
         for value in self._tracked_inputs():
             self._copies.check_fresh(self.whole(value))
@@ -163,7 +168,9 @@ class Dataflow:
         """Let the makers of `parts` write into the memory of `whole`, if one of them can and none has a buffer."""
         keys = {(whole.value, mb) for mb in range(whole.start, whole.stop)}
         makers = [m for p in parts if self._can_write_into(m := self._made[p], whole.value)]
-        if self._copies.storage(whole) not in self._may_have_buffer or keys & self._has_buffer or not makers:
+        if self.program.values[whole.value].scope is Scope.PARTIAL or not makers:
+            return
+        if self._copies.storage(whole) not in self._may_have_buffer or keys & self._has_buffer:
             return
         self._has_buffer |= keys
         first = min(makers, key=lambda m: m.index)
@@ -177,3 +184,13 @@ class Dataflow:
 
     def _can_write_into(self, maker: Node, value: str) -> bool:
         return maker.kind is ActionKind.RUN and value in self.program.by_name[maker.operators[0]].into
+
+
+def _check_covered(wanted: Instance, holders: list[Instance]) -> None:
+    """Raise `ScheduleError` if a sum among `holders` has shares of micro-batches that `wanted` has not."""
+    for holder in holders:
+        if holder.start < wanted.start or holder.stop > wanted.stop:
+            raise ScheduleError(
+                f"{holder} is one sum over these micro-batches and cannot be cut for {wanted}: execute what makes it "
+                "for one micro-batch at a time, or what reads it for all of them together"
+            )

@@ -7,6 +7,7 @@ Contract
 - Micro-batch inputs are views. A merge whose parts were produced by operators that can write into a
   given buffer gets that buffer first (ALLOC) and copies nothing.
 - A value used by one stream only is freed after its last reader; one that crosses streams at the join.
+- A value that is a sum over tokens (PARTIAL) is merged by addition, is never cut, and has no buffer.
 - A merge copies, so an in-place write reaches the copy or the parts, never both. What it does not reach
   is *stale*: reading it later is a `ScheduleError`.
 

@@ -4,6 +4,8 @@ Contract: `verify` returns silently, or raises `PlanError` with the offending ac
 It proves the following, with happens-before (HB) being the transitive order of streams and events:
 - every operator of every micro-batch runs exactly once;
 - every instance is produced exactly once, HB each reader, and the parts of a merge tile it exactly;
+- a sum over tokens (PARTIAL) has each micro-batch's share once: it is never split, and its merge, which adds, has no
+  buffer;
 - in-place writes keep program order with every other access to the storage, and each access sees all the
   writes before it: a merge copies, and a write to one copy is not in the others;
 - micro-batches in `Plan.depends` see engine state written before they read it;
@@ -25,7 +27,7 @@ from collections import Counter, defaultdict
 from dynaflow_serving.core.grid import grid
 from dynaflow_serving.core.order import external_ports, tracked_values
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, ActionKind, Instance, Plan
-from dynaflow_serving.core.program import Operator, Program
+from dynaflow_serving.core.program import Operator, Program, Scope
 from dynaflow_serving.errors import PlanError
 from dynaflow_serving.planning.happens_before import NO_ACTIONS, contains, happens_before, latest, only, set_of
 from dynaflow_serving.planning.write_order import NOWHERE, Access, Merge, WriteOrder, per_micro_batch, reject
@@ -52,6 +54,8 @@ class _Verifier:
             raise PlanError(f"the plan is for program {plan.program}, not for this one ({program.digest})")
         if plan.micro_batches > 1 and program.unsplittable:
             raise PlanError(f"the program cannot be split: {program.unsplittable}")
+        if plan.micro_batches > 1 and program.unmergeable:
+            raise PlanError(f"the program cannot be split: {program.unmergeable}")
         # facts of the program and of the order of actions
         self.program, self.plan = program, plan
         self.before = happens_before(plan)
@@ -160,6 +164,8 @@ class _Verifier:
 
     def _alloc(self, i: int, whole: Instance) -> None:
         self._once(i, whole, self.allocated, "allocated")
+        if self._scope(whole) is not Scope.BATCH:
+            reject(i, f"{whole.value} has scope {self._scope(whole)}: only values with a token axis have merge buffers")
         if self.aliases[self._storage(whole.value)] > 1 or self._storage(whole.value) in self.written:
             reject(i, f"{whole.value} has aliases or is written in place: it cannot have a merge buffer")
         for mb in range(whole.start, whole.stop):
@@ -175,8 +181,10 @@ class _Verifier:
 
     def _split(self, i: int, whole: Instance, view: Instance) -> None:
         inside = whole.value == view.value and whole.start <= view.start < view.stop <= whole.stop
-        if not inside or not self._has_token_axis(view):
+        if not inside or self._scope(view) not in (Scope.BATCH, Scope.PARTIAL):
             reject(i, f"{view} is not a part of {whole}")
+        if self._scope(view) is Scope.PARTIAL:
+            reject(i, f"{whole} is one sum over the tokens of its micro-batches: it cannot be split")
         self._read(i, whole)
         self._once(i, view, self.made, "produced")
         self.root[view] = self.root[whole]
@@ -185,7 +193,7 @@ class _Verifier:
         reached = whole.start
         for part in parts:
             follows = part.value == whole.value and part.start == reached < part.stop
-            if not follows or not self._has_token_axis(part):
+            if not follows or not self._mergeable(part):
                 reject(i, f"the parts do not tile {whole}")
             reached = part.stop
             self._read(i, part)
@@ -246,7 +254,7 @@ class _Verifier:
         for v in self.program.outputs:
             if v in self.tracked:
                 instance = self._whole(v)
-                if not self._has_token_axis(instance):  # any micro-batch's will do
+                if not self._mergeable(instance):  # any micro-batch's will do
                     instance = next((i for i in self.made if i.value == v and i.start == 0), instance)
                 if instance not in self.made or instance in self.freed:
                     reject(self.freed.get(instance, NOWHERE), f"output {v} is not there when the plan returns")
@@ -300,8 +308,11 @@ class _Verifier:
     def _whole(self, value: str) -> Instance:
         return Instance(value, 0, self.plan.micro_batches)
 
-    def _has_token_axis(self, instance: Instance) -> bool:
-        return self.program.values[instance.value].axis is not None
+    def _scope(self, instance: Instance) -> Scope:
+        return self.program.values[instance.value].scope
+
+    def _mergeable(self, instance: Instance) -> bool:
+        return self._scope(instance) in (Scope.BATCH, Scope.PARTIAL)
 
     def _once(self, i: int, instance: Instance, when: dict[Instance, int], verb: str) -> None:
         if instance in when:

@@ -20,7 +20,7 @@ from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.selector import Selector
 
 # These settings of a config are not in the executor's entry: `selector_key` has the options, the others decide nothing.
-UNTIMED_SETTINGS = {"strategy", "options", "trace", "shadow", "fallback"}
+UNTIMED_SETTINGS = {"strategy", "options", "trace", "check", "fallback"}
 
 
 def engine_key(

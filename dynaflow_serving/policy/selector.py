@@ -132,6 +132,10 @@ class AutoSelector(Selector):
         return tuple(self._by_label)
 
     @property
+    def in_use(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self._adopted.values()))
+
+    @property
     def measured(self) -> tuple[str, ...]:
         """These candidates are for this process to measure."""
         return tuple(c for c in self._by_label if not self._options.only or c in self._options.only)

@@ -9,6 +9,7 @@ Contract
 - A prediction knows no contention, so it errs towards timing. Plans with replacement kernels are always timed.
 - A bucket is not tried if a larger one of the same kind and number of requests has lost clearly. A split costs
   relatively more in a smaller batch.
+- The first step of a candidate is compared with an un-split one, and not timed. One that differs is not adopted.
 - All times are those of the slowest rank, so that all ranks decide alike. The budget is checked between buckets.
 
 Flow
@@ -134,6 +135,9 @@ class Tuner:
                 continue
             if n not in profiles:
                 profiles[n] = self._profile(n, batch)
+            if reason := self._why_refused(f"{Sequential.name} x{n}"):  # so no order of these micro-batches is right
+                trial.verdict = reason
+                continue
             trial.predicted = min(plain) / self._predict(profiles[n], split.signature)
             if self._replaces(split.signature):
                 timed.append(trial)
@@ -149,6 +153,9 @@ class Tuner:
             plain += self._race(trial, batch)
             if more := self._graph_mib() - before:
                 trial.effects.append(f"{more:,.0f} MiB of CUDA graphs")
+            if reason := self._why_refused(trial.candidate):
+                trial.ratios.clear()  # they are of un-split steps
+                trial.verdict = reason
         decision.plain_ms = median(plain) * 1e3
         decision.noise = noise(plain)
         adopt_best_trial(decision, self.options.min_gain)
@@ -173,6 +180,10 @@ class Tuner:
             if number >= 2 and max(trial.ratios) < 1:
                 break
         return plain
+
+    def _why_refused(self, candidate: str) -> str:
+        """Return why the check has refused a candidate in one of its trials, or ""."""
+        return next((c.refused[candidate] for c in self.session.plan_caches if candidate in c.refused), "")
 
     def _graph_mib(self) -> float:
         """Return the memory of the plans that executors have captured as CUDA graphs."""

@@ -37,7 +37,7 @@ def _instruments() -> dict[str, Any]:
         "plans": ("Plans made, verified and bound", []),
         "graph_captures": ("Plans captured as CUDA graphs", []),
         "guard_switch_offs": ("Buckets whose strategy turned out slower while serving", []),
-        "shadow_steps": ("Split steps compared with un-split ones", ["result"]),
+        "checked_steps": ("Split steps compared with un-split ones", ["result"]),
     }
     gauges = {
         "overlap_ratio": "Share of the latest traced step in which streams overlapped",
@@ -108,7 +108,7 @@ class Metrics(Observer):
             self._made["hidden_network_ratio"].set(sum(t.hidden_network * t.makespan for t in timelines) / seconds)
 
     def compared(self, step: Step, equal: bool) -> None:
-        self._made["shadow_steps"].labels("equal" if equal else "different").inc()
+        self._made["checked_steps"].labels("equal" if equal else "different").inc()
 
     def switched_off(self) -> None:
         """Count that the guard has switched off a bucket's strategy."""

@@ -1,9 +1,10 @@
-"""An observer looks at a worker's steps: counters, metrics, traces, shadow mode and the policy's guard are observers.
+"""An observer looks at a worker's steps: counters, metrics, traces and the policy's guard are observers.
 
 Contract
-- A `Session` tells its observers of every step that is not a trial, in the order in which they were added.
+- A `Session` tells its observers of every step that is not a trial, in the order in which they were added. It tells
+  them of every comparison, also in a trial.
 - An observer overrides the methods that it needs. Methods that are not overridden are not called.
-- `decided` runs before the step, on all ranks alike. There an observer may ask for a trace or a comparison.
+- `decided` runs before the step, on all ranks alike. There an observer may ask for a trace.
 - `timed` may come later than the end of the step (a device's clock), or never (a failed step).
 """
 
@@ -19,10 +20,6 @@ from dynaflow_serving.session.step import Step
 
 class Observer:
     """This is the base of all observers; none of its methods does anything."""
-
-    def veto(self) -> str:
-        """Return why no step may be split from now on, or "" if steps may be split."""
-        return ""
 
     def decided(self, step: Step) -> None:
         """`step` begins, and its split has been decided."""

@@ -5,11 +5,13 @@ Contract
   up in a dictionary.
 - An un-split step runs in the program's own order on the compute stream, unless the strategy schedules un-split steps
   too (`OpScheduler.schedules_unsplit`).
+- `run_plain` runs the program in its own order, whatever the strategy does with un-split steps.
+- A candidate that is refused splits nothing any more, and orders no un-split steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dynaflow_serving.capture.program import CapturedProgram
@@ -18,6 +20,7 @@ from dynaflow_serving.core.plan import Plan
 from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.errors import PlanError, ScheduleError
 from dynaflow_serving.executor.base import BoundPlan, Executor
+from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.executor.tracing import measured
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
@@ -36,6 +39,8 @@ class PlanCache:
     Attributes:
         made: The number of plans that were made.
         hits: The number of look-ups that found a plan.
+        checked: Steps of these signatures have been compared with un-split ones.
+        refused: The candidates whose steps differed from un-split ones, with the reason.
     """
 
     def __init__(
@@ -53,8 +58,12 @@ class PlanCache:
         self.zero_copy = zero_copy
         self.made = self.hits = 0
         self._prepared: dict[tuple[Signature, bool, bool], BoundPlan] = {}
+        self._plain: dict[bool, BoundPlan] = {}  # by zero_copy
         self._traced: dict[Signature, BoundPlan] = {}  # bound with a tracer, the latest of each
         self._vetoed: dict[Signature, str] = {}
+        self._kernels: dict[Signature, Mapping[str, Callable[..., Any]]] = {}  # that strategies gave themselves
+        self.checked: set[Signature] = set()
+        self.refused: dict[str, str] = {}
 
     def decide(self, batch: Batch) -> Split:
         """Return the selector's split, or the whole batch with the reason why it cannot be split."""
@@ -70,6 +79,8 @@ class PlanCache:
         """
         if self.captured.program.unsplittable and len(split.micro_batches) > 1:
             return whole(batch, f"program: {self.captured.program.unsplittable}")
+        if split.candidate in self.refused and (split.candidate or len(split.micro_batches) > 1):
+            return whole(batch, self.refused[split.candidate])
         if not split.depends or split.signature in self._vetoed:
             reason = self._vetoed.get(split.signature)
             return whole(batch, reason) if reason else split
@@ -96,14 +107,14 @@ class PlanCache:
         zero_copy = self.zero_copy if zero_copy is None else zero_copy
         key = (signature, zero_copy, traced)
         if key not in self._prepared:
-            strategy = self.selector.strategy(signature.candidate)
-            if signature.micro_batches == 1 and not strategy.schedules_unsplit:
-                strategy = Sequential()
+            ordered = signature.micro_batches > 1 or self.orders_unsplit(signature.candidate)
+            strategy = self.selector.strategy(signature.candidate) if ordered else Sequential()
             recorded = strategy.record(self.captured.program, signature.micro_batches, signature.depends)
             plan = lower(recorded, strategy.name, zero_copy)
             verify(self.captured.program, plan)
             tracer = self.executor.tracer() if traced else None
             self._prepared[key] = self.executor.bind(self.captured, plan, recorded.kernels, tracer)
+            self._kernels[signature] = recorded.kernels
             self.made += 1
         else:
             self.hits += 1
@@ -111,6 +122,21 @@ class PlanCache:
         if traced:
             self._traced[signature] = prepared
         return prepared
+
+    def orders_unsplit(self, candidate: str) -> bool:
+        """Return whether un-split steps of `candidate` run in an order of its own."""
+        return self.selector.strategy(candidate).schedules_unsplit and candidate not in self.refused
+
+    def kernels(self, signature: Signature) -> Mapping[str, Callable[..., Any]]:
+        """Return the kernels that the strategy gave itself for the plan of `signature`, by name."""
+        return self._kernels[signature]
+
+    def refuse(self, candidate: str, reason: str) -> None:
+        """Let `candidate` split no step from now on, and order no un-split one."""
+        self.refused[candidate] = reason
+        own = [key for key in self._prepared if key[0].candidate == candidate and key[0].micro_batches == 1]
+        for key in own:
+            del self._prepared[key]
 
     def timeline(self, signature: Signature) -> Timeline | None:
         """Return the timeline of the traced run of `signature` since the last call, or None if there was none."""
@@ -170,3 +196,23 @@ class PlanCache:
     def run_whole(self, args: Sequence[Any], tokens: int, enter: Callable[[int], Any] = no_context) -> Any:
         """Run the un-split plan on a batch of `tokens` tokens; the arguments and the result are those of `run`."""
         return self.captured.rebuild(self.prepare(Signature(1)).run(args, (0, tokens), enter))
+
+    def run_plain(self, args: Sequence[Any], tokens: int, zero_copy: bool = False) -> Any:
+        """Run the program in its own order, without the strategy's kernels; the result is that of `run`.
+
+        Args:
+            args: The program's inputs, without constants.
+            tokens: The number of tokens of the batch.
+            zero_copy: Whether operators may write into given buffers.
+        """
+        if zero_copy not in self._plain:
+            recorded = Sequential().record(self.captured.program, 1)
+            plan = lower(recorded, Sequential.name, zero_copy)
+            self._plain[zero_copy] = self.executor.bind(self.captured, plan, recorded.kernels)
+        return self.captured.rebuild(self._plain[zero_copy].run(args, (0, tokens), no_context))
+
+    def run_in_turn(self, args: Sequence[Any], split: Split) -> Any:
+        """Run the plan of `split` on one stream, with buffers of its own; arguments and result are those of `run`."""
+        plan = self.prepare(split.signature, zero_copy=False).plan
+        bound = SequentialExecutor().bind(self.captured, plan, self._kernels[split.signature])
+        return self.captured.rebuild(bound.run(args, split.bounds, no_context))

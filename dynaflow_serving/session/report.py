@@ -22,6 +22,18 @@ class StepReport(_Report):
     unsplit: dict[str, int] = Field(default={}, description="So many steps ran whole, by reason.")
 
 
+class CheckReport(_Report):
+    """Split steps were compared with un-split ones."""
+
+    steps: int = Field(description="So many split steps were compared.")
+    seconds: float = Field(description="The un-split runs and the comparisons took so long.")
+    refused: list[str] = Field(default=[], description="Values differed here, so that nothing is split any more.")
+
+    def __str__(self) -> str:
+        told = f"split steps compared with un-split ones: {self.steps}, {self.seconds:.2f} s"
+        return told + (f"; REFUSED: {'; '.join(self.refused)}" if self.refused else "")
+
+
 class ProgramReport(_Report):
     """A captured program has these plans."""
 
@@ -35,6 +47,7 @@ class WorkerReport(_Report):
     strategy: str
     mode: str = Field(description="This says how the engine compiles.")
     steps: StepReport = StepReport()
+    check: CheckReport | None = Field(default=None, description="This is missing with `check: never`.")
     plan_hash: str = Field(
         default="", description="This is the digest of the newest plan with micro-batches, or empty."
     )

@@ -1,9 +1,9 @@
-"""`load_reproducer` reads the file that shadow mode wrote when outputs differed (`dynaflow check FILE.pt`).
+"""`load_reproducer` reads the file that the check wrote when values differed (`dynaflow check FILE.pt`).
 
 Contract
 - A file is loaded as data only (`weights_only`), so nothing in it is run. Any other file is a `ConfigError`.
-- A row is an index on an output's token axis. The program tells this axis where its outputs match those in the file.
-  Otherwise it is the first axis that is as long as the batch.
+- A row is an index on an output's token axis. The program tells this axis, or that there is none (a sum over tokens),
+  where its outputs match those in the file. Otherwise it is the first axis that is as long as the batch.
 - Without a token axis, rows are not attributed to micro-batches.
 """
 
@@ -25,9 +25,12 @@ from dynaflow_serving.core.parse import parse_plan, parse_program
 from dynaflow_serving.core.plan import ActionKind, Plan
 from dynaflow_serving.core.program import Program, Scope
 from dynaflow_serving.errors import ConfigError, TextError
-from dynaflow_serving.session.shadow import FORMAT, relative_difference
+from dynaflow_serving.session.check import FORMAT
+from dynaflow_serving.session.difference import relative_difference
 
-NEEDED = ("step", "strategy", "options", "tokens", "bounds", "programs", "plans", "difference", "split", "whole")
+NEEDED = (
+    "step", "strategy", "options", "tokens", "bounds", "programs", "plans", "difference", "operator", "split", "whole",
+)  # fmt: skip
 WORST = 5
 
 
@@ -137,7 +140,7 @@ class Reproducer:
 
     @property
     def difference(self) -> str:
-        """Shadow mode reported this difference."""
+        """The check reported this difference."""
         return str(self.content["difference"])
 
     @property
@@ -150,6 +153,7 @@ class Reproducer:
             "strategy": str(c["strategy"]),
             "options": json.dumps(c["options"]),
             "split step": str(c["step"]),
+            "first operator that differs": c["operator"],
             "torch": str(c.get("torch", "unknown")),
             "batch": f"{len(c['tokens'])} requests, {sum(c['tokens'])} new tokens: {_short(c['tokens'])}",
             "micro-batches": "; ".join(parts),
@@ -192,7 +196,8 @@ class Reproducer:
         if len(self.plans) == 1 and len(self.plans[0][0].outputs) == outputs:
             program = self.plans[0][0]
             values = [program.values[name] for name in program.outputs]
-            return [(v.axis, v.rows) if v.scope is Scope.BATCH else None for v in values]
+            known = (Scope.BATCH, Scope.PARTIAL)  # a sum has no token axis, whatever its shape is
+            return [(v.axis, v.rows) if v.scope in known else None for v in values]
         return [None] * outputs
 
 
@@ -206,13 +211,11 @@ def load_reproducer(path: Path) -> Reproducer:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
-        raise ConfigError(
-            f"{path} is not a reproducer of shadow mode: it cannot be loaded ({_first_line(e)})"
-        ) from None
+        raise ConfigError(f"{path} is not a reproducer: it cannot be loaded ({_first_line(e)})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(
-            f"{path} is not a reproducer of shadow mode: such a file has format {FORMAT!r} and is written to "
-            "the folder of the config's 'shadow' when outputs differ"
+            f"{path} is not a reproducer: such a file has format {FORMAT!r} and is written to the folder of the "
+            "config's 'check' when a split step differs from an un-split one"
         )
     if missing := [key for key in NEEDED if key not in content]:
         raise ConfigError(f"{path} is an incomplete reproducer: it lacks {', '.join(missing)}")

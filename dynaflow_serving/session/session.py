@@ -22,6 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from dynaflow_serving.capture.eager import EagerCapture
+from dynaflow_serving.capture.independence import row_wise
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, MicroBatch, Split
@@ -29,13 +30,14 @@ from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.errors import InactiveError, ScheduleError
 from dynaflow_serving.executor import Executor, get_executor
 from dynaflow_serving.session.agreement import agree
+from dynaflow_serving.session.check import CHECKING, Check, Comparison, describe_step
 from dynaflow_serving.session.clock import clock_of
+from dynaflow_serving.session.difference import difference, tensors
 from dynaflow_serving.session.metrics import Metrics
 from dynaflow_serving.session.observers import Observer, StepCounts, overridden
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.report import ProgramReport, StepReport, WorkerReport
-from dynaflow_serving.session.shadow import Shadow
 from dynaflow_serving.session.step import Step, Trial
 from dynaflow_serving.session.trace import TraceWriter
 from dynaflow_serving.strategy.selector import Selector
@@ -45,19 +47,22 @@ from dynaflow_serving.strategy.splitting import whole
 class LiveStep(Step):
     """This step is a context manager: `with session.step(batch) as step:`. Entering it decides its split."""
 
-    _session: Session
+    session: Session
+    comparing = False  # whether this is the un-split run that a split one is compared with
     _started: Any
 
     def __enter__(self) -> LiveStep:
-        self._session.begin(self)
-        self._started = self._session.clock.start()
+        self.session.begin(self)
+        self._started = self.session.clock.start()
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._session.end(self, self._started)
+        self.session.end(self, self._started)
 
     def checked(self, result: Any, run_whole: Callable[[], Any], inputs: Any = ()) -> Any:
-        """Compare the step with an un-split one, if this is a step to compare.
+        """Compare the step with an un-split one, if it is split and this is a step to compare.
+
+        Engines call this. The un-split run writes to the engine's state (a KV cache) what the split one wrote there.
 
         Args:
             result: The outputs of the split step, a pytree of tensors.
@@ -67,23 +72,35 @@ class LiveStep(Step):
         Returns:
             `result`, or, where the outputs differ, those of `run_whole`.
         """
-        if not self.to_compare:
+        check, split, session = self.session.check, self.split, self.session
+        if check is None or not self.micro_batches or not check.wants(self, self.plan_caches, split.signature):
             return result
-        split, planned = self.split, self.planned
-        kept = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, result)
-        self.split, self.planned = whole(self.batch, "shadow mode"), False
-        try:
-            with torch.no_grad():
+        self.to_compare = True
+        with check.timed(session.clock):
+            kept = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, result)
+            with torch.no_grad(), self._unsplit():
                 expected = run_whole()
+            found = difference(tensors(kept), tensors(expected), check.options.tolerance)
+            facts = functools.partial(describe_step, session.selector, self, split, self.plan_caches, inputs)
+            comparison = Comparison(kept, expected, str(found or ""), facts)
+            equal = session.conclude(self, self.plan_caches, split, comparison)
+        return result if equal else expected
+
+    @contextmanager
+    def _unsplit(self) -> Iterator[None]:
+        """Let this block run the step un-split."""
+        split, planned = self.split, self.planned
+        self.split, self.planned, self.comparing = whole(self.batch, CHECKING), False, True
+        try:
+            yield
         finally:
-            self.split, self.planned = split, planned
-        return result if self._session.compare(self, kept, expected, inputs) else expected
+            self.split, self.planned, self.comparing = split, planned, False
 
     def withdraw(self, reason: str) -> None:
         """Count the step as un-split and drop the recorded programs: the step could not follow its plan."""
         self.split = whole(self.batch, reason)
-        self.to_trace = self.to_compare = self.planned = False
-        self._session.withdraw(self, reason)
+        self.to_trace = self.planned = False
+        self.session.withdraw(self, reason)
 
 
 class Session:
@@ -95,10 +112,10 @@ class Session:
         eager: The recorder of a model without a graph, or None.
         in_flight: The step that runs now, or None.
         timelines: The timelines of the latest traced step, with their programs.
+        check: It compares split steps with un-split ones, or is None (`check: never`).
         counts: The numbers of split and un-split steps.
     """
 
-    _on_veto: list[Callable[[], str]]
     _on_decided: list[Callable[[Step], None]]
     _on_withdrew: list[Callable[[Step, str], None]]
     _on_compared: list[Callable[[Step, bool], None]]
@@ -120,7 +137,7 @@ class Session:
 
         Args:
             selector: It says which strategy splits and orders a step.
-            config: The settings of executors, traces and shadow mode.
+            config: The settings of executors, traces and the check.
             device_type: The worker's device, or None where only a graph says on which device it runs.
             mode: The way in which the engine compiles, for reports.
             logger: The engine's logger.
@@ -131,6 +148,7 @@ class Session:
             InactiveError: The executor cannot run here, or cannot honour its options.
         """
         self.selector, self.config, self.mode, self.rank = selector, config, mode, rank
+        row_wise(*selector.row_wise, *config.row_wise)
         self.logger = logger or logging.getLogger("dynaflow_serving")
         self.plan_caches: list[PlanCache] = []
         self.eager: EagerCapture | None = None
@@ -147,10 +165,10 @@ class Session:
         self._most_micro_batches = selector.max_micro_batches
         self.counts = StepCounts()
         self.metrics = Metrics(selector.name, counted=rank == 0)
-        self.shadow = Shadow(config.shadow, rank) if config.shadow else None
+        self.check = Check(config.check, rank) if config.check else None
         self._observers: list[Observer] = []
         trace_writer = TraceWriter(config.trace, rank) if config.trace else None
-        for observer in (self.counts, trace_writer, self.shadow, self.metrics):
+        for observer in (self.counts, trace_writer, self.metrics):
             if observer is not None:
                 self.observe_with(observer)
 
@@ -158,7 +176,7 @@ class Session:
     def observe_with(self, observer: Observer, first: bool = False) -> None:
         """Tell `observer` of steps from now on, before the other observers if `first`."""
         self._observers.insert(0 if first else len(self._observers), observer)
-        for name in ("veto", "decided", "withdrew", "compared", "traced", "timed", "left"):
+        for name in ("decided", "withdrew", "compared", "traced", "timed", "left"):
             setattr(self, f"_on_{name}", overridden(self._observers, name))
 
     def add(self, captured: CapturedProgram, device_type: str | None = None) -> PlanCache:
@@ -214,9 +232,9 @@ class Session:
         return Ranks(self._group)
 
     def agree_over(self, ranks: Ranks) -> None:
-        """From now on, shadow mode stops on all `ranks` if the outputs differ on any of them."""
-        if self.shadow is not None:
-            self.shadow.ranks = ranks
+        """From now on, a split is refused on all `ranks` if values differ on any of them."""
+        if self.check is not None:
+            self.check.ranks = ranks
 
     # -- a step ------------------------------------------------------------------------------------------
     @property
@@ -236,7 +254,7 @@ class Session:
             InactiveError: On entry, if the engine has compiled no graph.
         """
         step = LiveStep(batch, self.plan_caches if plan_caches is None else plan_caches, self._trial)
-        step._session = self
+        step.session = self
         return step
 
     def count_unsplit(self, batch: Batch, reason: str) -> None:
@@ -264,21 +282,18 @@ class Session:
 
     def _decide(self, step: Step) -> Split:
         batch, selector = step.batch, self.selector
-        for veto in self._on_veto:
-            if reason := veto():
-                return whole(batch, reason)
         if not step.plan_caches and self.eager is not None:
             return whole(batch, self.eager.waiting)
         if not step.plan_caches and self._device_type is not None:  # else the step itself captures its graphs
             raise InactiveError("the engine has served a step without compiling a graph through DynaFlow")
         split = selector.split(batch) if step.trial is None else selector.cut(batch, step.trial.candidate)
         count = len(split.micro_batches)
-        if count > 1:
-            if count > self._most_micro_batches:
-                raise ScheduleError(
-                    f"strategy {selector.name!r} made {count} micro-batches, more than its max_micro_batches "
-                    f"({self._most_micro_batches})"
-                )
+        if count > self._most_micro_batches:
+            raise ScheduleError(
+                f"strategy {selector.name!r} made {count} micro-batches, more than its max_micro_batches "
+                f"({self._most_micro_batches})"
+            )
+        if count > 1 or split.candidate:
             for plan_cache in step.plan_caches:
                 split = plan_cache.allowed_split(batch, split)
         return split
@@ -316,28 +331,18 @@ class Session:
         for traced in self._on_traced:
             traced(step, [timeline for _, timeline in found])
 
-    def compare(self, step: Step, result: Any, expected: Any, inputs: Any) -> bool:
-        """Return whether a step's outputs equal the un-split ones on all ranks; `LiveStep.checked` calls this."""
-        assert self.shadow is not None
-        equal = self.shadow.compare(result, expected, functools.partial(self._describe, step, inputs))
+    def conclude(
+        self, step: Step, plan_caches: Sequence[PlanCache], split: Split, found: Comparison, groups: Sequence[Any] = ()
+    ) -> bool:
+        """Return whether a step's values equal the un-split ones on all ranks; refuse the split if they do not.
+
+        The arguments are those of `Check.conclude`, besides the step and the cut of its batch.
+        """
+        assert self.check is not None
+        equal = self.check.conclude(plan_caches, split.signature, found, groups)
         for compared in self._on_compared:
             compared(step, equal)
         return equal
-
-    def _describe(self, step: Step, inputs: Any) -> dict[str, Any]:
-        prepared = [(c, c.prepare(step.split.signature)) for c in step.plan_caches]
-        return {
-            "step": step.number,
-            "strategy": step.split.candidate or self.selector.name,
-            "options": self.selector.strategy(step.split.candidate).options.model_dump(mode="json"),
-            "torch": str(torch.__version__),  # torch.load refuses the class of the version
-            "tokens": list(step.batch.tokens),
-            "context": list(step.batch.context),
-            "bounds": list(step.split.bounds),
-            "programs": [c.captured.program.to_text() for c, _ in prepared],
-            "plans": [p.plan.to_text() for _, p in prepared],
-            "inputs": [t.detach().cpu().clone() for t in inputs if isinstance(t, torch.Tensor)],
-        }
 
     def withdraw(self, step: Step, reason: str) -> None:
         """Forget the programs, which do not hold any more; `LiveStep.withdraw` calls this."""
@@ -368,6 +373,7 @@ class Session:
             strategy=self.selector.name,
             mode=self.mode,
             steps=StepReport(split=self.counts.split, unsplit=dict(self.counts.unsplit)),
+            check=self.check.report() if self.check else None,
             plan_hash=plans[-1].digest if plans else "",
             executors=[e.report() for e in dict.fromkeys(c.executor for c in self.plan_caches)],
             programs=[

@@ -44,7 +44,7 @@ class Step:
         split: The cut of the batch; it holds until the step has ended.
         number: Steps under a chosen plan are numbered from 1. It is 0 for other steps and in a trial.
         to_trace: Whether an observer has asked for a trace.
-        to_compare: Whether an observer has asked for an un-split run beside it.
+        to_compare: Whether the step also runs un-split, and is compared.
         planned: Whether the step runs under a plan that the selector chose, split or not.
         saved: The plan saved so many seconds, by the guard's estimate.
     """
@@ -62,7 +62,7 @@ class Step:
 
     @property
     def micro_batches(self) -> tuple[MicroBatch, ...]:
-        """They are empty where the whole batch runs at once, and while shadow mode runs a split step un-split."""
+        """They are empty where the whole batch runs at once, as in the un-split run of a comparison."""
         parts = self.split.micro_batches
         return parts if len(parts) > 1 else ()
 

@@ -9,7 +9,7 @@ Contract
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
@@ -61,6 +61,7 @@ class RooflineCosts:
         widths: The elements per token of each value, for merges that copy.
         workloads: The work of each micro-batch.
         graphs: Whether a CUDA graph replays the plan, so that the host issues nothing.
+        sums: The elements of each PARTIAL value, for merges that add.
     """
 
     topology: Topology
@@ -68,6 +69,7 @@ class RooflineCosts:
     widths: Mapping[str, int]
     workloads: tuple[Workload, ...]
     graphs: bool = True
+    sums: Mapping[str, int] = field(default_factory=dict)
 
     def demands(self, plan: Plan) -> list[Demand | None]:
         """Return one entry per action of the plan."""
@@ -83,6 +85,10 @@ class RooflineCosts:
             kernels = [k for name in action.operators for k in self.work[name]]
             launches = len(kernels) - (len(action.operators) - 1)
             return self._together(kernels, action.start, action.stop, launches)
+        if action.kind is ActionKind.MERGE and action.instances[0].value in self.sums:
+            additions = len(action.instances) - 2  # each reads two sums, and writes one
+            add = Streaming(3 * self.sums[action.instances[0].value] * additions)
+            return self._at_once([add], Workload(((1, 0),)), additions)
         if action.kind is ActionKind.MERGE:
             copied = [p for p in action.instances[1:] if p not in in_place]
             if copied:
@@ -92,6 +98,9 @@ class RooflineCosts:
 
     def _together(self, kernels: Sequence[KernelModel], start: int, stop: int, launches: int) -> Demand:
         load = Workload(tuple(r for part in self.workloads[start:stop] for r in part.requests))
+        return self._at_once(kernels, load, launches)
+
+    def _at_once(self, kernels: Sequence[KernelModel], load: Workload, launches: int) -> Demand:
         uses = [k.use(load, self.topology) for k in kernels]
         seconds = sum(u.seconds for u in uses)
         device = self.topology.device

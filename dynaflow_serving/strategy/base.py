@@ -56,6 +56,7 @@ class OpScheduler(abc.ABC, Generic[OptionsT]):
         annotations: Where the captured graph is cut for this strategy, besides the integration's own rules.
         schedules_unsplit: Whether `schedule` also orders steps of one micro-batch.
         looks_for: The tags that `schedule` looks for, and what it does without them.
+        row_wise: Custom operators that treat each token on its own, such as `mylib::rotate`.
     """
 
     name: ClassVar[str] = ""
@@ -63,6 +64,7 @@ class OpScheduler(abc.ABC, Generic[OptionsT]):
     annotations: ClassVar[tuple[Rule, ...]] = ()
     schedules_unsplit: ClassVar[bool] = False
     looks_for: ClassVar[tuple[TagUse, ...]] = ()
+    row_wise: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

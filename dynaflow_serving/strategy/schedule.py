@@ -2,6 +2,7 @@
 
 Contract
 - `execute` accepts ready operators only, so a recorded order cannot contradict the dataflow.
+- A sum over tokens (PARTIAL) that ran merged is read for the same micro-batches or more, never apart.
 - What is not possible is a `ScheduleError` that names the operators. So is a loop that asks for ready operators without
   end and executes none.
 - A kernel given by name stays a name: it is looked up when the plan is prepared. A callable is kept in `kernels`.
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynaflow_serving.core.order import order_edges, state_edges
+from dynaflow_serving.core.order import external_ports, order_edges, state_edges
+from dynaflow_serving.core.plan import Instance, range_text
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.strategy.streams import default_stream
@@ -75,6 +77,8 @@ class Schedule:
         """
         if micro_batches > 1 and program.unsplittable:
             raise ScheduleError(f"this program cannot be split: {program.unsplittable}")
+        if micro_batches > 1 and program.unmergeable:
+            raise ScheduleError(f"this program cannot be split: {program.unmergeable}")
         self.program = program
         self.micro_batches = micro_batches
         self.depends = tuple(depends)
@@ -82,6 +86,7 @@ class Schedule:
         self.kernels: dict[str, Kernel] = {}
         """The callables that stand in for operators, by their names in the plan."""
         self._named: set[str] = set()  # kernels given by name
+        self._summed: dict[tuple[str, int], Launch] = {}  # PARTIAL value @ micro-batch -> what made it
         self._index = {o.name: i for i, o in enumerate(program.operators)}
         self._tasks = [Task(o, mb) for o in program.operators for mb in range(micro_batches)]
         self._before: list[set[int]] = [set() for _ in self._tasks]
@@ -210,7 +215,9 @@ class Schedule:
         if len(mbs) > 1:
             self._check_mergeable(names)
         stream = stream or default_stream(self.program.by_name[name] for name in names)
-        self.launches.append(Launch(stream, tuple(names), mbs[0], mbs[-1] + 1, kernel))
+        launch = Launch(stream, tuple(names), mbs[0], mbs[-1] + 1, kernel)
+        self._follow_sums(launch)
+        self.launches.append(launch)
         self._idle_calls = 0
         for number in group:
             self._finish(number)
@@ -247,3 +254,18 @@ class Schedule:
             local = [v for v in (*op.inputs, *op.outputs) if self.program.values[v].scope is Scope.LOCAL]
             if local:
                 raise ScheduleError(f"{name} cannot run merged: {local[0]} has no token axis")
+
+    def _follow_sums(self, launch: Launch) -> None:
+        """Note which PARTIAL values `launch` makes. Raises `ScheduleError` if it needs a part of a sum."""
+        values, mbs = self.program.values, range(launch.start, launch.stop)
+        inputs, outputs = external_ports(self.program, launch.operators)
+        for key in ((v, mb) for v in inputs if values[v].scope is Scope.PARTIAL for mb in mbs):
+            made = self._summed.get(key)
+            if made and (made.start < launch.start or made.stop > launch.stop):
+                whole, reader = Instance(key[0], made.start, made.stop), " + ".join(launch.operators)
+                raise ScheduleError(
+                    f"{reader} cannot run for {range_text(launch.start, launch.stop)}: {whole} is one sum over these "
+                    f"micro-batches and cannot be cut. Execute {reader} for all of them together, or "
+                    f"{made.operators[-1]} for one micro-batch at a time"
+                )
+        self._summed |= {(v, mb): launch for v in outputs if values[v].scope is Scope.PARTIAL for mb in mbs}

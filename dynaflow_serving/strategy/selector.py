@@ -41,9 +41,19 @@ class Selector(abc.ABC):
         """What the user configured, as a pydantic model."""
 
     @property
+    def in_use(self) -> tuple[str, ...]:
+        """These candidates may split steps from now on."""
+        return self.candidates
+
+    @property
     def annotations(self) -> tuple[Rule, ...]:
         strategies = [self.strategy(candidate) for candidate in self.candidates]
         return tuple(dict.fromkeys(rule for s in strategies for rule in s.annotations))
+
+    @property
+    def row_wise(self) -> tuple[str, ...]:
+        """The custom operators that the strategies declare to treat each token on its own."""
+        return tuple(name for candidate in self.candidates for name in self.strategy(candidate).row_wise)
 
     @property
     def max_micro_batches(self) -> int:

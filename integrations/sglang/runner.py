@@ -8,7 +8,7 @@ Contract
   the scheduler reports ready.
 - A split step uses no CUDA graph, because a graph replays the whole batch with its own attention metadata. Un-split
   steps replay as ever.
-- Where shadow mode compares, the body runs again un-split under the step's own context, and writes the KV cache last.
+- Where a step is compared, the body runs again un-split under the step's own context, and writes the KV cache last.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class DynaflowRunner:
         self.session.confirm(group)
 
     def start(self, tree_cache: Any) -> None:
-        """Decide by measuring, if the strategy is `auto`; this follows `check`.
+        """Decide by measuring, if the strategy is `auto`, and compare splits in trials; this follows `check`.
 
         Args:
             tree_cache: The scheduler's cache, still empty.

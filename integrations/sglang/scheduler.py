@@ -4,8 +4,9 @@ Contract
 - SGLang publishes its arguments early in every process, where `plugin` calls `enter`. Errors raised there end the
   process, while errors of plugins are logged and swallowed.
 - Only then are SGLang's classes changed, and only in the processes that need it.
-- A scheduler reports ready after the ranks have agreed on their plans and the policy has decided (`strategy: auto`). It
-  then names its strategy, or "" if the config let it fall back. The parent refuses to go on if one says nothing.
+- A scheduler reports ready after the ranks have agreed on their plans, the policy has decided (`strategy: auto`), and
+  splits have been compared. It then names its strategy, or "" if the config let it fall back. The parent refuses to go
+  on if one says nothing.
 - `dynaflow_report` and `dynaflow_reset` are for `Engine.collective_rpc`. This brings back no result, so a report goes
   to a file per rank. `/server_info` shows rank 0's counts among its internal states.
 """

@@ -1,4 +1,4 @@
-"""The policy's trials in SGLang (`strategy: auto`) are real steps that no user asked for, in the mode that serves.
+"""Trials in SGLang are real steps that no user asked for, in the mode that serves. The policy and the check run them.
 
 Contract
 - A trial is a `ScheduleBatch` of new requests that is forwarded and sampled as SGLang's worker does it. An un-split

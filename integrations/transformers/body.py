@@ -93,9 +93,8 @@ class Body(SplitForward):
         self.backend.width = first.shape[1] if first.dim() > 1 else 1
         if not isinstance(self.session.selector, AutoSelector):
             return self._run_graphs(args, kwargs)  # each graph is a step
-        run = super().__call__
-        with self.session.step(Batch((1,) * size, width=self.backend.width)) as step:
-            return step.checked(run(*args, **kwargs), lambda: run(*args, **kwargs), [first])
+        with self.session.step(Batch((1,) * size, width=self.backend.width)):
+            return super().__call__(*args, **kwargs)
 
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = self.session.in_flight

@@ -4,7 +4,7 @@ Contract
 - Several ranks run the model with `tp_plan="auto"`. A pass is one forward of the body (all but the head) over one batch
   of random tokens, without a cache; its output is the last hidden state.
 - With `training` it is forward and backward; the outputs are the loss, the mean of the squares of the hidden states,
-  and the gradients. The forward pass runs in micro-batches, the backward pass as AOT autograd makes it.
+  and the gradients. Both passes run in micro-batches.
 """
 
 from __future__ import annotations

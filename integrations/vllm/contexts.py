@@ -4,7 +4,7 @@ Contract
 - Either model runner calls `set` with the attention metadata and slot mappings of each micro-batch. The model's
   forward, compiled or not, gets them through `entering`.
 - A micro-batch's context has no CUDA graph, because graphs are keyed by batch and share static outputs.
-- `unsplit` enters a context for the whole batch, where shadow mode compares.
+- `unsplit` enters a context for the whole batch, where a step is compared.
 """
 
 from __future__ import annotations

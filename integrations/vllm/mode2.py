@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from dynaflow_serving.capture.fx import partition
+from dynaflow_serving.capture.fx.buffers import own_code
 from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.capture.fx.symbols import input_symbols
 from dynaflow_serving.integrations.vllm.operators import effects, rules
@@ -39,5 +40,5 @@ def backend(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., 
     if worker.piece_compiler == "inductor":
         compile_pieces(capture, worker.vllm_config.compilation_config.inductor_compile_config)
     elif not selector.schedules_unsplit:
-        whole = gm.forward  # vLLM's backend "eager" would run the same
+        whole = own_code(gm)  # vLLM's backend "eager" would run the same
     return worker.forward(worker.session.add(capture), whole)

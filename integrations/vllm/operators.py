@@ -7,6 +7,8 @@ Contract
   says.
 - Mixture-of-experts kernels are operators of their own. They read the forward context on CUDA, and share one scratch
   pad with attention on CPU, so both stay on the compute stream.
+- `ROW_WISE` are vLLM's kernels that treat each token on its own. What quantizes a whole tensor by its greatest element
+  (`dynamic_scaled_fp8_quant`) does not, and is not among them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,37 @@ COLLECTIVES = {
     "vllm::reduce_scatter": Tag.REDUCE_SCATTER,
     "vllm::all_gather": Tag.ALL_GATHER,
 }
+ROW_WISE = (
+    *COLLECTIVES,
+    # matrix products: x [tokens, ...] and weights
+    *(f"_C::{name}" for name in (
+        "onednn_mm", "onednn_scaled_mm", "weight_packed_linear", "fp8_scaled_mm_cpu", "int8_scaled_mm_with_quant",
+        "int4_scaled_mm_cpu", "cpu_gemm_wna16", "cutlass_scaled_mm", "cutlass_scaled_mm_azp", "cutlass_scaled_fp4_mm",
+        "cutlass_w4a8_mm", "machete_mm", "marlin_gemm", "gptq_gemm", "awq_gemm", "dsv3_fused_a_gemm",
+    )),
+    *(f"vllm::{name}" for name in (
+        "rocm_unquantized_gemm", "marlin_gemm", "w8a8_triton_block_scaled_mm_func", "triton_w4a16_gemm",
+        "fp8_gemm_nt_op", "cuda_flashinfer_bf16_gemm", "min_latency_fused_qkv_a_proj",
+    )),
+    # norms, activations and rotary embeddings
+    *(f"_C::{name}" for name in (
+        "rms_norm", "fused_add_rms_norm", "gemma_rms_norm", "rms_norm_static_fp8_quant",
+        "fused_add_rms_norm_static_fp8_quant", "rms_norm_dynamic_per_token_quant", "rms_norm_per_block_quant",
+        "layer_norm", "fused_add_layer_norm", "fused_qk_norm_rope", "rotary_embedding", "silu_and_mul",
+        "silu_and_mul_with_clamp", "silu_and_mul_quant", "silu_and_mul_per_block_quant", "mul_and_silu", "gelu_and_mul",
+        "gelu_tanh_and_mul", "fatrelu_and_mul", "swigluoai_and_mul", "gelu_new", "gelu_fast", "gelu_quick", "gelu_tanh",
+        "relu_squared", "activation_lut_bf16",
+    )),
+    "vllm_ir::rms_norm", "vllm_ir::fused_add_rms_norm", "vllm::mrope", "vllm::flashinfer_rotary_embedding",
+    # quantization with given scales, or with one per token or per group of a token
+    *(f"_C::{name}" for name in (
+        "static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant", "static_scaled_int8_quant",
+        "dynamic_scaled_int8_quant", "per_token_group_fp8_quant", "per_token_group_quant_int8",
+    )),
+    # experts of a token and their weights
+    *(f"_moe_C::{name}" for name in ("topk_softmax", "topk_sigmoid", "grouped_topk", "moe_sum")),
+    "_C::vocab_parallel_embedding",
+)  # fmt: skip
 
 
 def rules() -> tuple[Rule, ...]:

@@ -3,7 +3,7 @@
 Contract
 - Only the methods named in `patches.md` are overridden, and each calls vLLM's own. Outside a live step nothing changes.
 - vLLM builds the metadata itself, given the micro-batches as `ubatch_slices`. It builds them once more, without
-  micro-batches, where shadow mode also runs the step un-split.
+  micro-batches, where a step is compared with an un-split one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class V1RunnerMixin(RunnerMixin):
         return step.checked(result, lambda: self._run_whole(forward), (*args, *kwargs.values()))
 
     def _run_whole(self, forward: Callable[[], Any]) -> Any:
-        """Run the live split step's forward un-split, for shadow mode, under which there are no micro-batches."""
+        """Run the live split step's forward un-split, to compare with; there are no micro-batches then."""
         # Builders of metadata keep buffers that the split forward may still read.
         self.dynaflow.session.clock.synchronize()
         args, kwargs = self._slots

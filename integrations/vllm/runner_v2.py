@@ -3,7 +3,7 @@
 Contract
 - V2 asks its CUDA-graph manager how a step runs. For a split step the answer is "that many micro-batches, no graph".
   V2 then calls its `ubatch_runner`, which is `MicroBatchRunner` here.
-- Where shadow mode compares, it also runs the whole batch, under metadata prepared as for an un-split step.
+- Where a step is compared, it also runs the whole batch, under metadata prepared as for an un-split step.
 - Warm-up runs whole: vLLM sends it through `execute_model` too, and the ranks have not compared plans yet.
 - V2 keeps its block tables on the device. The ids are also kept here, so that looking for prefix-cache hits within a
   step does not wait for the device.
@@ -128,7 +128,7 @@ class MicroBatchRunner:
         return UBatchState(slices, forward_contexts=[])  # `ForwardContexts` has them
 
     def run(self, model: Callable[..., Any], model_inputs: dict[str, Any], state: Any) -> Any:
-        """Run the prepared step; shadow mode may compare it."""
+        """Run the prepared step, which may be compared with an un-split one."""
         step, self._step = self._step, ()
         live = self.runner.dynaflow.session.in_flight
         result = model(**model_inputs)
@@ -138,7 +138,7 @@ class MicroBatchRunner:
         self, model: Callable[..., Any], model_inputs: dict[str, Any], input_batch: Any, cg_mode: Any,
         block_tables: tuple[torch.Tensor, ...], slot_mappings: torch.Tensor,
     ) -> Any:  # fmt: skip
-        """Run the live split step un-split, for shadow mode, under which there are no micro-batches."""
+        """Run the live split step un-split, to compare with; there are no micro-batches then."""
         from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 
         runner = self.runner

@@ -11,12 +11,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from dynaflow_serving.capture.independence import row_wise
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations.base import KEY
 from dynaflow_serving.integrations.vllm import metrics
 from dynaflow_serving.integrations.vllm.contexts import ForwardContexts
 from dynaflow_serving.integrations.vllm.engine_args import PIECE_COMPILER
+from dynaflow_serving.integrations.vllm.operators import ROW_WISE
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.forward import GraphForward
 from dynaflow_serving.session.plan_cache import PlanCache
@@ -45,6 +47,7 @@ class WorkerState:
             logger=logging.getLogger("vllm.dynaflow"),
             rank=rank,
         )
+        row_wise(*ROW_WISE)
         self.contexts = ForwardContexts(self.session, vllm_config)
         self._metrics_file = metrics.writer(rank)
         if self._metrics_file is not None:

@@ -1,4 +1,4 @@
-"""The policy's trials in vLLM (`strategy: auto`) are real steps that no user asked for, in the mode that serves.
+"""Trials in vLLM are real steps that no user asked for, in the mode that serves. The policy and the check run them.
 
 Contract
 - A trial is one `SchedulerOutput` of new requests, run by the worker's own `execute_model` and `sample_tokens`. vLLM's
@@ -13,6 +13,7 @@ Contract
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from dynaflow_serving.policy.key import engine_key
 from dynaflow_serving.policy.side_effects import Facts
 from dynaflow_serving.session.session import Session
 
+DRAWN = 4096  # so many token ids are drawn, for all trials
 NAME = "_dynaflow_trial_{}_{}_"
 
 
@@ -36,6 +38,9 @@ class WorkerTrials:
         self.worker, self._run = worker, 0
         groups = worker.model_runner.kv_cache_config.kv_cache_groups
         self._block_sizes: list[int] = [group.kv_cache_spec.block_size for group in groups]
+        # Equal tokens would hide errors from the check, and send all rows to the same experts.
+        self._draw = random.Random(0)
+        self._ids = self._draw.choices(range(worker.vllm_config.model_config.get_vocab_size()), k=DRAWN)
         # Greedy sampling with a seed draws nothing from the generators that users' requests will draw from.
         self._sampling = SamplingParams(temperature=0.0, max_tokens=2, seed=0)
 
@@ -84,7 +89,7 @@ class WorkerTrials:
         for name, new, context in zip(names, batch.tokens, batch.context, strict=True):
             # Model Runner V2 tells a decode by its prompt being computed already; V1 by the number of new tokens alone.
             decodes = self.worker.use_v2_model_runner and new == 1 and context > 0
-            prompt = [0] * (context if decodes else context + new)
+            prompt = self._prompt(context if decodes else context + new)
             blocks = []
             for size in self._block_sizes:
                 stop = free + math.ceil((context + new) / size)
@@ -104,6 +109,11 @@ class WorkerTrials:
                 )
             )
         return requests
+
+    def _prompt(self, tokens: int) -> list[int]:
+        """Return token ids, which begin somewhere in the drawn ones."""
+        start = self._draw.randrange(DRAWN)
+        return (self._ids * (2 + tokens // DRAWN))[start : start + tokens]
 
 
 def facts(worker: Any, session: Session) -> Facts:

@@ -4,7 +4,7 @@ Contract
 - The model runner that vLLM selected, V1 or V2, becomes a DynaFlow runner before the model is loaded.
 - A model without a graph is put under DynaFlow when it is loaded (`eager`).
 - After warm-up the worker refuses to serve if DynaFlow has no program of the model, or if the ranks would run
-  different plans. Then the policy decides, if the strategy is `auto` (`trials`).
+  different plans. Then the policy decides, if the strategy is `auto`, and splits are compared (`trials`).
 - `dynaflow_report` and `dynaflow_reset` are for `collective_rpc`.
 """
 

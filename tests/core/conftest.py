@@ -1,6 +1,5 @@
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,21 +33,3 @@ def no_grad() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/core/golden from what is computed")
-
-
-COUNT = "count"
-
-
-@pytest.fixture
-def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Call it with lines for the end of the run: counts that a person should see."""
-    return partial(record_property, COUNT)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    # Properties of a test's report, because with `-n` the test ran in another process.
-    calls = [r for results in terminalreporter.stats.values() for r in results if getattr(r, "when", "") == "call"]
-    if lines := [text for call in calls for name, text in call.user_properties if name == COUNT]:
-        terminalreporter.section("counts")
-        for line in lines:
-            terminalreporter.line(line)

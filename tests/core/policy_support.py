@@ -51,11 +51,13 @@ class Engine:
         seconds: Callable[[int], float],
         batches: Iterable[Batch] = (Batch((8,) * 8),),
         ranks: Ranks | None = None,
+        check: str = "never",
         **options: Any,
     ) -> None:
         self.seconds = seconds
         self.ran: list[Batch] = []
-        config = Config(strategy="auto", options={"candidates": ["nanoflow"], "micro_batches": [2], **options})
+        given = {"candidates": ["nanoflow"], "micro_batches": [2], **options}
+        config = Config(strategy="auto", options=given, check=check)
         self.session = Session(build_selector(config), config)
         self.plan_cache = self.session.add(
             manual(program_of(CHAIN), **dict.fromkeys(("c0", "n0", "c1", "n1"), self._operator)),
@@ -84,6 +86,7 @@ class Engine:
         x = torch.zeros(sum(batch.tokens), 1)
         with self.session.step(batch) as step:
             (result,) = self.plan_cache.run([x], step.split, traced=step.to_trace)
+            (result,) = step.checked((result,), lambda: self.plan_cache.run_plain([x], len(x)))
         assert torch.equal(result, torch.full_like(result, 4.0))
         return result
 

@@ -1,7 +1,7 @@
 """Random Programs, built in the IR, with random schedules and plans.
 
 The Programs write storages in place (through aliases too), read and write engine states, and have
-collective groups and operators with context. Lowering may refuse a schedule, with a `ScheduleError`.
+collective groups, operators with context, and sums over tokens. Lowering may refuse a schedule, with a `ScheduleError`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.strategy.schedule import Schedule
 
+MERGED = (Scope.BATCH, Scope.PARTIAL)
+
 
 def random_program(rng: random.Random, size: int) -> Program:
     values = {"n": Value("n", Scope.TOKENS), "w": Value("w", Scope.SHARED)}
@@ -24,18 +26,17 @@ def random_program(rng: random.Random, size: int) -> Program:
     for i in range(size):
         readable = [v for v in values.values() if v.scope is not Scope.TOKENS or rng.random() < 0.5]
         used = rng.sample(readable, min(len(readable), rng.randint(1, 3)))
-        batched = [v for v in used if v.scope is Scope.BATCH]
         outputs = []
         for j in range(rng.randint(0 if i else 1, 2)):
-            source = rng.choice(batched) if batched and rng.random() < 0.3 else None
-            scope = rng.choices((Scope.BATCH, Scope.LOCAL, Scope.SHARED), (8, 1, 1))[0]
+            scope = rng.choices((Scope.BATCH, Scope.PARTIAL, Scope.LOCAL, Scope.SHARED), (16, 4, 2, 2))[0]
+            sources = [v.storage for v in used if v.scope is scope and scope in MERGED and rng.random() < 0.3]
             axis = rng.choice((0, 1)) if scope is Scope.BATCH else None
-            storage = source.storage if source is not None and scope is Scope.BATCH else ""
-            outputs.append(Value(f"v{i}_{j}", scope, axis, storage=storage))
+            mean = scope is Scope.PARTIAL and rng.random() < 0.5
+            outputs.append(Value(f"v{i}_{j}", scope, axis, storage=next(iter(sources), ""), mean=mean))
         values.update({v.name: v for v in outputs})
-        writes = [v.storage for v in batched if rng.random() < 0.25]
+        writes = [v.storage for v in used if v.scope in MERGED and rng.random() < 0.25]
         states = [s for s in ("cache0", "cache1") if rng.random() < 0.15]
-        own = [v.name for v in outputs if v.scope is Scope.BATCH and v.storage == v.name]
+        own = [v.name for v in outputs if v.scope in MERGED and v.storage == v.name]
         operators.append(
             Operator(
                 f"op{i}",
@@ -50,7 +51,7 @@ def random_program(rng: random.Random, size: int) -> Program:
                 into=tuple(v for v in own if rng.random() < 0.5),
             )
         )
-    produced = [v for v in values.values() if v.scope is Scope.BATCH]
+    produced = [v for v in values.values() if v.scope in MERGED]
     outputs_of = rng.sample(produced, min(len(produced), rng.randint(1, 3)))
     return Program(inputs, tuple(v.name for v in outputs_of), values, tuple(operators))
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import example as hypothesis_example
 from torch import fx, nn
 
-from dynaflow_serving.capture.examples import example_capture
+from dynaflow_serving.capture.examples import example_capture, loss_capture
 from dynaflow_serving.capture.fx import partition
 from dynaflow_serving.capture.fx.symbols import batch_symbols
 from dynaflow_serving.capture.program import CapturedProgram
@@ -25,6 +25,7 @@ from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.rules import Rule
 from dynaflow_serving.strategy.schedule import Schedule
 
 # make -> bump (in place, on the network stream, slowly) -> read
@@ -66,8 +67,10 @@ outputs z a
 """
 
 
-# An embedded example, captured once for all tests: nothing may be changed in it.
-example = cache(example_capture)
+@cache
+def example(name: str, rules: tuple[Rule, ...] = ()) -> CapturedProgram:
+    """An embedded example, captured once for all tests: nothing may be changed in it."""
+    return loss_capture() if name == "loss" else example_capture(name, rules)
 
 
 def fixed_examples(count: int, **ranges: tuple[int, int]) -> Callable[[Any], Any]:

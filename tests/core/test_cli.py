@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from dynaflow_serving.capture.examples import EXAMPLES, HIDDEN
 from dynaflow_serving.cli import app
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.parse import parse_plan
+from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.program import Scope, Value
 from dynaflow_serving.picture.measure import example_inputs
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.session import Session
@@ -200,8 +202,8 @@ class Suspicious(OpScheduler):
 
 @pytest.fixture
 def reproducer(tmp_path: Path) -> Path:
-    """What shadow mode writes about a step of `llama` under `Suspicious`: 11 requests of 4 tokens."""
-    config = Config(strategy="sequential", executor="sequential", shadow={"folder": str(tmp_path), "every": 1})
+    """What the check writes about a step of `llama` under `Suspicious`: 11 requests of 4 tokens."""
+    config = Config(strategy="sequential", executor="sequential", check={"folder": str(tmp_path)})
     session = Session(FixedStrategy(Suspicious()), config)
     capture = example("llama")
     plan_cache = session.add(capture)
@@ -258,6 +260,19 @@ def test_check_of_outputs_that_cannot_be_attributed(reproducer: Path) -> None:
     output = dynaflow("check", str(reproducer)).stdout
     assert "split has [4]" in output and "1 of 11" in output and "0 of 1" in output
     assert worst_row(output) == ["0", "2", "unknown", "unknown", "inf", "1", "nan"]
+
+
+def test_check_of_a_sum_that_is_as_long_as_the_batch(reproducer: Path) -> None:
+    """The program says that it has no token axis, so nobody guesses one."""
+    content = torch.load(reproducer, weights_only=True)
+    (program,) = map(parse_program, content["programs"])
+    (name,) = program.outputs
+    summed = replace(program, values={**program.values, name: Value(name, Scope.PARTIAL)})
+    content["programs"] = [summed.to_text()]
+    content["whole"], content["split"] = [torch.ones(44)], [torch.ones(44)]
+    content["split"][0][3] = 2
+    torch.save(content, reproducer)
+    assert worst_row(dynaflow("check", str(reproducer)).stdout)[1:4] == ["3", "unknown", "unknown"]
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,11 @@ def test_load_takes_a_path_a_name_a_mapping_and_a_config(tmp_path: Path) -> None
         ("strategy: nanoflow\noptions: {min_tokens: 0}", r"min_tokens: .*greater than or equal to 1.*got 0"),
         (
             "strategy: nanoflow\noption: {}",
-            r"unknown option 'option'. Did you mean 'options'\? Valid: capture, executor, fallback",
+            r"unknown option 'option'. Did you mean 'options'\? Valid: capture, check, executor, fallback",
         ),
         ("strategy: nanoflow\nexecutor: gpu", r"executor: .*'auto', 'sequential', 'cpu' or 'cuda'.*got 'gpu'"),
         ("strategy: 3", r"strategy: .*string.*got 3"),
-        ("options: {}", r"'strategy' is missing. Valid: capture, executor, fallback, graph, max_graphs, options"),
+        ("options: {}", r"'strategy' is missing. Valid: capture, check, executor, fallback, graph, max_graphs"),
         ("strategy: nanoflow\ngraph: on", r"graph: .*'off' or 'whole'.*got True"),
         ("strategy: nanoflow\nmax_graphs: 0", r"max_graphs: .*greater than or equal to 1.*got 0"),
         ("strategy: nanoflow\nstreams: {compute: {priority: -1}}", r"'compute' is the caller's own"),

@@ -25,7 +25,6 @@ MIXING: dict[str, Callable[[torch.Tensor], Any]] = {
     "mean": lambda x: x - x.mean(0, keepdim=True),
     "max": lambda x: x - x.max(),
     "matmul": lambda x: x @ x.T,
-    "gram": lambda x: x.T @ x,
     "flip": lambda x: x.flip(1, 0),
     "roll": lambda x: x.roll(1),
     "sort": lambda x: x.sort(0).values,

@@ -101,6 +101,8 @@ def test_names_that_look_like_headers_round_trip() -> None:
         (parse_program, "", "no program found"),
         (parse_program, "program\nvalue x batch", "line 2: .*axis=None"),
         (parse_program, "program\nvalue x sideways", "line 2: .*sideways"),
+        (parse_program, "program\nvalue x partial:0", "line 2: .*axis=0 does not fit scope partial"),
+        (parse_program, "program\nvalue x local:mean", "line 2: .*a mean over the tokens has scope partial, not local"),
         (parse_program, "program\nop a compute\n  colour red", "colour"),
         (parse_program, "program\nnonsense", "line 2: .*unknown field"),
     ],

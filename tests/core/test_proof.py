@@ -1,10 +1,8 @@
-"""Proof that it is on and right: traces of real steps, shadow mode with a wrong kernel, counters, clocks."""
+"""Proof that it is on and right: traces of real steps, counters, clocks, wrong configs."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,30 +10,18 @@ from typing import Any
 import pytest
 import torch
 from cuda_standin import FakeCuda
-from hypothesis import given
-from hypothesis import strategies as st
 from policy_support import Engine, adopted, per_token, table_for
 from prometheus_client import REGISTRY
-from rounding import assert_same, integers, with_integer_weights
 from torch import nn
 
 import dynaflow_serving as dynaflow
 from dynaflow_serving.config import Config, load
-from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.parse import parse_plan, parse_program
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.executor.tracing import EventTracer
-from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.session.clock import CUDAClock
 from dynaflow_serving.session.session import Session
-from dynaflow_serving.session.shadow import TOLERANCES, difference
-from dynaflow_serving.strategy.base import OpScheduler
-from dynaflow_serving.strategy.rules import SplitModule
-from dynaflow_serving.strategy.schedule import Schedule
-from dynaflow_serving.strategy.selector import FixedStrategy
-from dynaflow_serving.strategy.splitting import cut_evenly
-from dynaflow_serving.torch_backend import Backend, Compiled
 
 
 # -- traces --------------------------------------------------------------------------------------------
@@ -88,140 +74,6 @@ def test_a_trace_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"trace: folder .* cannot be made"):
         traced_engine(tmp_path / "file" / "x")
-
-
-# -- shadow mode ---------------------------------------------------------------------------------------
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(x)))
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class WithKernel(OpScheduler):
-    """Runs the second block of every micro-batch by a kernel."""
-
-    name = "with_kernel"
-    annotations = (SplitModule("Block"),)
-
-    def __init__(self, kernel: Any) -> None:
-        super().__init__()
-        self.kernel = kernel
-
-    def split(self, batch: Batch) -> Split:
-        return cut_evenly(batch, 2)
-
-    def schedule(self, s: Schedule) -> None:
-        while ready := s.get_ready_ops():
-            s.execute(ready[0], replace=self.kernel if "1" in ready[0].name else None)
-
-
-def shadowed(kernel: Any, folder: Path, **shadow: Any) -> tuple[Model, Any]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = with_integer_weights(Model())
-    config = Config(strategy="sequential", shadow={"folder": str(folder), "every": 2, **shadow})
-    session = Session(FixedStrategy(WithKernel(kernel(model.layers[1]))), config)
-    backend = Backend(session, 0, "dynamo")
-    return model, Compiled(model, backend, 0)
-
-
-def wrong(block: Any) -> Any:
-    def a_little_more(x: torch.Tensor, *weights: Any) -> torch.Tensor:
-        return block(x) * 1.001
-
-    return a_little_more
-
-
-def right(block: Any) -> Any:
-    def same(x: torch.Tensor, *weights: Any) -> torch.Tensor:
-        return block(x)  # type: ignore[no-any-return]
-
-    return same
-
-
-@torch.no_grad()
-def test_a_wrong_kernel_is_caught_stopped_and_reproducible(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, compiled = shadowed(wrong, tmp_path)
-    x = integers(12, 16)
-    with caplog.at_level(logging.ERROR):
-        first = compiled(x)
-    assert torch.equal(first, model(x)), "the step that was compared gives the un-split result"
-    assert "with_kernel is STOPPED" in caplog.text and "Reproducer" in caplog.text
-    assert torch.equal(compiled(x), model(x))  # nothing is split any more
-    counts = compiled.session.counts
-    assert counts.split == 1 and counts.unsplit == {"shadow mode: outputs differed from un-split ones": 1}
-    (file,) = tmp_path.iterdir()
-    content = torch.load(file, weights_only=True)
-    assert content["bounds"] == [0, 6, 12] and content["strategy"] == "with_kernel"
-    (program,), (plan,) = map(parse_program, content["programs"]), map(parse_plan, content["plans"])
-    verify(program, plan)
-    assert [s.kernel for s in plan.actions if s.kernel] == ["a_little_more"] * 2
-    assert torch.equal(content["whole"][0], model(x)) and not torch.allclose(content["split"][0], model(x), rtol=1e-5)
-    assert any(torch.equal(t, x) for t in content["inputs"])
-
-
-@torch.no_grad()
-def test_a_right_kernel_is_left_alone(tmp_path: Path) -> None:
-    model, compiled = shadowed(right, tmp_path, every=1)
-    for size in (12, 9, 2):
-        x = integers(size, 16)
-        assert torch.equal(compiled(x), model(x))
-    session = compiled.session
-    assert session.shadow.comparisons == 3 == session.counts.split and not list(tmp_path.iterdir())
-
-
-@torch.no_grad()
-def test_every_second_split_step_is_compared(tmp_path: Path) -> None:
-    _, compiled = shadowed(right, tmp_path, every=2)
-    for _ in range(5):
-        compiled(integers(8, 16))
-    assert compiled.session.shadow.comparisons == 3
-
-
-def test_while_training_the_result_keeps_its_gradients(tmp_path: Path) -> None:
-    model, compiled = shadowed(right, tmp_path, every=1)
-    x = integers(8, 16)
-    compiled(x).sum().backward()
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    model(x).sum().backward()
-    for found, parameter in zip(gradients, model.parameters(), strict=True):
-        assert parameter.grad is not None
-        assert_same(found, parameter.grad, "gradients")
-
-
-@given(st.sampled_from(list(TOLERANCES)), st.floats(-6, 0), st.integers(0, 9))
-def test_the_tolerance_is_relative_to_the_greatest_value(dtype: torch.dtype, exponent: float, place: int) -> None:
-    whole = torch.linspace(-3, 2, 10).to(dtype)
-    split = whole.clone()
-    split[place] += 3 * 10**exponent
-    apart = float((split.double() - whole.double()).abs().max() / 3)
-    found = difference([split], [whole], None)
-    if not math.isclose(apart, TOLERANCES[dtype], rel_tol=1e-3):
-        assert (found is not None) == (apart > TOLERANCES[dtype])
-    assert (difference([split], [whole], 0.0) is None) == torch.equal(split, whole)
-
-
-def test_nan_and_shapes_differ_and_equal_nan_does_not() -> None:
-    nan = torch.tensor([1.0, torch.nan])
-    assert difference([nan.clone()], [nan], None) is None
-    assert difference([torch.tensor([1.0, 2.0])], [nan], None) is not None
-    assert difference([torch.ones(3)], [torch.ones(4)], None) is not None
-    assert difference([torch.ones(3, dtype=torch.int64)], [torch.full((3,), 2)], None) is not None
 
 
 # -- counters ------------------------------------------------------------------------------------------
@@ -306,8 +158,10 @@ def test_device_events_become_seconds_from_the_first() -> None:
     [
         ({"trace": {}}, "'trace.folder' is missing"),
         ({"trace": {"folder": "x", "evry": 3}}, "unknown option"),
-        ({"shadow": {"every": 0}}, "shadow.every"),
-        ({"shadow": {"tolerance": -1}}, "shadow.tolerance"),
+        ({"check": {"every": 0}}, "check.every"),
+        ({"check": {"tolerance": -1}}, "check.tolerance"),
+        ({"check": "nevr"}, "check: .*say first, never, or options such as {every: 100}"),
+        ({"check": {"evry": 2}}, "unknown option"),
     ],
 )
 def test_wrong_config(content: dict[str, Any], message: str) -> None:

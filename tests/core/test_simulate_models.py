@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 from simulate_support import place, timeline_of
 
+from dynaflow_serving.capture.examples import loss_capture
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.core.parse import parse_program
 from dynaflow_serving.core.plan import ActionKind
@@ -175,3 +176,15 @@ def test_pictures_say_simulated_and_show_every_step() -> None:
     assert [line.split()[0] for line in lines] == list(t.plan.streams)
     assert all(len(line.split()[1]) == WIDTH and set(line.split()[1]) <= set("01.") for line in lines)
     assert math.isclose(t.makespan, max(s.end for s in t.spans))
+
+
+def test_a_merge_that_adds_costs_by_the_elements_of_the_sum() -> None:
+    program = loss_capture().program
+    part = workloads(Batch((64, 64, 64)), (0, 64, 128, 192))
+    work, sums = {o.name: () for o in program.operators}, {"scaled": 4096**2, "loss": 1}
+    costs = RooflineCosts(place(), work, {"y": 16}, part, sums=sums)
+    plan = lower(get_strategy("nanoflow")().record(program, 3), "nanoflow")
+    merge = next(i for i, s in enumerate(plan.actions) if str(s).startswith("merge scaled@0"))
+    added = costs.demands(plan)[merge]
+    assert added is not None  # two additions, of 16-bit elements: each reads two of them and writes one
+    assert added.seconds == pytest.approx(2 * 3 * 4096**2 * 2 / place().device.bandwidth)

@@ -66,12 +66,12 @@ def test_a_training_step_has_the_same_gradients(level: Any) -> None:
             assert p.grad is not None and q.grad is not None
             assert_same(p.grad, q.grad)
             assert_same(p, q)
-    assert compiled.session.counts.split == 3
+    assert compiled.session.counts.split == (3 if level == "dynamo" else 6)  # at "aot" the backward graphs, too
 
 
 def test_a_model_that_mixes_the_batch_is_refused_by_name() -> None:
     compiled = dynaflow.compile(lambda x: x.softmax(0), SPLIT)
-    with pytest.raises(Exception, match=r"cannot be split: softmax \(softmax\) mixes tokens") as caught:
+    with pytest.raises(Exception, match=r"cannot be split: softmax \(aten::_softmax\) mixes tokens") as caught:
         compiled(torch.randn(8, 4))
     assert isinstance(caught.value, PartitionError) or isinstance(caught.value.__cause__, PartitionError)
 

@@ -48,8 +48,8 @@ def unload():
     destroy_distributed_environment()
 
 
-def generate(runner, prompts, new_tokens):
-    """Greedy tokens [requests, new_tokens] and the last logits."""
+def prefill(runner, prompts, new_tokens):
+    """The first new token of each request, the logits, and the batch that `decode` goes on with."""
     from sglang.benchmark import one_batch
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -64,10 +64,22 @@ def generate(runner, prompts, new_tokens):
         request.logprob_start_len = -1
         request.extend_end = len(ids)
         requests.append(request)
-    ids, logits, batch = one_batch.extend(requests, runner)
+    return one_batch.extend(requests, runner)
+
+
+def decode(runner, ids, batch):
+    """The next token of each request after `ids`, and the logits."""
+    from sglang.benchmark import one_batch
+
+    return one_batch.decode(ids, batch, runner)
+
+
+def generate(runner, prompts, new_tokens):
+    """Greedy tokens [requests, new_tokens] and the last logits."""
+    ids, logits, batch = prefill(runner, prompts, new_tokens)
     tokens = [ids.clone()]
     for _ in range(new_tokens - 1):
-        ids, logits = one_batch.decode(ids, batch, runner)
+        ids, logits = decode(runner, ids, batch)
         tokens.append(ids.clone())
     return torch.stack(tokens, 1), logits
 

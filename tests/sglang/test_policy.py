@@ -202,12 +202,12 @@ def test_the_guard_does_not_take_a_sampled_step_for_a_slow_one(
     one_process, runner, cache_of, prompts, adopted, tmp_path, monkeypatch
 ):
     seen = []
-    with one_process.dynaflow(runner, adopted | {"shadow": {"every": 2}, "trace": {"folder": str(tmp_path)}}) as ours:
+    with one_process.dynaflow(runner, adopted | {"check": {"every": 2}, "trace": {"folder": str(tmp_path)}}) as ours:
         ours.start(cache_of())
         guard = ours.session.selector.guard
         monkeypatch.setattr(guard, "record_step", lambda bucket, split, *_: seen.append(split) or 0.0)
         one_process.generate(runner, prompts, 12)
-        assert ours.session.counts.split == 7 and ours.session.shadow.comparisons == 4
+        assert ours.session.counts.split == 7 and ours.session.check.steps == 1 + 4  # one before serving
     assert seen.count(True) == 3 and seen.count(False) == 5
 
 

@@ -1,4 +1,4 @@
-"""Shadow mode, traces and counters in SGLang, and all of them under `strategy: auto` on a server of two ranks."""
+"""The check, traces and counters in SGLang, and all of them under `strategy: auto` on a server of two ranks."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.session.shadow import Shadow
+from dynaflow_serving.session.check import Check
 
 WRONG = """
 import torch
@@ -49,10 +49,10 @@ def strategy(tmp_path):
 
 
 def test_equal_outputs_are_compared_and_nothing_stops(one_process, runner, prompts, stock, strategy, tmp_path):
-    shadow = {"every": 3, "folder": str(tmp_path / "mismatch")}
-    with one_process.dynaflow(runner, {"strategy": strategy("nn.functional.silu"), "shadow": shadow}) as ours:
+    check = {"every": 3, "folder": str(tmp_path / "mismatch")}
+    with one_process.dynaflow(runner, {"strategy": strategy("nn.functional.silu"), "check": check}) as ours:
         tokens, _ = one_process.generate(runner, prompts, 12)
-        assert ours.session.shadow.comparisons == 4 and not ours.session.shadow.stopped
+        assert ours.session.check.steps == 4 and not ours.session.check.refused
         assert ours.session.counts.split == 12
     assert tokens.tolist() == stock and not (tmp_path / "mismatch").exists()
 
@@ -60,15 +60,16 @@ def test_equal_outputs_are_compared_and_nothing_stops(one_process, runner, promp
 def test_a_wrong_kernel_is_stopped_and_its_step_is_the_unsplit_one(
     one_process, runner, prompts, stock, strategy, tmp_path
 ):
-    shadow = {"every": 1, "folder": str(tmp_path)}
-    with one_process.dynaflow(runner, {"strategy": strategy("relu"), "shadow": shadow}) as ours:
+    folder = tmp_path / "mismatch"
+    with one_process.dynaflow(runner, {"strategy": strategy("relu"), "check": {"folder": str(folder)}}) as ours:
         tokens, _ = one_process.generate(runner, prompts, 12)
-        counts, stopped = ours.session.counts, ours.session.shadow.stopped
-        assert counts.split == 1 and counts.unsplit == {stopped: 11} and "outputs differed" in stopped
+        counts = ours.session.counts
+        assert counts.split == 1 and counts.unsplit == {"check: the output differs from the un-split run": 11}
     assert tokens.tolist() == stock
-    with one_process.dynaflow(runner, {"strategy": strategy("relu")}):
+    with one_process.dynaflow(runner, {"strategy": strategy("relu"), "check": "never"}):
         assert one_process.generate(runner, prompts, 12)[0].tolist() != stock
-    found = torch.load(tmp_path / "mismatch-step1-rank0.pt", weights_only=True)
+    (file,) = folder.iterdir()
+    found = torch.load(file, weights_only=True)
     assert found["tokens"] == list(map(len, prompts)) and found["strategy"] == "relu"
     assert found["split"][0].shape == found["whole"][0].shape == (sum(found["tokens"]), 256)
     assert found["inputs"][0].tolist() == [token for prompt in prompts for token in prompt]
@@ -77,8 +78,8 @@ def test_a_wrong_kernel_is_stopped_and_its_step_is_the_unsplit_one(
 
 def test_a_step_that_lost_its_plan_is_not_compared(one_process, runner, prompts, stock, monkeypatch, tmp_path):
     attention = runner.model.model.layers[1].self_attn.attn
-    config = {"strategy": "nanoflow", "options": {"min_tokens": 1}, "shadow": {"every": 1, "folder": str(tmp_path)}}
-    monkeypatch.setattr(Shadow, "compare", None)
+    config = {"strategy": "nanoflow", "options": {"min_tokens": 1}, "check": {"folder": str(tmp_path)}}
+    monkeypatch.setattr(Check, "conclude", None)
     with one_process.dynaflow(runner, config):
         wrapped = attention.forward
         monkeypatch.setattr(attention, "forward", wrapped.__wrapped__)
@@ -93,7 +94,7 @@ def test_the_plugin_leaves_the_mode_of_prometheus_to_the_engine():
         "import sys\n"
         "from dynaflow_serving.config import load\n"
         "from dynaflow_serving.integrations.sglang import limits, plugin, scheduler, server_args\n"
-        "load({'strategy': 'auto', 'shadow': {}})\n"
+        "load({'strategy': 'auto', 'check': {}})\n"
         "sys.exit('prometheus_client' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
@@ -124,7 +125,7 @@ def test_server_of_two_ranks_tunes_and_then_serves_by_the_table(model_path, prom
         decision.noise = 100.0  # the guard lets it run, however slow it is
     tuned.save(table)
     config["trace"] = {"folder": str(traces), "every": 2, "limit": 2}
-    config["shadow"] = {"every": 3, "folder": str(tmp_path / "mismatch")}
+    config["check"] = {"every": 3, "folder": str(tmp_path / "mismatch")}
     file.write_text(yaml.safe_dump(config))
     with serve(model_path("llama"), *arguments, ranks=2) as server:
         assert server.generate(prompts, 12) == first

@@ -74,7 +74,8 @@ def test_trials_fit_into_the_engine(tokens, requests, length, blocks, sizes, v2)
 
     groups = [SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size)) for size in sizes]
     scheduler = SimpleNamespace(max_num_batched_tokens=tokens, max_num_seqs=requests)
-    config = SimpleNamespace(scheduler_config=scheduler, model_config=SimpleNamespace(max_model_len=length))
+    model = SimpleNamespace(max_model_len=length, get_vocab_size=lambda: 100)
+    config = SimpleNamespace(scheduler_config=scheduler, model_config=model)
     cache = SimpleNamespace(kv_cache_groups=groups, num_blocks=blocks)
     trials = WorkerTrials(
         SimpleNamespace(vllm_config=config, model_runner=SimpleNamespace(kv_cache_config=cache), use_v2_model_runner=v2)

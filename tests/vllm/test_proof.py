@@ -1,4 +1,4 @@
-"""Shadow mode and metrics in real vLLM: wrong strategies are caught, and the counters are on vLLM's own endpoint."""
+"""The check and metrics in real vLLM: wrong strategies are caught, and the counters are on vLLM's own endpoint."""
 
 import time
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ class WrongKernel(NanoFlow):
             for task in tasks:
                 s.execute(task, replace=silu_mul_and_a_bit if "activation" in task.name else None)
 """
-STOPPED = "shadow mode: outputs differed from un-split ones"
+STOPPED = "check: the output differs from the un-split run"
 
 
 @pytest.fixture
@@ -37,18 +37,19 @@ def counted():
     def value(name, labels):
         return REGISTRY.get_sample_value(f"dynaflow_{name}_total", labels) or 0.0
 
-    before = {n: value("shadow_steps", {"result": n}) for n in ("equal", "different")}
-    return lambda result: value("shadow_steps", {"result": result}) - before[result]
+    before = {n: value("checked_steps", {"result": n}) for n in ("equal", "different")}
+    return lambda result: value("checked_steps", {"result": result}) - before[result]
 
 
 @pytest.mark.parametrize("mode", ["none"] if V2 else ["mode2-uncompiled", "none"])
-def test_a_wrong_kernel_is_stopped_and_its_output_not_used(generate, check_tokens, tmp_path, counted, mode):
+def test_a_wrong_kernel_is_stopped_before_the_engine_serves(generate, check_tokens, tmp_path, counted, mode):
     file, folder = tmp_path / "wrong.py", tmp_path / "mismatches"
     file.write_text(WRONG)
-    dynaflow = {"strategy": str(file), "options": {"min_tokens": 1}, "shadow": {"every": 1, "folder": str(folder)}}
+    dynaflow = {"strategy": str(file), "options": {"min_tokens": 1}, "check": {"folder": str(folder)}}
     ours = generate("llama", mode, dynaflow=dynaflow)
     check_tokens(ours, "llama", mode)
-    assert ours.split == 1 and ours.reports[0]["steps"]["unsplit"].keys() == {STOPPED}
+    assert ours.split == 0 and ours.reports[0]["steps"]["unsplit"].keys() == {STOPPED}
+    assert ours.reports[0]["check"]["steps"] == 1 and STOPPED in ours.reports[0]["check"]["refused"][0]
     assert counted("different") == 1 and counted("equal") == 0
     (written,) = folder.iterdir()
     content = torch.load(written, weights_only=True)
@@ -60,13 +61,15 @@ def test_a_wrong_kernel_is_stopped_and_its_output_not_used(generate, check_token
 
 @pytest.mark.parametrize("mode", ["mode3"] if V2 else ["mode3", "none"])
 def test_a_right_strategy_goes_on(generate, check_tokens, tmp_path, counted, mode):
-    """Compared steps leave the KV cache and the next steps as they would be."""
+    """Compared steps, the one of warm-up among them, leave the KV cache and the next steps as they would be."""
     folder = tmp_path / "mismatches"
-    dynaflow = {**NANOFLOW, "shadow": {"every": 2, "folder": str(folder)}}
+    dynaflow = {**NANOFLOW, "check": {"every": 2, "folder": str(folder)}}
     ours = generate("llama", mode, dynaflow=dynaflow)
     check_tokens(ours, "llama", mode)
     assert ours.split > 2 and STOPPED not in ours.reports[0]["steps"]["unsplit"]
-    assert counted("equal") == -(-ours.split // 2) and counted("different") == 0
+    check = ours.reports[0]["check"]
+    assert counted("equal") == check["steps"] >= 1 + -(-ours.split // 2) and counted("different") == 0
+    assert check["seconds"] > 0 and not check["refused"]
     assert not folder.exists()
 
 
@@ -75,14 +78,15 @@ def test_a_right_strategy_goes_on(generate, check_tokens, tmp_path, counted, mod
 def test_ranks_compare_together_and_the_first_counts(generate, check_tokens, tmp_path):
     from dynaflow_serving.integrations.vllm import metrics
 
-    dynaflow = {**NANOFLOW, "shadow": {"every": 3, "folder": str(tmp_path / "mismatches")}}
+    dynaflow = {**NANOFLOW, "check": {"every": 3, "folder": str(tmp_path / "mismatches")}}
     dynaflow["trace"] = {"folder": str(tmp_path / "traces"), "every": 4, "limit": 1}
     ours = generate("llama", tp=2, dynaflow=dynaflow)
     check_tokens(ours, "llama", tp=2)
     assert {p.name for p in (tmp_path / "traces").iterdir()} == {f"step000001-rank{r}.json" for r in (0, 1)}
     found = by_labels(s for family in metrics._serving.collect() for s in family.samples)
     assert found["dynaflow_steps_total", "", "nanoflow"] == ours.split
-    assert found["dynaflow_shadow_steps_total", "equal"] == -(-ours.split // 3)
+    checks = [report["check"]["steps"] for report in ours.reports]
+    assert checks[0] == checks[1] == found["dynaflow_checked_steps_total", "equal"] >= 1 + -(-ours.split // 3)
 
 
 def by_labels(samples):

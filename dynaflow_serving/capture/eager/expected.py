@@ -53,7 +53,9 @@ class ExpectedCall:
         self._border, self._name = call.border, call.border.name
         self._positions = sum(isinstance(key, int) for key in call.arguments)
         self._keywords = {key for key in call.arguments if isinstance(key, str)}
-        self._tensors = [key for key, v in call.arguments.items() if isinstance(v, RecordedTensor)]
+        tensors = [key for key, v in call.arguments.items() if isinstance(v, RecordedTensor)]
+        self._tensor_positions = [key for key in tensors if isinstance(key, int)]
+        self._tensor_keywords = [key for key in tensors if isinstance(key, str)]
         constants = {key: v for key, v in call.arguments.items() if not isinstance(v, RecordedTensor)}
         self._constants = constants if cut.is_plain(event) else {}  # any other call may have new objects each time
         self._passed_on = {  # argument -> position among the results of the call before
@@ -72,20 +74,28 @@ class ExpectedCall:
         Raises:
             Diverged: it is another call.
         """
-        name = self._name
+        name = self._name  # this runs at every stop of every micro-batch: it makes no call that it can do without
         if call is None:
             raise Diverged(f"the model ended where it called {name} when it was recorded")
         if call.border is not self._border:
             raise Diverged(f"the model called {call.border.name} where it called {name} when it was recorded")
-        if len(call.args) != self._positions or call.kwargs.keys() != self._keywords:
+        args, kwargs = call.args, call.kwargs
+        if len(args) != self._positions or kwargs.keys() != self._keywords:
             raise Diverged(f"the model called {name} with other arguments than when it was recorded")
         for key, recorded in self._constants.items():
             if not same_object(value := call.argument(key), recorded):
                 raise Diverged(f"the model called {name} with {key}={value!r}, recorded was {recorded!r}")
-        for key in self._tensors:
-            if not isinstance(call.argument(key), torch.Tensor):
-                raise Diverged(f"the model called {name} without the tensor {key} that it had when it was recorded")
+        for position in self._tensor_positions:
+            if not isinstance(args[position], torch.Tensor):
+                raise Diverged(_no_tensor(name, position))
+        for keyword in self._tensor_keywords:
+            if not isinstance(kwargs[keyword], torch.Tensor):
+                raise Diverged(_no_tensor(name, keyword))
         for key, i in self._passed_on.items():
             if call.argument(key) is not meta_tensors[i]:
                 raise Diverged(f"the model changed what it passes to {name} since it was recorded")
         return call
+
+
+def _no_tensor(name: str, key: int | str) -> str:
+    return f"the model called {name} without the tensor {key} that it had when it was recorded"

@@ -86,11 +86,13 @@ class Frame(greenlet):
         return self._switch(result)
 
     def _switch(self, *args: Any, **kwargs: Any) -> PendingCall | None:
-        self._restore_state()
+        if self._state is not None:
+            self._restore_state()
         try:
             got = self.switch(*args, **kwargs)
         finally:
-            self._save_state()
+            if not self._outside.is_now():
+                self._save_state()
         if self.dead:
             self.pending, self.result = None, got
         else:
@@ -104,13 +106,14 @@ class Frame(greenlet):
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function` in the torch state that the frame is suspended in, such as its autocast."""
-        if not self.has_own_state:
+        if self._state is None:
             return function(*args, **kwargs)
         self._restore_state()
         try:
             return function(*args, **kwargs)
         finally:
-            self._save_state()
+            if not self._outside.is_now():
+                self._save_state()
 
     def close(self) -> None:
         """Unwind the frame, if it has started and not ended."""
@@ -119,7 +122,8 @@ class Frame(greenlet):
             try:
                 self.throw(GreenletExit)
             finally:
-                self._save_state()
+                if not self._outside.is_now():
+                    self._save_state()
         self.pending = None
 
     def _restore_state(self) -> None:
@@ -128,8 +132,7 @@ class Frame(greenlet):
             self._state = None
 
     def _save_state(self) -> None:
-        if not self._outside.is_now():
-            self._state = SuspendedState(self._outside, self._dtypes, TorchState.now())
+        self._state = SuspendedState(self._outside, self._dtypes, TorchState.now())
 
 
 def current_frame() -> Frame | None:

@@ -118,8 +118,9 @@ def _border_function(
     def make_call(*inputs: Any) -> Any:
         frame = active.frame
         assert frame.pending is not None
-        args, kwargs = _with_inputs(frame.pending, awaited, inputs)
-        result = frame.call(frame.pending.border.function, *args, **kwargs)
+        pending = frame.pending
+        args, kwargs = _with_inputs(pending, awaited, inputs) if awaited else (pending.args, pending.kwargs)
+        result = frame.call(pending.border.function, *args, **kwargs)
         results = (result,) if call.result_kind == "tensor" else result
         found = [results[i] for i in taken]
         if lead is not None:
@@ -134,8 +135,6 @@ def _with_inputs(
     call: PendingCall, awaited: dict[int | str, int], inputs: Sequence[Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
     """Return the arguments of `call`, those of `awaited` taken from the operator's inputs."""
-    if not awaited:
-        return call.args, call.kwargs
     args, kwargs = list(call.args), dict(call.kwargs)
     for key, i in awaited.items():
         if isinstance(key, int):

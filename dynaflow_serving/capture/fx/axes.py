@@ -1,16 +1,11 @@
-"""Where the tokens are in every value, and whether the graph treats them independently.
+"""Where the tokens are in every value of a graph, and whether the graph treats them independently.
 
 Contract
-- A dimension whose size is the token symbol is the token axis. So is a dimension of size k * tokens where the k rows of
-  a token are adjacent (`rows`), as after a reshape.
-- A value is local to its micro-batch where the rows of a token are not adjacent (two copies of the batch, one after the
-  other). So are numbers of the tokens that only address each token's own data.
-- A graph that mixes tokens must not be split. It mixes them if a size depends on the token symbol in any other way, if
-  a value has two token axes, or if a result that was computed from tokens has none.
-- Operators that keep the shape but mix along the axis (softmax, cumsum, attention, flip ...) are known by name
-  (`mixing`). Reshapes across the axis and arithmetic with the number of tokens are refused too.
-- An opaque operator (a custom kernel) is trusted to treat tokens independently.
-- `reason` names the node that mixes tokens; it becomes `Program.unsplittable`.
+- `independence` proves that; `Axes` says which inputs are cut, and describes the values of the Program by the proof.
+- A dimension whose size is the token symbol is the token axis of an input. So is a dimension of size k * tokens where
+  the k rows of a token are known to be adjacent.
+- A value is local to its micro-batch where it numbers the tokens, or holds the batch several times.
+- `reason` names the node that may mix tokens; it becomes `Program.unsplittable`. Sizes alone then say where tokens are.
 """
 
 from __future__ import annotations
@@ -20,170 +15,116 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dynaflow_serving.capture.fx.matching import region_of
-from dynaflow_serving.capture.fx.mixing import mixed_dims
-from dynaflow_serving.capture.fx.rows import RESHAPES, Rows
-from dynaflow_serving.capture.fx.symbols import expression, fake_value
+from dynaflow_serving.capture.fx.symbols import depends, expression, fake_value, hint, rows_per_token
+from dynaflow_serving.capture.independence import TOKENS, Cut, Placement, Proof, Total, Whole, prove
 from dynaflow_serving.core.program import Scope, Value
-from dynaflow_serving.strategy.rules import CALLS, function_names
-
-_ARITHMETIC = {
-    "add", "sub", "mul", "div", "truediv", "floordiv", "pow", "rsub", "iadd", "isub", "imul", "itruediv", "__truediv__",
-}  # fmt: skip
-_POSITIONS = {"arange", "linspace"}
-_BATCH_STATISTICS = {"batch_norm", "_native_batch_norm_legit", "native_batch_norm"}
-_INDEXING = {"getitem", "index"}
 
 
 class Axes:
-    """Describes values, and notes the first node that mixes tokens."""
+    """Describes the values of a graph.
 
-    def __init__(self, tokens: Set[Any], rows: Mapping[str, int] | None = None) -> None:
-        """Start a graph.
+    Attributes:
+        reason: Why the graph cannot be split, or "".
+    """
+
+    def __init__(
+        self,
+        stitched: fx.GraphModule,
+        pieces: Mapping[str, fx.GraphModule],
+        tokens: Set[Any],
+        adjacent: bool = False,
+        shared: Set[str] = frozenset(),
+    ) -> None:
+        """Prove what can be proved.
 
         Args:
-            tokens: the token symbols; several may stand for one count.
-            rows: inputs that are known to have several adjacent rows per token, see `Rows`.
+            stitched: The graph, whose `call_module` nodes are its operators.
+            pieces: submodule -> its graph.
+            tokens: The token symbols; several may stand for one count.
+            adjacent: Whether an input with k rows per token has them side by side.
+            shared: Inputs that all micro-batches share, although their sizes are that of the batch.
         """
-        self.tokens = tokens
-        self.reason = ""
-        self.rows = Rows(tokens, rows)
+        self._tokens, self._adjacent, self._shared = tokens, adjacent, shared
+        inputs = [n for n in stitched.graph.nodes if n.op == "placeholder"]
+        subclass = next((n for n in inputs if is_traceable_wrapper_subclass(fake_value(n))), None)
+        if subclass is not None:
+            kind = type(fake_value(subclass)).__name__
+            self._proof = Proof(f"{subclass.name} is a {kind}: only level='aot' sees the operators on its parts")
+        else:
+            placements = {n: self._input(n.name, fake_value(n)) for n in inputs}
+            self._proof = prove(stitched, pieces, placements, self._fake, _trusted)
+        self.reason = self._proof.reason
 
-    def value(self, name: str, fake: Any, storage: str = "", derived: bool = True, node: str = "") -> Value:
+    def value(self, name: str, node: Any, storage: str = "") -> Value:
         """Describe one value.
 
         Args:
-            name: of the value.
-            fake: its fake value.
-            storage: the value whose memory it shares; "" for memory of its own.
-            derived: whether it was computed from tokens.
-            node: the name of its node.
+            name: The name of the value.
+            node: The node that computes it, or a constant.
+            storage: The value whose memory it shares; "" for memory of its own.
         """
+        fake = fake_value(node) if isinstance(node, fx.Node) else node
+        if isinstance(fake, torch.Tensor):
+            assert isinstance(node, fx.Node)
+            return self._tensor(name, fake, self._proof.placement(node) or self._by_size(fake), storage)
+        if isinstance(fake, torch.SymInt) and (rows := rows_per_token(fake, self._tokens)):
+            return Value(name, Scope.TOKENS, rows=rows)
+        first, second = self._proof.values.get(node, (fake, fake)) if isinstance(node, fx.Node) else (fake, fake)
+        varies = depends(fake, self._tokens) if isinstance(fake, torch.SymInt) else repr(first) != repr(second)
+        return Value(name, Scope.LOCAL if varies else Scope.SHARED)
+
+    def _tensor(self, name: str, fake: torch.Tensor, placement: Placement | None, storage: str) -> Value:
+        match placement:
+            case Whole():
+                return Value(name, Scope.SHARED, storage=storage)
+            case Cut(dim, copies=1, numbered=0) if rows := rows_per_token(fake.shape[dim], self._tokens):
+                return Value(name, Scope.BATCH, dim, rows, storage)
+            case Total(mean):
+                return Value(name, Scope.PARTIAL, storage=storage, mean=mean)
+        return Value(name, Scope.LOCAL, storage=storage)
+
+    def _input(self, name: str, fake: Any) -> Placement | None:
+        if not isinstance(fake, torch.Tensor) or name in self._shared:
+            return Whole()
+        placement = self._by_size(fake)
+        several = isinstance(placement, Cut) and rows_per_token(fake.shape[placement.dim], self._tokens) > 1
+        return None if several and not self._adjacent else placement
+
+    def _by_size(self, fake: torch.Tensor) -> Placement | None:
+        """Return the placement that sizes suggest; None if they suggest none."""
+        dims = [d for d, size in enumerate(fake.shape) if depends(size, self._tokens)]
+        if not dims:
+            return Whole()
+        return Cut(dims[0]) if len(dims) == 1 and rows_per_token(fake.shape[dims[0]], self._tokens) else None
+
+    def _fake(self, node: fx.Node, mode: FakeTensorMode, tokens: int) -> Any:
+        """Return the value of an input for a number of tokens."""
+        fake = fake_value(node)
         if isinstance(fake, torch.SymInt):
-            if rows := self.rows.per_token(fake):
-                return Value(name, Scope.TOKENS, rows=rows)
-            return Value(name, Scope.LOCAL if self._depends(fake) else Scope.SHARED)
+            return self._number(fake, tokens)
         if not isinstance(fake, torch.Tensor):
-            return Value(name, Scope.LOCAL if derived else Scope.SHARED)
-        dims = [d for d, size in enumerate(fake.shape) if self._depends(size)]
-        if len(dims) == 1 and node not in self.rows.numbers:
-            rows = self.rows.per_token(fake.shape[dims[0]])
-            if rows == 1 or (rows and rows == self.rows.adjacent.get(node)):
-                return Value(name, Scope.BATCH, dims[0], rows, storage)
-        return Value(name, Scope.LOCAL if dims or derived else Scope.SHARED, storage=storage)
+            return fake
+        if node.name in self._shared:
+            traced: Any = next(size for size in fake.shape if isinstance(size, torch.SymInt))
+            tokens = hint(next(iter(self._tokens)), traced.node.shape_env)
+        whole = max(tokens, TOKENS[0])  # a few tokens are a micro-batch, which is a view of the batch
+        sizes, strides = ([self._number(s, whole) for s in numbers] for numbers in (fake.shape, fake.stride()))
+        with mode:
+            view = torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device)
+            for dim, size in enumerate(fake.shape):
+                view = view.narrow(dim, 0, self._number(size, tokens))
+            return view
 
-    def check_graph(self, graph: fx.GraphModule) -> None:
-        """Check every node of `graph`."""
-        derived: set[fx.Node] = set()
-        for n in graph.graph.nodes:
-            if n.op == "placeholder":
-                if self.rows.has_axis(fake_value(n)):
-                    derived.add(n)
-            elif any(a in derived for a in n.all_input_nodes):
-                self.check(n, derived=True)
-                if not isinstance(fake_value(n), torch.SymInt | int):
-                    derived.add(n)
-            else:
-                self.check(n, derived=False)
-
-    def check(self, node: fx.Node, derived: bool) -> None:
-        """Note in `reason` if `node` mixes tokens. An annotated operator with context is trusted.
-
-        Args:
-            node: a node whose arguments have been checked.
-            derived: whether an argument was computed from tokens.
-        """
-        if self.reason or node.op not in CALLS or (region_of(node) or {}).get("context"):
-            return
-        names = {n if n.startswith("__") else n.rstrip("_") for n in function_names(node)}
-        self.rows.follow(node, names)
-        problems = (
-            self._index_problem(node, names),
-            self._number_problem(node, names, derived),
-            self._reshape_problem(node, names),
-            self._dims_problem(node, names),
-            self._shape_problem(node, derived),
-        )
-        self.reason = next(filter(None, problems), "")
-
-    def _shape_problem(self, node: fx.Node, derived: bool) -> str:
-        fake = fake_value(node)
-        problem = ""
-        for item in fake if isinstance(fake, tuple | list) else [fake]:
-            if not isinstance(item, torch.Tensor):
-                continue
-            sizes = [expression(size) for size in item.shape if self._depends(size)]
-            if derived and not sizes:
-                problem = f"{node.name} ({_target(node)}) reduces or contracts over the token axis"
-            elif len(sizes) > 1:
-                problem = f"{node.name} ({_target(node)}) relates tokens to tokens: shape {tuple(item.shape)}"
-            elif sizes and not any((sizes[0] / t).is_integer for t in self.tokens):
-                problem = f"{node.name} ({_target(node)}) has {sizes[0]} rows, not a multiple of the tokens"
-        return problem
-
-    def _dims_problem(self, node: fx.Node, names: set[str]) -> str:
-        source = _first_argument(node)
-        if source is None or not any(self._depends(source.shape[d]) for d in mixed_dims(node, names, source)):
-            return ""
-        return f"{node.name} ({_target(node)}) mixes tokens along the token axis"
-
-    def _reshape_problem(self, node: fx.Node, names: set[str]) -> str:
-        """A reshape keeps tokens apart if as many elements lie outside the token axis before as after."""
-        source, fake = _first_argument(node), fake_value(node)
-        if not names & RESHAPES or source is None or not isinstance(fake, torch.Tensor):
-            return ""
-        outside = {self.rows.outside(t) for t in (source, fake) if self.rows.has_axis(t)}
-        tiled = self.rows.tiled
-        regroups = node.name not in tiled and any(n.name in tiled for n in node.all_input_nodes)
-        return f"{node.name} ({_target(node)}) reshapes across the token axis" if len(outside) > 1 or regroups else ""
-
-    def _number_problem(self, node: fx.Node, names: set[str], derived: bool) -> str:
-        """Whether `node` computes with the number of tokens, or numbers them."""
-        fake = fake_value(node)
-        if names & _POSITIONS and self.rows.has_axis(fake) and not self.rows.address_own(node):
-            return f"{node.name} numbers the tokens of the batch"
-        if names & _BATCH_STATISTICS and derived:
-            return f"{node.name} computes statistics over the batch"
-        if names & _ARITHMETIC and isinstance(fake, torch.Tensor) and any(map(self._is_count, node.args)):
-            return f"{node.name} ({_target(node)}) computes with the number of tokens"
-        return ""
-
-    def _is_count(self, argument: Any) -> bool:
-        fake = fake_value(argument) if isinstance(argument, fx.Node) else None
-        return isinstance(fake, torch.SymInt | torch.SymFloat) and bool(fake.node.expr.free_symbols & self.tokens)
-
-    def _index_problem(self, node: fx.Node, names: set[str]) -> str:
-        source = _first_argument(node)
-        if not names & _INDEXING or source is None or len(node.args) < 2:
-            return ""
-        index = node.args[1]
-        indices = index if isinstance(index, tuple | list) else (index,)
-        for size, i in zip(source.shape, indices):
-            by_tensor = isinstance(i, fx.Node) and isinstance(fake_value(i), torch.Tensor)
-            if by_tensor and i.name not in self.rows.numbers and self._depends(size):
-                return f"{node.name} picks tokens by a tensor index"
-        return ""
-
-    def _depends(self, size: Any) -> bool:
-        return bool(expression(size).free_symbols & self.tokens)
+    def _number(self, size: Any, tokens: int) -> int:
+        found = expression(size)
+        others = {s: hint(s, size.node.shape_env) for s in found.free_symbols - self._tokens}
+        return int(found.subs({**dict.fromkeys(self._tokens, tokens), **others}))
 
 
-def _first_argument(node: fx.Node) -> torch.Tensor | None:
-    """Return the fake value of the first argument, if that is a tensor."""
-    fake = fake_value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-    return fake if isinstance(fake, torch.Tensor) else None
-
-
-def _target(node: fx.Node) -> str:
-    return max(function_names(node), key=len, default=str(node.target))
-
-
-def derived_nodes(graph: fx.GraphModule, given: list[bool]) -> set[fx.Node]:
-    """Return the nodes of a piece that are computed from the placeholders for which `given` is true."""
-    holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    derived = {p for p, yes in zip(holders, given, strict=True) if yes}
-    for n in graph.graph.nodes:
-        if any(a in derived for a in n.all_input_nodes):
-            derived.add(n)
-    return derived
+def _trusted(node: fx.Node) -> bool:
+    """Whether an annotation vouches for the node: an engine's operator with context."""
+    return bool((region_of(node) or {}).get("context"))

@@ -43,21 +43,41 @@ def result_list(graph: fx.GraphModule) -> list[Any]:
     return list(results) if isinstance(results, tuple | list) else [results]
 
 
-def add_into_variants(capture: CapturedProgram, copy: bool = False, only: Set[str] | None = None) -> None:
+def own_code(piece: Any) -> Callable[..., Any]:
+    """Return the function that runs `piece`, past the calls that `nn.Module` and torch.fx put around it.
+
+    Args:
+        piece: A graph, or what an engine has compiled from one, which is called as it is.
+    """
+    function: Callable[..., Any] = piece
+    if isinstance(piece, fx.GraphModule):
+        _ = piece.code  # a lazy module, as Dynamo makes them, has a `forward` of its own only once this was read
+        function = piece.forward
+    return function
+
+
+def add_into_variants(
+    capture: CapturedProgram,
+    copy: bool = False,
+    only: Set[str] | None = None,
+    build: Callable[[fx.GraphModule], Callable[..., Any]] = own_code,
+) -> None:
     """Let operators write outputs into given buffers, where that is possible.
 
     Args:
         capture: is changed: `into`, `buffers`, and `Operator.into` in its Program.
         copy: whether a final copy will do where there is no `out=` form.
         only: names of the operators; None for all.
+        build: graph of a variant -> its function.
     """
     program = capture.program
+    capture.into.clear()
     operators = []
     for op in program.operators:
         makers = _buffer_makers(capture, op) if only is None or op.name in only else {}
         variant, done = _into_variant(capture.pieces[op.name], list(makers), copy)
         if done:
-            capture.into[op.name] = variant
+            capture.into[op.name] = build(variant)
         capture.buffers.update({op.outputs[i]: maker for i, maker in makers.items()})
         operators.append(replace(op, into=tuple(op.outputs[i] for i in makers if i in done)))
     capture.program = replace(program, operators=tuple(operators))
@@ -76,7 +96,7 @@ def _buffer_makers(capture: CapturedProgram, op: Operator) -> dict[int, Callable
     return makers
 
 
-def _into_variant(piece: fx.GraphModule, ports: list[int], copy: bool) -> tuple[Callable[..., Any], set[int]]:
+def _into_variant(piece: fx.GraphModule, ports: list[int], copy: bool) -> tuple[fx.GraphModule, set[int]]:
     """Copy `piece`, with a buffer argument for each of the outputs `ports` that can be written in place.
 
     Returns:
@@ -143,15 +163,18 @@ def merger(axis: int, order: tuple[int, ...]) -> Callable[[Sequence[torch.Tensor
 def buffer_maker(fake: Any, axis: int, rows: int) -> Callable[[int], torch.Tensor] | None:
     """Return a function tokens -> empty tensor like `fake`.
 
-    None is returned if another dimension is symbolic, or if the parts of a permuted buffer would not be dense.
+    None is returned if another dimension is symbolic, or if the parts of a buffer would not be dense: `out=` forms and
+    compiled code count on the strides of a tensor of its own.
     """
     if not isinstance(fake, torch.Tensor):
         return None
     other = [s for d, s in enumerate(fake.shape) if d != axis]
     if any(isinstance(s, torch.SymInt) and not s.node.is_constant() for s in other):
         return None
+    if not torch._prims_common.is_non_overlapping_and_dense_or_false(fake):
+        return None
     order = permutation(fake)
-    if order is not None and order[0] != axis:
+    if axis != (0 if order is None else order[0]):
         return None
     before, after = [int(s) for s in fake.shape[:axis]], [int(s) for s in fake.shape[axis + 1 :]]
     dtype, device = fake.dtype, fake.device
@@ -172,7 +195,7 @@ def _out_form(node: fx.Node) -> Any:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         packet = target.overloadpacket
-        for name in ("out", f"{target._overloadname}_out"):
+        for name in (f"{target._overloadname}_out", "out"):
             if name in packet.overloads() and _same_arguments(target, getattr(packet, name)):
                 return getattr(packet, name)
         return None
@@ -184,5 +207,6 @@ def _same_arguments(plain: torch._ops.OpOverload, out: torch._ops.OpOverload) ->
         return False
     if plain._schema.returns[0].alias_info is not None:
         return False  # a view: nothing is computed
-    names = [a.name for a in out._schema.arguments]
-    return names == [*(a.name for a in plain._schema.arguments), "out"]
+    first, (last,) = out._schema.arguments[:-1], out._schema.arguments[-1:]
+    described = [[(a.name, str(a.type)) for a in arguments] for arguments in (first, plain._schema.arguments)]
+    return last.name == "out" and described[0] == described[1]

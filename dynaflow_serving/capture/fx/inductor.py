@@ -22,13 +22,11 @@ def compile_pieces(capture: CapturedProgram, options: Mapping[str, Any]) -> None
     """Replace the functions of `capture` by compiled ones. `options` are Inductor's config patches."""
     outputs = set(capture.program.outputs)
     last = {o.name for o in capture.program.operators if outputs & set(o.outputs)}
-    add_into_variants(capture, copy=True, only=last)
+    add_into_variants(capture, copy=True, only=last, build=lambda variant: _compile(variant, options))
     marked = {o.name for o in capture.program.operators if o.tags}
     for name, piece in capture.pieces.items():
         if name not in marked:
             capture.functions[name] = _compile(piece, options)
-    for name, variant in list(capture.into.items()):
-        capture.into[name] = _compile(variant, options)
 
 
 def _compile(piece: Any, options: Mapping[str, Any]) -> Callable[..., Any]:

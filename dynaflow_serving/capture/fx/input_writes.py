@@ -9,18 +9,18 @@ Contract
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import fx
 
 from dynaflow_serving.capture.fx.effects import storage_id
-from dynaflow_serving.capture.fx.rows import Rows
-from dynaflow_serving.capture.fx.symbols import fake_value
+from dynaflow_serving.capture.fx.symbols import depends, fake_value
 
 
-def settle_input_writes(gm: fx.GraphModule, rows: Rows) -> list[int]:
-    """Rewrite the final copies of `gm`, which is changed.
+def settle_input_writes(gm: fx.GraphModule, tokens: Set[Any]) -> list[int]:
+    """Rewrite the final copies of `gm`, which is changed; `tokens` are the token symbols.
 
     Returns:
         The positions of the inputs whose new contents are extra outputs, in the outputs' order.
@@ -34,7 +34,7 @@ def settle_input_writes(gm: fx.GraphModule, rows: Rows) -> list[int]:
         if not is_final or node.args[0] not in inputs:
             continue
         target, result = node.args[0], node.args[1]
-        if not rows.has_axis(fake_value(target)):
+        if not any(depends(size, tokens) for size in fake_value(target).shape):
             extra.append((inputs.index(target), result))
             node.replace_all_uses_with(result)
         elif (in_place := _in_place_form(result)) and _is_last_use(graph, target, result):

@@ -20,8 +20,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.fx.passes.split_module import split_module
 
-from dynaflow_serving.capture.fx.axes import Axes, derived_nodes
-from dynaflow_serving.capture.fx.buffers import add_into_variants, merger, permutation, result_list, result_of
+from dynaflow_serving.capture.fx.axes import Axes
+from dynaflow_serving.capture.fx.buffers import add_into_variants, merger, own_code, permutation, result_list, result_of
 from dynaflow_serving.capture.fx.effects import EffectTable, hidden_edges, piece_effects, storage_id
 from dynaflow_serving.capture.fx.matching import apply_rules
 from dynaflow_serving.capture.fx.regions import Region, find_regions, piece_region, region_name
@@ -51,7 +51,7 @@ def partition(
     *,
     rules: Iterable[Rule] = (),
     tokens: Set[Any],
-    rows: Mapping[str, int] | None = None,
+    adjacent: bool = False,
     effects: EffectTable | None = None,
 ) -> CapturedProgram:
     """Cut a graph at annotations, rules and collectives.
@@ -60,7 +60,7 @@ def partition(
         gm: the graph; it is changed.
         rules: of the strategy and the integration.
         tokens: sympy symbols that stand for the number of tokens (rows, sequences) of the batch.
-        rows: input -> adjacent rows per token, where a token is known to have several.
+        adjacent: whether an input with several rows per token has them side by side.
         effects: engine state that operators touch beyond their arguments.
 
     Raises:
@@ -70,13 +70,12 @@ def partition(
     decompose_sizes(gm)
     apply_rules(gm, (*rules, *COLLECTIVES))
     regions = find_regions(gm, hidden_edges(gm, effects or {}))
-    axes = Axes(tokens, rows)
-    axes.check_graph(gm)
     if not regions:
-        return _make_capture(gm, [], axes, effects or {})
+        return _make_capture(gm, [], Axes(gm, {}, tokens, adjacent), effects or {})
     number = {n: i for i, r in enumerate(regions) for n in r.nodes}
     stitched = split_module(gm, gm, number.__getitem__, keep_original_node_name=True)
     pieces = [_Piece(f"submod_{i}", r, getattr(stitched, f"submod_{i}")) for i, r in enumerate(regions)]
+    axes = Axes(stitched, {p.submodule: p.graph for p in pieces}, tokens, adjacent)
     return _make_capture(stitched, pieces, axes, effects or {})
 
 
@@ -95,9 +94,7 @@ def capture_pieces(
         tokens: sympy symbols that stand for the number of tokens.
         effects: engine state that operators touch beyond their arguments.
     """
-    axes = Axes(tokens)
-    for graph in graphs.values():
-        axes.check_graph(graph)
+    axes = Axes(stitched, graphs, tokens)
     names = [str(n.target) for n in stitched.graph.nodes if n.op == "call_module"]
     pieces = [_Piece(name, piece_region(graphs[name], i), graphs[name]) for i, name in enumerate(names)]
     return _make_capture(stitched, pieces, axes, effects or {})
@@ -135,6 +132,7 @@ def _make_capture(
         values.by_name,
         operators,
         axes.reason,
+        values.node_names,
     )
     capture = CapturedProgram(
         program,
@@ -163,15 +161,14 @@ class _Values:
     def add_input(self, node: fx.Node) -> None:
         name = _input_name(node.name)
         self.of_node[node] = name
-        self._describe(name, node, derived=False)
+        self._describe(name, node)
 
-    def add_output(self, name: str, result: Any, derived: bool, port: fx.Node | None) -> str:
+    def add_output(self, name: str, result: Any, port: fx.Node | None) -> str:
         """Add an operator's output; return the value's name.
 
         Args:
             name: what the value should be called.
             result: the node in the piece that computes it, or a constant.
-            derived: whether it was computed from tokens.
             port: the node of the stitched graph that stands for it; None if nothing reads it.
         """
         if name in self.by_name:  # an input has that name
@@ -179,18 +176,18 @@ class _Values:
         if port is not None:
             self.of_node[port] = name
         if not isinstance(result, fx.Node):
-            self.by_name[name] = self._axes.value(name, result, derived=False)
+            self.by_name[name] = self._axes.value(name, result)
             return name
-        value = self._describe(name, result, derived)
+        value = self._describe(name, result)
         if value.axis is not None and (order := permutation(fake_value(result))) is not None:
             self.mergers[name] = merger(value.axis, order)
         return name
 
-    def _describe(self, name: str, node: fx.Node, derived: bool) -> Value:
+    def _describe(self, name: str, node: fx.Node) -> Value:
         key = storage_id(node)
         storage = "" if key is None else self._storages.setdefault(key, name)
         self.node_names[name] = node.name
-        self.by_name[name] = value = self._axes.value(name, fake_value(node), storage, derived, node.name)
+        self.by_name[name] = value = self._axes.value(name, node, storage)
         return value
 
 
@@ -198,9 +195,8 @@ def _operator(name: str, piece: _Piece, call: fx.Node, values: _Values, effects:
     """Return the operator of a piece, and add its outputs to `values`."""
     arguments = [values.by_name[values.of_node[a]] for a in call.args if isinstance(a, fx.Node)]
     results = result_list(piece.graph)
-    derived = derived_nodes(piece.graph, [a.scope is not Scope.SHARED for a in arguments])
     outputs = [
-        values.add_output(value_name(name, i, len(results)), result, result in derived, port)
+        values.add_output(value_name(name, i, len(results)), result, port)
         for i, (port, result) in enumerate(zip(_ports(call, piece.graph), results, strict=True))
     ]
     writes, reads = piece_effects(piece.graph, [a.storage for a in arguments], effects)
@@ -233,13 +229,14 @@ def _program(
     values: dict[str, Value],
     operators: list[Operator],
     mixing: str,
+    nodes: Mapping[str, str],
 ) -> Program:
-    """Put the Program together; `mixing` is the reason why the graph mixes tokens, if it does."""
+    """Put the Program together; `mixing` is the reason why the graph mixes tokens, if it does, `nodes` names nodes."""
     values = _local_if_written(values, operators, {values[v].storage for v in (*inputs, *constants)})
     used = {v for o in operators for v in (*o.inputs, *o.outputs)} | {*inputs, *constants, *outputs}
     reasons = (
         mixing,
-        _unmergeable_output(outputs, values, operators),
+        _unmergeable_output(outputs, values, operators, nodes),
         _shared_write(operators, values),
         _uncuttable_input(inputs, values, operators),
     )
@@ -270,10 +267,12 @@ def _local_if_written(values: dict[str, Value], operators: list[Operator], given
     }
 
 
-def _unmergeable_output(outputs: list[str], values: dict[str, Value], operators: list[Operator]) -> str:
+def _unmergeable_output(
+    outputs: list[str], values: dict[str, Value], operators: list[Operator], nodes: Mapping[str, str]
+) -> str:
     produced = {v for o in operators for v in o.outputs}
     local = [v for v in outputs if values[v].scope is Scope.LOCAL and v in produced]
-    return f"output {local[0]} has no token axis" if local else ""
+    return f"{nodes.get(local[0], local[0])} is an output without one token axis: it cannot be merged" if local else ""
 
 
 def _uncuttable_input(inputs: list[str], values: dict[str, Value], operators: list[Operator]) -> str:
@@ -298,7 +297,7 @@ def _input_name(node: str) -> str:
 
 def _function(piece: Any, graph: fx.GraphModule) -> Callable[..., Any]:
     """Return what a plan calls: past `nn.Module.__call__`, and one output bare even where the piece wraps it."""
-    function: Callable[..., Any] = piece.forward if isinstance(piece, fx.GraphModule) else piece
+    function = own_code(piece)
     results = result_of(graph)
     wrapped = isinstance(results, tuple | list) and len(results) == 1
     return (lambda *args: function(*args)[0]) if wrapped else function

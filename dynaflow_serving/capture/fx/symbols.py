@@ -7,6 +7,7 @@ Contract
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -22,6 +23,23 @@ def fake_value(node: fx.Node) -> Any:
 def expression(size: Any) -> Any:
     """Return a size as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def depends(size: Any, tokens: Set[Any]) -> bool:
+    """Whether a size depends on the number of tokens."""
+    return bool(expression(size).free_symbols & tokens)
+
+
+def hint(symbol: Any, shape_env: Any) -> int:
+    """Return the size that a symbol stood for while tracing."""
+    look_up = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # torch 2.12 renamed it
+    return int(look_up(symbol))
+
+
+def rows_per_token(size: Any, tokens: Set[Any]) -> int:
+    """Return k for a size of k * tokens, and 0 for any other size."""
+    ratios = [ratio for t in tokens if (ratio := expression(size) / t).is_Integer]
+    return int(ratios[0]) if ratios else 0
 
 
 def input_symbols(gm: fx.GraphModule) -> set[Any]:
