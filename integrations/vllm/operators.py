@@ -30,6 +30,7 @@ COLLECTIVES = {
     "vllm::all_reduce": Tag.ALL_REDUCE,
     "vllm::reduce_scatter": Tag.REDUCE_SCATTER,
     "vllm::all_gather": Tag.ALL_GATHER,
+    "_c10d_functional::all_reduce": Tag.ALL_REDUCE,  # a CPU without AVX-512 has no shared-memory all-reduce
 }
 ROW_WISE = (
     *COLLECTIVES,
