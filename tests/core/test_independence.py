@@ -54,6 +54,7 @@ RIGHT: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], Any]] = {
     "repeat of rows": (lambda x: x.repeat(1, 3), (X,), Cut(0)),
     "a weight per token": (lambda x: torch.ones(4).expand(x.shape[0], 4), (X,), Cut(0)),
     "half of the columns": (lambda x: x[:, 2:], (X,), Cut(0)),
+    "no rows": (lambda x: x[:0], (X,), Whole()),
     "all rows": (lambda x: x[:], (X,), Cut(0)),
     "bytes": (lambda x: x.view(torch.int32), (X,), Cut(0)),
     # factories

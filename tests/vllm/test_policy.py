@@ -136,7 +136,7 @@ def test_second_start_obeys_the_table_and_does_not_tune(tuned, generate, check_t
     watched = Watched(monkeypatch)
     trace = {"folder": str(traces), "every": 2, "limit": 2}
     ours = generate("llama", MODE, dynaflow=auto(file, 60, trace=trace), prompts=PROMPTS, **FEW)
-    assert watched.asked == []
+    assert len(watched.asked) == 1  # the check of the one cut that is in use, and no timing
     assert ours.reports[0]["policy"] == content and json.loads(file.read_text()) == content
     check_tokens(ours, "llama", MODE, prompts=PROMPTS)
     assert ours.split > 0 and ours.reports[0]["steps"]["unsplit"][COMPARING] > 0

@@ -31,7 +31,7 @@ def serve(monkeypatch):
         monkeypatch.setattr(WorkerTrials, "run_step", never)
         arguments = EngineArgs(
             model, dtype="float32", max_model_len=128, compilation_config={"mode": 2, "backend": "eager"},
-            additional_config={"dynaflow": {"strategy": "auto", "options": options}},
+            additional_config={"dynaflow": {"strategy": "auto", "options": options, "check": "never"}},
         )  # fmt: skip
         engine = LLMEngine.from_engine_args(arguments, UsageContext.OPENAI_API_SERVER)
         try:

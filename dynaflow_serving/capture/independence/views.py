@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dynaflow_serving.capture.independence.case import Case, changed_dims, dim_of, rule
-from dynaflow_serving.capture.independence.placement import Cut, Mixes, Placement, Total, Whole
+from dynaflow_serving.capture.independence.placement import WHOLE, Cut, Mixes, Placement, Total, Whole
 from dynaflow_serving.capture.independence.record import TOKENS
 
 
@@ -84,12 +84,13 @@ def split(case: Case) -> list[Placement]:
         if case.call.changed:
             raise Mixes("takes as many elements as there are tokens")
         return case.each(source)
-    found, starts = [], [0, 0]
+    found: list[Placement] = []
+    starts = [0, 0]
     for pair in case.call.results:
         lengths = [part.shape[dim] for part in pair]
         found.append(_blocks(source, case, dim, list(zip(starts, lengths))))
         starts = [start + length for start, length in zip(starts, lengths)]
-    return list(found)
+    return found
 
 
 @rule("aten::cat", "aten::concatenate", "aten::concat")
@@ -126,8 +127,8 @@ def _range(arguments: dict[str, Any]) -> range:
     return range(size)[slice(arguments["start"], arguments["end"], arguments["step"])]
 
 
-def _blocks(source: Cut, case: Case, dim: int, parts: list[tuple[int, int]]) -> Cut:
-    """Return the placement of a part of the token axis, which must consist of whole copies of the batch.
+def _blocks(source: Cut, case: Case, dim: int, parts: list[tuple[int, int]]) -> Placement:
+    """Return the placement of a part of the token axis, which must be empty or consist of whole copies of the batch.
 
     Args:
         source: The placement of the argument `self`.
@@ -145,7 +146,7 @@ def _blocks(source: Cut, case: Case, dim: int, parts: list[tuple[int, int]]) -> 
         raise Mixes("picks tokens by position")
     (_, copies) = found.pop()
     if not copies:
-        raise Mixes("picks no tokens")
+        return WHOLE
     return Cut(dim, copies, source.numbered)
 
 
