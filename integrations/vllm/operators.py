@@ -34,6 +34,7 @@ COLLECTIVES = {
 }
 ROW_WISE = (
     *COLLECTIVES,
+    *EXPERTS,
     # matrix products: x [tokens, ...] and weights
     *(f"_C::{name}" for name in (
         "onednn_mm", "onednn_scaled_mm", "weight_packed_linear", "fp8_scaled_mm_cpu", "int8_scaled_mm_with_quant",
