@@ -10,8 +10,8 @@ Contract
 - Outputs equal those of the un-split model. A model that mixes the batch is refused by name, after its first, un-split
   call. If a model has several graphs, those that mix the batch run whole, which is counted.
 - Training works at `level="dynamo"`, where autograd runs through the operators of the plan.
-- At the other levels, both the forward and the backward graph run under plans. The backward graph sums gradients over
-  the batch, so it is not split. A strategy that orders un-split steps (`comm_overlap`) still overlaps its collectives.
+- At the other levels, both the forward and the backward graph run under plans. The gradients of weights are added up
+  over the micro-batches.
 - The first step of each graph under a plan also runs whole, and is compared (`session.graph_check`).
 - With collectives in a graph, all ranks of their groups compare plans before the first one runs.
 """

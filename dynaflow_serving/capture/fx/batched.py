@@ -22,7 +22,7 @@ from torch import fx
 
 from dynaflow_serving.capture.fx.axes import Axes
 from dynaflow_serving.capture.fx.buffers import result_list, result_of
-from dynaflow_serving.capture.fx.symbols import depends, expression, fake_value
+from dynaflow_serving.capture.fx.symbols import expression, fake_value, has_tokens
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.errors import ConfigError, unknown_name
 
@@ -115,7 +115,7 @@ def shared_inputs(gm: fx.GraphModule, tokens: Set[Any]) -> tuple[int, ...]:
         tokens: The token symbols.
     """
     numbers = {n.name: int(m[1]) for n in gm.graph.nodes if (m := re.fullmatch(r"l_batched_(\d+)_", n.name))}
-    inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder" and _batched(n, tokens) and n.name in numbers]
+    inputs = [n.name for n in gm.graph.nodes if n.name in numbers and has_tokens(fake_value(n), tokens)]
     for count in range(1, min(_MOST_SHARED, len(inputs) - 1) + 1):
         for names in itertools.combinations(reversed(inputs), count):
             if not Axes(gm, {}, tokens, shared=frozenset(names)).reason:
@@ -157,8 +157,3 @@ def marked_dynamic(function: Callable[..., Any], axes: list[tuple[int, int]]) ->
         return results
 
     return run_and_mark
-
-
-def _batched(node: fx.Node, tokens: Set[Any]) -> bool:
-    fake = fake_value(node)
-    return isinstance(fake, torch.Tensor) and any(depends(size, tokens) for size in fake.shape)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from dynaflow_serving.capture.fx.effects import storage_id
-from dynaflow_serving.capture.fx.symbols import depends, fake_value
+from dynaflow_serving.capture.fx.symbols import fake_value, has_tokens
 
 
 def settle_input_writes(gm: fx.GraphModule, tokens: Set[Any]) -> list[int]:
@@ -34,7 +34,7 @@ def settle_input_writes(gm: fx.GraphModule, tokens: Set[Any]) -> list[int]:
         if not is_final or node.args[0] not in inputs:
             continue
         target, result = node.args[0], node.args[1]
-        if not any(depends(size, tokens) for size in fake_value(target).shape):
+        if not has_tokens(fake_value(target), tokens):
             extra.append((inputs.index(target), result))
             node.replace_all_uses_with(result)
         elif (in_place := _in_place_form(result)) and _is_last_use(graph, target, result):

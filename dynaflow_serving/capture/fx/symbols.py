@@ -36,6 +36,11 @@ def hint(symbol: Any, shape_env: Any) -> int:
     return int(look_up(symbol))
 
 
+def has_tokens(fake: Any, tokens: Set[Any]) -> bool:
+    """Whether a size of a tensor depends on the number of tokens."""
+    return isinstance(fake, torch.Tensor) and any(depends(size, tokens) for size in fake.shape)
+
+
 def rows_per_token(size: Any, tokens: Set[Any]) -> int:
     """Return k for a size of k * tokens, and 0 for any other size."""
     ratios = [ratio for t in tokens if (ratio := expression(size) / t).is_Integer]

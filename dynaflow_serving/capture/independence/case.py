@@ -40,7 +40,7 @@ class Case:
         return [self.placement_of(t) for t in self.call.tensors]
 
     def cut(self, name: str) -> Cut:
-        """Return the placement of an argument that has to be cut, or that is cut by the caller's knowledge."""
+        """Return the placement of an argument that has to be cut."""
         placement = self.at(name)
         if not isinstance(placement, Cut) or placement.numbered:
             raise Mixes(f"needs {name} cut by tokens")

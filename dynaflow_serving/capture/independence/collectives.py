@@ -15,11 +15,9 @@ _LINEAR = ("sum", "avg")
 
 @rule("_c10d_functional::all_reduce", "_c10d_functional::all_reduce_", "_c10d_functional::broadcast",
       "_c10d_functional::broadcast_", "_c10d_functional::wait_tensor", "_c10d_functional_autograd::all_reduce",
-      "_c10d_functional::all_reduce_coalesced", "_dtensor::shard_dim_alltoall")  # fmt: skip
+      "_c10d_functional::all_reduce_coalesced")  # fmt: skip
 def element_by_element(case: Case) -> list[Placement]:
     placements = case.placements()
-    if case.call.name == "_dtensor::shard_dim_alltoall":
-        raise Mixes("moves shards between dimensions")
     if any(isinstance(p, Total) for p in placements) and case.call.args.get("reduce_op", "sum") not in _LINEAR:
         raise Mixes(f"takes the {case['reduce_op']} of sums over tokens")
     return placements[: len(case.call.results)]

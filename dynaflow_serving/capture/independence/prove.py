@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dynaflow_serving.capture.independence import collectives, factories, indexing, models, views  # noqa: F401 (rules)
 from dynaflow_serving.capture.independence.case import RULES, Case, changed_dims
 from dynaflow_serving.capture.independence.declared import as_declared, is_declared
-from dynaflow_serving.capture.independence.placement import WHOLE, Cut, Mixes, Placement, Whole
+from dynaflow_serving.capture.independence.placement import WHOLE, Cut, Mixes, Placement, Whole, rows_of
 from dynaflow_serving.capture.independence.record import FEW_TOKENS, TOKENS, Call, Recording, alone, numbers, record
 from dynaflow_serving.capture.independence.torch_rules import ask_torch
 
@@ -142,7 +142,7 @@ class _Walk:
         failed = first.failed or second.failed
         if failed is not None:
             node, why = failed
-            return _said(node, why if why.startswith("is the higher-order") else f"cannot be followed: {why}")
+            return _said(node, why)
         if len(first.calls) != len(second.calls):
             return _said(second.calls[len(first.calls)][0], "runs other operators for another number of tokens")
         return ""
@@ -233,8 +233,8 @@ def _check_size(pair: tuple[torch.Tensor, torch.Tensor], placement: Placement) -
         raise Mixes(f"relates tokens to tokens: shape {tuple(pair[0].shape)} for {TOKENS[0]} tokens")
     if dims != [placement.dim]:
         raise Mixes("reduces or contracts over the token axis")
-    quotients = {(t.shape[placement.dim] / (placement.copies * n)) for t, n in zip(pair, TOKENS)}
-    if len(quotients) > 1 or not next(iter(quotients)).is_integer():
+    rows = {rows_of(t.shape[placement.dim], n, placement.copies) for t, n in zip(pair, TOKENS)}
+    if len(rows) > 1 or rows == {0}:
         raise Mixes(f"has {pair[0].shape[placement.dim]} rows for {TOKENS[0]} tokens, not a multiple")
 
 

@@ -192,9 +192,12 @@ class _Run:
             return _called(graph, node)(*args, **kwargs)
         except _Failed:
             raise
+        except Mixes as problem:
+            self._recording.failed = node, str(problem)
+            raise _Failed from None
         except Exception as e:
             cause = str(e).strip().splitlines()
-            self._recording.failed = node, cause[0] if cause else type(e).__name__
+            self._recording.failed = node, f"cannot be followed: {cause[0] if cause else type(e).__name__}"
             raise _Failed from None
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from dynaflow_serving.capture.independence.case import Case, changed_dims, dim_of, rule
-from dynaflow_serving.capture.independence.placement import WHOLE, Cut, Mixes, Placement, Total, Whole
+from dynaflow_serving.capture.independence.placement import WHOLE, Cut, Mixes, Placement, Total, Whole, rows_of
 from dynaflow_serving.capture.independence.record import TOKENS
 
 
-@rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::view_copy", "aten::_reshape_alias", "aten::resize_as",
+@rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::view_copy", "aten::_reshape_alias",
       sizes=("size", "stride"))  # fmt: skip
 def reshape(case: Case) -> list[Placement]:
     source = case.at("self")
@@ -34,7 +34,7 @@ def reshape(case: Case) -> list[Placement]:
     if len(dims) != 1 or before % (outside := math.prod(pair[0].shape[: dims[0]])):
         raise Mixes("reshapes across the token axis")
     copies = before // outside
-    if pair[0].shape[dims[0]] % (copies * TOKENS[0]):
+    if not rows_of(pair[0].shape[dims[0]], TOKENS[0], copies):
         raise Mixes("reshapes across the token axis")
     if source.numbered and pair[0].shape[dims[0]] != TOKENS[0]:
         raise Mixes("numbers the tokens of the batch")
