@@ -40,19 +40,18 @@ from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.capture.fx.input_writes import settle_input_writes
 from dynaflow_serving.capture.fx.matching import apply_rules
 from dynaflow_serving.capture.fx.symbols import batch_symbols, fake_value
+from dynaflow_serving.capture.fx.views import view_results
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config, load
-from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError, DynaflowError, InactiveError, PartitionError, unknown_name
 from dynaflow_serving.executor import EXECUTORS
 from dynaflow_serving.policy.calls import tune_calls
 from dynaflow_serving.policy.selector import build_selector
 from dynaflow_serving.policy.table import Table
-from dynaflow_serving.session.agreement import agree, groups_of
-from dynaflow_serving.session.forward import SplitForward
-from dynaflow_serving.session.graph_check import run_checked
-from dynaflow_serving.session.plan_cache import PlanCache
-from dynaflow_serving.session.session import LiveStep, Session
+from dynaflow_serving.session.agreement import groups_of
+from dynaflow_serving.session.compiled_graph import CompiledGraph
+from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.selector import FixedStrategy
 
@@ -237,56 +236,9 @@ class Backend:
         # Compiled operators, the strategy's order and CUDA graphs are what un-split plans have and the graph lacks.
         plain = self.level != "inductor" and not session.selector.schedules_unsplit and session.config.graph == "off"
         whole = marked_dynamic(own_code(gm), axes) if plain else None
-        forward = CompiledGraph(self, plan_cache, groups_of(gm), whole)
+        views = view_results(gm, axes)
+        forward = CompiledGraph(session, plan_cache, groups_of(gm), whole, views, lambda: self.width)
         return lambda *args: forward(*args)  # AOT autograd sets attributes on what it gets
-
-
-class CompiledGraph(SplitForward):
-    """This callable runs one captured graph. Each call is a step, unless a whole forward is one step."""
-
-    def __init__(
-        self, backend: Backend, plan_cache: PlanCache, groups: list[Any], whole: Callable[..., Any] | None
-    ) -> None:
-        """Prepare the graph's first call.
-
-        Args:
-            backend: It has captured the graph.
-            plan_cache: The plans of the graph.
-            groups: The process groups whose ranks have to compare plans before the first call.
-            whole: The graph's own code, for un-split steps; None if plans run these, too.
-        """
-        super().__init__(backend.session)
-        self.backend, self.plan_cache, self._groups, self._whole = backend, plan_cache, groups, whole
-        self._unagreed = list(groups)
-        self._count = plan_cache.captured.token_counter()
-
-    def __call__(self, *args: Any) -> Any:
-        while self._unagreed:
-            agree([self.plan_cache.texts()], self._unagreed[0])
-            del self._unagreed[0]
-        if self.session.in_flight is not None:  # the caller that began the step ends it, too
-            return super().__call__(*args)
-        batch = Batch((1,) * self._count(args), width=self.backend.width)
-        with self.session.step(batch, [self.plan_cache]):
-            return super().__call__(*args)
-
-    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._whole is not None:
-            return self._whole(*args)
-        step = self.session.in_flight
-        assert step is not None
-        return self._run(step, step.split, args)
-
-    def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._run(step, self.plan_cache.allowed_split(step.batch, step.split), args)
-
-    def _run(self, step: LiveStep, split: Split, args: tuple[Any, ...]) -> Any:
-        zero_copy = not torch.is_grad_enabled()  # autograd has no `out=`
-        signature, check = split.signature, self.session.check
-        planned = signature.micro_batches > 1 or self.plan_cache.orders_unsplit(signature.candidate)
-        if check is not None and planned and check.wants(step, [self.plan_cache], signature):
-            return run_checked(step, check, self.plan_cache, split, args, zero_copy, self._groups)
-        return self.plan_cache.run(args, split, zero_copy=zero_copy, traced=step.to_trace)
 
 
 def compile(

@@ -1,0 +1,111 @@
+"""Results of a graph that are views: they are made from whole tensors, as the graph itself makes them.
+
+Contract
+- A result that the graph makes by views alone, from its inputs or from earlier results, shares their memory. Merged
+  micro-batches would be a copy, with other strides where the view leaves out elements or repeats them.
+- AOT autograd needs the strides: it makes such results anew from what they are views of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from dynaflow_serving.capture.fx.batched import marked_dynamic
+from dynaflow_serving.capture.fx.buffers import own_code, result_list, result_of
+from dynaflow_serving.capture.fx.effects import storage_id, written_arguments
+from dynaflow_serving.capture.fx.symbols import fake_value
+
+
+@dataclass(frozen=True)
+class ViewResults:
+    """The results of a graph that are views.
+
+    Attributes:
+        positions: Their positions in the result.
+        bases: The positions of the results that they are views of.
+        make: A function inputs, bases -> the views.
+    """
+
+    positions: tuple[int, ...]
+    bases: tuple[int, ...]
+    make: Callable[..., Sequence[torch.Tensor]]
+
+    def put(self, args: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the results of a plan, with views where the graph returns views.
+
+        Args:
+            args: The inputs of the graph.
+            results: What a plan has returned for them.
+        """
+        made = dict(zip(self.positions, self.make(*args, *(results[i] for i in self.bases)), strict=True))
+        return tuple(made.get(i, result) for i, result in enumerate(results))
+
+
+def view_results(gm: fx.GraphModule, axes: Sequence[tuple[int, int]]) -> ViewResults | None:
+    """Return the results of `gm` that are views; None if there are none.
+
+    Args:
+        gm: The graph.
+        axes: The positions of the results that have a token axis, with that axis; the views are marked dynamic there.
+    """
+    if not isinstance(result_of(gm), tuple | list):
+        return None
+    results = result_list(gm)
+    bases, views = _bases_and_views(gm, {r for r in results if isinstance(r, fx.Node)})
+    positions = tuple(i for i, r in enumerate(results) if r in views and isinstance(fake_value(r), torch.Tensor))
+    if not positions:
+        return None
+    graph, copied = fx.Graph(), {}
+    for node in (*(n for n in gm.graph.nodes if n.op == "placeholder"), *bases):
+        copied[node] = graph.placeholder(node.name)
+    for node in views:
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output([copied[results[i]] for i in positions])
+    graph.eliminate_dead_code()
+    marks = [(positions.index(i), axis) for i, axis in axes if i in positions]
+    make = marked_dynamic(own_code(fx.GraphModule({}, graph)), marks)
+    return ViewResults(positions, tuple(results.index(base) for base in bases), make)
+
+
+def _bases_and_views(gm: fx.GraphModule, results: set[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, None]]:
+    """Return the results that are no views, and the nodes made by views alone from inputs and from those."""
+    bases: list[fx.Node] = []
+    views: dict[fx.Node, None] = {}
+    known: set[fx.Node] = set()
+    memory: set[int | None] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            known.add(node)
+        elif _is_view(node, known, memory):
+            views[node] = None
+            known.add(node)
+            continue
+        elif node in results and isinstance(fake_value(node), torch.Tensor):
+            bases.append(node)
+            known.add(node)
+        else:
+            continue
+        memory.add(storage_id(node))
+    return bases, views
+
+
+def _is_view(node: fx.Node, known: set[fx.Node], memory: set[int | None]) -> bool:
+    """Whether `node` is a view of what is in `memory`, or a number, made from `known` nodes."""
+    if node.op not in ("call_function", "call_method") or not known.issuperset(node.all_input_nodes):
+        return False
+    if not node.all_input_nodes or written_arguments(node):
+        return False
+    leaves = pytree.tree_leaves(fake_value(node))
+    return bool(leaves) and all(_shares(leaf, memory) for leaf in leaves)
+
+
+def _shares(leaf: Any, memory: set[int | None]) -> bool:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.layout is torch.strided and int(leaf.untyped_storage()._cdata) in memory
+    return isinstance(leaf, int | torch.SymInt)
