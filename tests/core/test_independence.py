@@ -57,6 +57,10 @@ RIGHT: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], Any]] = {
     "no rows": (lambda x: x[:0], (X,), Whole()),
     "all rows": (lambda x: x[:], (X,), Cut(0)),
     "bytes": (lambda x: x.view(torch.int32), (X,), Cut(0)),
+    "gradient of columns": (lambda x: aten.slice_backward(x, [x.shape[0], 9], 1, 2, 6, 1), (X,), Cut(0)),
+    "gradient of all rows": (lambda x: aten.slice_backward(x, [x.shape[0], 4], 0, 0, 1 << 62, 1), (X,), Cut(0)),
+    "gradient of one column": (lambda x: aten.select_backward(x, [x.shape[0], 3, 4], 1, 2), (X,), Cut(0)),
+    "gradient of one plane": (lambda x: aten.select_backward(x, [3, x.shape[0], 4], 0, 2), (X,), Cut(1)),
     # factories
     "zeros per token": (lambda x: torch.zeros(x.shape[0], 3), (X,), Cut(0)),
     "zeros": (lambda x: torch.zeros(3) + 0 * x.shape[1], (X,), Whole()),
@@ -107,6 +111,12 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
     "different rows": (lambda x: torch.cat([x.view(-1, 2), x[:, :2]]), (X,), "different numbers of rows"),
     "strides": (lambda x: torch.as_strided(x, (2, 2), (1, 1)), (X,), "by strides"),
     "as many columns": (lambda x: torch.ones(100)[: x.shape[0]] + 1, (X,), "takes as many elements as there are"),
+    "gradient of the first rows": (
+        lambda x: aten.slice_backward(x, [2 * x.shape[0], 4], 0, 0, x.shape[0], 1), (X,), "picks tokens by position"),
+    "gradient of as many columns": (
+        lambda x: aten.slice_backward(x @ x.t(), [x.shape[0], 99], 1, 0, x.shape[0], 1), (X,), "mixes tokens"),
+    "gradient of one token": (
+        lambda x: aten.select_backward(WEIGHT[0], [x.shape[0], 4], 0, 1), (X,), "but has no token axis"),
     # factories
     "filled with the count": (
         lambda x: torch.full((x.shape[0],), x.shape[0]), (X,), "computes with the number of tokens"),

@@ -124,6 +124,32 @@ def slice_scatter(case: Case) -> list[Placement]:
     return [cut]
 
 
+@rule("aten::slice_backward", sizes=("input_sizes", "start", "end"))
+def slice_backward(case: Case) -> list[Placement]:
+    """The gradient of a slice is the gradient of the part, and zeros around it."""
+    gradient, sizes = case.at("grad_output"), case["input_sizes"]
+    dim = dim_of(case["dim"], len(sizes))
+    part, other = (
+        range(a["input_sizes"][dim])[slice(a["start"], a["end"], a["step"])] for a in (case.call.args, case.call.others)
+    )
+    if isinstance(gradient, Cut) and gradient.dim == dim:
+        if part != range(sizes[dim]):
+            raise Mixes("picks tokens by position")
+    elif part != other:
+        raise Mixes("takes as many elements as there are tokens")
+    return [case.cut("grad_output") if isinstance(gradient, Cut) else gradient]
+
+
+@rule("aten::select_backward", sizes=("input_sizes",))
+def select_backward(case: Case) -> list[Placement]:
+    """The gradient of a selected element is that in its place, and zeros in the others."""
+    gradient, dim = case.at("grad_output"), dim_of(case["dim"], len(case["input_sizes"]))
+    if not isinstance(gradient, Cut):
+        return [gradient]
+    cut = case.cut("grad_output")
+    return [Cut(cut.dim + (dim <= cut.dim), cut.copies)]
+
+
 @rule("aten::renorm", "aten::renorm_")
 def renorm(case: Case) -> list[Placement]:
     cut = case.cut("self")
