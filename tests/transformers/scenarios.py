@@ -17,6 +17,7 @@ from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError, PartitionError
 from dynaflow_serving.integrations.transformers import enable, report, tune
 from dynaflow_serving.integrations.transformers.body import ATTRIBUTE, Body
+from dynaflow_serving.session.session import Session
 
 
 def load(path: str) -> Any:
@@ -142,7 +143,8 @@ def auto(path: str, folder: str) -> dict[str, Any]:
     return found
 
 
-def training(path: str, micro_batches: int) -> dict[str, Any]:
+def gradients_apart(path: str, micro_batches: int) -> tuple[dict[str, Any], Session]:
+    """Train stock, then under a strategy; return how far the gradients are apart, and the session."""
     model = load(path).train()
 
     def gradients() -> list[torch.Tensor]:
@@ -155,24 +157,34 @@ def training(path: str, micro_batches: int) -> dict[str, Any]:
     enable(model, strategy("comm_overlap", micro_batches))
     found = [gradients() for _ in range(3)][-1]
     session = Body.installed_in(model).session
-    _, backward_run = session.plan_caches
-    (plan,) = backward_run.plans
-    by_name = backward_run.captured.program.by_name
-    runs = [s for s in plan.actions if s.kind is ActionKind.RUN]
-    network = [i for i, s in enumerate(runs) if by_name[s.operators[0]].resource is Resource.NETWORK]
-    needs = {v: s.operators[0] for s in runs for v in by_name[s.operators[0]].outputs}
-
-    def overlaps(i: int) -> bool:
-        """Whether compute that does not need collective i is issued after it and before compute that does."""
-        after = next((s for s in runs[i + 1 :] if s.stream == "compute"), None)
-        return after is not None and all(
-            needs.get(v) != runs[i].operators[0] for v in by_name[after.operators[0]].inputs
-        )
-
     return {
         "apart": max(distance(a, b) for a, b in zip(found, expected, strict=True)),
         "gradients": len(expected),
         "steps": [session.counts.split, sum(session.counts.unsplit.values())],
+    }, session
+
+
+def training_of_experts(path: str) -> dict[str, Any]:
+    return gradients_apart(path, 2)[0]
+
+
+def training(path: str, micro_batches: int) -> dict[str, Any]:
+    found, session = gradients_apart(path, micro_batches)
+    _, backward_run = session.plan_caches
+    plan = next(p for p in backward_run.plans if p.micro_batches == micro_batches)
+    by_name = backward_run.captured.program.by_name
+    runs = [s for s in plan.actions if s.kind is ActionKind.RUN]
+    network = [i for i, s in enumerate(runs) if by_name[s.operators[0]].resource is Resource.NETWORK]
+
+    def overlaps(i: int) -> bool:
+        """Whether compute that does not need collective i is issued after it and before compute that does."""
+        after = next((s for s in runs[i + 1 :] if s.stream == "compute"), None)
+        if after is None:
+            return False
+        made, read = by_name[runs[i].operators[0]].outputs, by_name[after.operators[0]].inputs
+        return (after.start, after.stop) != (runs[i].start, runs[i].stop) or not {*made} & {*read}
+
+    return found | {
         "backward_streams": sorted({runs[i].stream for i in network}),
         "collectives": len(network),
         "overlapping": sum(map(overlaps, network)),
