@@ -40,7 +40,7 @@ from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.capture.fx.input_writes import settle_input_writes
 from dynaflow_serving.capture.fx.matching import apply_rules
 from dynaflow_serving.capture.fx.symbols import batch_symbols, fake_value
-from dynaflow_serving.capture.fx.views import view_results
+from dynaflow_serving.capture.fx.views import view_of_a_written_input, view_results
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.core.batch import Batch
@@ -188,8 +188,9 @@ class Backend:
 
     def _forward_runner(self, gm: fx.GraphModule, forward: list[CapturedProgram]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()
+        reason = view_of_a_written_input(gm)
         positions = settle_input_writes(gm, batch_symbols(gm, self.batch_dim))
-        run = self._runner(gm, forward)
+        run = self._runner(gm, forward, reason)
         if not positions:
             return run
 
@@ -210,8 +211,8 @@ class Backend:
         adjacent = any(not captured.program.unsplittable for captured in forward)
         return self._add(gm, partition(gm, tokens=tokens, adjacent=adjacent))
 
-    def _runner(self, gm: fx.GraphModule, captures: list[CapturedProgram] | None = None) -> Callable[..., Any]:
-        """Capture the graph, and return what runs it; add the capture to `captures`."""
+    def _runner(self, gm: fx.GraphModule, captures: list[CapturedProgram], reason: str = "") -> Callable[..., Any]:
+        """Capture the graph, which cannot be split for `reason`, if any, and return what runs it."""
         tokens = batch_symbols(gm, self.batch_dim)
         if not tokens:
             return gm  # the set-up between graph breaks has no batch, so there is nothing to split
@@ -221,9 +222,9 @@ class Backend:
         if written and torch.is_grad_enabled() and self.level == "dynamo":
             # Views of one tensor share its version: a write to one would invalidate what others have saved.
             reason = f"input {written[0]} is written in place while autograd records: use torch.no_grad()"
-            capture.program = replace(program, unsplittable=program.unsplittable or reason)
-        if captures is not None:
-            captures.append(capture)
+        if reason and not program.unsplittable:
+            capture.program = replace(program, unsplittable=reason)
+        captures.append(capture)
         return self._add(gm, capture)
 
     def _add(self, gm: fx.GraphModule, captured: CapturedProgram) -> Callable[..., Any]:

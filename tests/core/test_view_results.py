@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dynaflow_serving
+from dynaflow_serving.errors import PartitionError
 
 WIDTH = 4
 
@@ -70,6 +71,17 @@ def test_results_are_the_views_that_stock_returns(model: Callable[..., Any], lev
             sum(r.sum() for r in expected).backward()
             assert x.grad is not None and again.grad is not None and torch.equal(x.grad, again.grad)
     assert compiled.session.counts.split == (4 if gradients and level == "aot" else 2)  # backward graphs, too
+
+
+def test_a_view_of_an_input_that_is_written_is_refused_at_aten_level() -> None:
+    def model(x: torch.Tensor) -> Any:
+        view = x.view(x.shape[0], 2, 2)[:, :, 1:]
+        x.add_(1)
+        return view.view(x.shape[0], 2), view.abs()
+
+    compiled = dynaflow_serving.compile(model, "nanoflow", config={"min_tokens": 1}, level="aot")
+    with pytest.raises(PartitionError, match=r"may be a view of input .*, which is written in place"):
+        compiled(torch.ones(6, WIDTH))
 
 
 def _aliases(x: torch.Tensor, results: Any) -> list[int]:

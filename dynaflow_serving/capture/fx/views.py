@@ -4,6 +4,8 @@ Contract
 - A result that the graph makes by views alone, from its inputs or from earlier results, shares their memory. Merged
   micro-batches would be a copy, with other strides where the view leaves out elements or repeats them.
 - AOT autograd needs the strides: it makes such results anew from what they are views of.
+- Views of an input's new contents, which the graph makes before it writes them, are not made anew: such a graph is
+  not split at ATen level.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import fx
 from dynaflow_serving.capture.fx.batched import marked_dynamic
 from dynaflow_serving.capture.fx.buffers import own_code, result_list, result_of
 from dynaflow_serving.capture.fx.effects import storage_id, written_arguments
-from dynaflow_serving.capture.fx.symbols import fake_value
+from dynaflow_serving.capture.fx.symbols import expression, fake_value
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,27 @@ def view_results(gm: fx.GraphModule, axes: Sequence[tuple[int, int]]) -> ViewRes
     marks = [(positions.index(i), axis) for i, axis in axes if i in positions]
     make = marked_dynamic(own_code(fx.GraphModule({}, graph)), marks)
     return ViewResults(positions, tuple(results.index(base) for base in bases), make)
+
+
+def view_of_a_written_input(gm: fx.GraphModule) -> str:
+    """Return why an ATen graph cannot be split that writes an input and may return a view of it, or ""."""
+    writes = [(n, a) for n in gm.graph.nodes for a in written_arguments(n) if a.op == "placeholder"]
+    memory = {storage_id(n): a.name for write, a in writes for n in (write, *write.all_input_nodes)}
+    memory.pop(None, None)
+    _, views = _bases_and_views(gm, set())
+    for result in result_list(gm) if writes else ():
+        if not isinstance(result, fx.Node) or result in views or storage_id(result) not in memory:
+            continue
+        if not _starts_dense(fake_value(result)):
+            written = memory[storage_id(result)]
+            return f"{result.name} may be a view of input {written}, which is written in place"
+    return ""
+
+
+def _starts_dense(fake: torch.Tensor) -> bool:
+    """Whether a tensor has all elements of its memory, from the first one."""
+    dense: bool = torch._prims_common.is_non_overlapping_and_dense_or_false(fake)
+    return dense and bool(expression(fake.storage_offset()) == 0)
 
 
 def _bases_and_views(gm: fx.GraphModule, results: set[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, None]]:
