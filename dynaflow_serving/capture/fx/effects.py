@@ -34,7 +34,11 @@ _IN_PLACE = {
 
 def storage_id(node: fx.Node) -> int | None:
     """Return the identity of the memory of a node's value; None without strided memory."""
-    value = fake_value(node)
+    return memory_id(fake_value(node))
+
+
+def memory_id(value: Any) -> int | None:
+    """Return the identity of the memory of a value; None without strided memory."""
     if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         return int(value.untyped_storage()._cdata)
     return None

@@ -20,7 +20,7 @@ from torch import fx
 
 from dynaflow_serving.capture.fx.batched import marked_dynamic
 from dynaflow_serving.capture.fx.buffers import own_code, result_list, result_of
-from dynaflow_serving.capture.fx.effects import storage_id, written_arguments
+from dynaflow_serving.capture.fx.effects import memory_id, storage_id, written_arguments
 from dynaflow_serving.capture.fx.symbols import expression, fake_value
 
 
@@ -115,6 +115,7 @@ def _bases_and_views(gm: fx.GraphModule, results: set[fx.Node]) -> tuple[list[fx
         else:
             continue
         memory.add(storage_id(node))
+        memory.discard(None)  # what has no strided memory has no views
     return bases, views
 
 
@@ -130,5 +131,5 @@ def _is_view(node: fx.Node, known: set[fx.Node], memory: set[int | None]) -> boo
 
 def _shares(leaf: Any, memory: set[int | None]) -> bool:
     if isinstance(leaf, torch.Tensor):
-        return leaf.layout is torch.strided and int(leaf.untyped_storage()._cdata) in memory
+        return memory_id(leaf) in memory
     return isinstance(leaf, int | torch.SymInt)

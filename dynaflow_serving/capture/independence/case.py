@@ -8,7 +8,7 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,11 @@ def changed_dims(pair: tuple[torch.Tensor, torch.Tensor]) -> list[int]:
 def dim_of(dim: int, rank: int) -> int:
     """Return a dimension counted from the front."""
     return dim % rank if rank else 0
+
+
+def taken(size: int, arguments: Mapping[str, Any]) -> range:
+    """Return the positions that a slice takes of a dimension; `arguments` has its start, end and step."""
+    return range(size)[slice(arguments["start"], arguments["end"], arguments["step"])]
 
 
 Rule = Callable[[Case], list[Placement]]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dynaflow_serving.capture.independence.case import Case, dim_of, rule
+from dynaflow_serving.capture.independence.case import Case, dim_of, rule, taken
 from dynaflow_serving.capture.independence.placement import Cut, Mixes, Placement, Total, Whole
 
 
@@ -119,7 +119,7 @@ def slice_scatter(case: Case) -> list[Placement]:
     dim = dim_of(case["dim"], len(size))
     if case.at("src") != cut or (case.call.changed and cut.dim != dim):
         raise Mixes("writes what is placed otherwise")
-    if cut.dim == dim and range(size[dim])[slice(case["start"], case["end"], case["step"])] != range(size[dim]):
+    if cut.dim == dim and taken(size[dim], case.call.args) != range(size[dim]):
         raise Mixes("writes to tokens by position")
     return [cut]
 
@@ -129,9 +129,7 @@ def slice_backward(case: Case) -> list[Placement]:
     """The gradient of a slice is the gradient of the part, and zeros around it."""
     gradient, sizes = case.at("grad_output"), case["input_sizes"]
     dim = dim_of(case["dim"], len(sizes))
-    part, other = (
-        range(a["input_sizes"][dim])[slice(a["start"], a["end"], a["step"])] for a in (case.call.args, case.call.others)
-    )
+    part, other = (taken(a["input_sizes"][dim], a) for a in (case.call.args, case.call.others))
     if isinstance(gradient, Cut) and gradient.dim == dim:
         if part != range(sizes[dim]):
             raise Mixes("picks tokens by position")

@@ -9,11 +9,10 @@ Contract
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
-from dynaflow_serving.capture.independence.case import Case, changed_dims, dim_of, rule
+from dynaflow_serving.capture.independence.case import Case, changed_dims, dim_of, rule, taken
 from dynaflow_serving.capture.independence.placement import WHOLE, Cut, Mixes, Placement, Total, Whole, rows_of
 from dynaflow_serving.capture.independence.record import TOKENS
 
@@ -64,8 +63,8 @@ def repeat(case: Case) -> list[Placement]:
 @rule("aten::slice", "aten::slice_copy", sizes=("start", "end"))
 def slice_(case: Case) -> list[Placement]:
     source = case.at("self")
-    ranges = [_range(arguments) for arguments in (case.call.args, case.call.others)]
     dim = dim_of(case["dim"], case["self"].dim())
+    ranges = [taken(a["self"].shape[dim], a) for a in (case.call.args, case.call.others)]
     if isinstance(source, Cut) and source.dim == dim:
         if any(r.step != 1 for r in ranges):
             raise Mixes("picks tokens by position")
@@ -119,12 +118,6 @@ def cat(case: Case) -> list[Placement]:
 @rule("aten::as_strided", "aten::as_strided_copy", "aten::as_strided_")
 def as_strided(case: Case) -> list[Placement]:
     raise Mixes("reads memory by strides")
-
-
-def _range(arguments: dict[str, Any]) -> range:
-    """Return the positions that a slice takes."""
-    size = arguments["self"].shape[arguments["dim"]]
-    return range(size)[slice(arguments["start"], arguments["end"], arguments["step"])]
 
 
 def _blocks(source: Cut, case: Case, dim: int, parts: list[tuple[int, int]]) -> Placement:
