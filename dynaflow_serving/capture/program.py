@@ -40,6 +40,7 @@ class CapturedProgram:
         pieces: operator -> its FX graph, where there is one.
         nodes: value -> the name of its node in the captured graph.
         one_stream: operators that share a stream within a micro-batch, because they run one frame.
+        mirrored: whether autograd runs a split step's plan backwards (`planning.mirror`).
         static_context: whether the integration promises that context keeps its addresses and host values over steps.
     """
 
@@ -53,6 +54,7 @@ class CapturedProgram:
     pieces: dict[str, fx.GraphModule] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)
     one_stream: frozenset[str] = frozenset()
+    mirrored: bool = False
     static_context: bool = False
 
     def token_counter(self) -> Callable[[Sequence[Any]], int]:

@@ -18,11 +18,13 @@ import _thread
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
+from dynaflow_serving.capture.eager.gradients import Submit
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, Plan
@@ -119,6 +121,19 @@ class Worker:
 
         self.queue.put(job)
 
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run `function` on this thread, after what was submitted before; exceptions are the Future's."""
+        done: Future[Any] = Future()
+
+        def job() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:  # handed to whoever asks for the result
+                done.set_exception(error)
+
+        self.queue.put(job)
+        return done
+
     def stop(self) -> None:
         self.queue.put(None)
         self.thread.join()
@@ -193,10 +208,16 @@ class CPUExecutor(Executor):
                     )
         emitter = _ThreadEmitter(captured, plan, kernels)
         for i, stream in enumerate(s for s in plan.streams if s != COMPUTE_STREAM):
-            if stream not in self._workers:
-                self._workers[stream] = Worker(stream)
-            emitter.globals[f"w{i}"] = self._workers[stream]
+            emitter.globals[f"w{i}"] = self._worker(stream)
         return emitter.bind(tracer)
+
+    def submit_to(self, stream: str) -> Submit:
+        return self._worker(stream).call
+
+    def _worker(self, stream: str) -> Worker:
+        if stream not in self._workers:
+            self._workers[stream] = Worker(stream)
+        return self._workers[stream]
 
     def close(self) -> None:
         for worker in self._workers.values():

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.capture.eager.gradients import Submit
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Action, ActionKind, Plan
@@ -107,6 +108,9 @@ class CUDAExecutor(Executor):
         for number, event in enumerate(sorted({a.event for a in plan.actions if a.event >= 0})):
             emitter.globals[f"e{event}"] = self._streams.event(number)
         return emitter.bind(tracer)
+
+    def submit_to(self, stream: str) -> Submit:
+        return functools.partial(self._streams.submit, stream)
 
     @property
     def graphs(self) -> CapturedGraphs | None:

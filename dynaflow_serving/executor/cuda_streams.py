@@ -16,14 +16,33 @@ Contract
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
 
 from dynaflow_serving.config import StreamOptions
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.strategy.streams import NETWORK
 
 NETWORK_PRIORITY = -1  # a collective should start as soon as its input is there: it needs few multiprocessors
+
+
+class Submitted:
+    """Work that a stream has got: `capture.eager.gradients.Running`."""
+
+    def __init__(self, cuda: Any, done: Any, result: Any) -> None:
+        self._cuda, self._done, self._result = cuda, done, result
+
+    def result(self) -> Any:
+        """Let the current stream wait for the work, whose tensors it may then use."""
+        current = self._cuda.current_stream()
+        current.wait_event(self._done)
+        for tensor in tree_leaves(self._result):
+            if isinstance(tensor, torch.Tensor):
+                tensor.record_stream(current)  # autograd, not a plan, decides when the memory is free
+        return self._result
 
 
 class StreamPool:
@@ -52,6 +71,14 @@ class StreamPool:
         while len(self._events) <= number:
             self._events.append(self._cuda.Event())
         return self._events[number]
+
+    def submit(self, name: str, function: Callable[[], Any]) -> Submitted:
+        """Run `function` on the stream called `name`, after all that the current stream has got so far."""
+        stream = self.stream(name)
+        stream.wait_stream(self._cuda.current_stream())
+        with self._cuda.stream(stream):
+            result = function()
+        return Submitted(self._cuda, stream.record_event(), result)
 
     def _make(self, options: StreamOptions, name: str) -> Any:
         if options.sm_share is None:

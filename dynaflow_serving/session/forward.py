@@ -8,13 +8,14 @@ Contract
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from dynaflow_serving.capture.eager import Arguments, Diverged, EagerCapture
+from dynaflow_serving.capture.eager.gradients import Submit
 from dynaflow_serving.capture.program import Enter
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
@@ -118,7 +119,9 @@ class EagerForward(SplitForward):
         module: torch.nn.Module,
         rules: Iterable[Rule],
         states: Mapping[str, str],
-        entering: Entering,
+        entering: Entering = without_context,
+        training: bool = False,
+        token_dim: int = 0,
     ) -> None:
         """Prepare to record `forward`.
 
@@ -129,13 +132,16 @@ class EagerForward(SplitForward):
             rules: The integration's rules for attention and collectives. The strategy's own rules come first.
             states: The engine state that the operators of a rule read and write, by the rule's name.
             entering: This enters the engine's contexts of a split step.
+            training: Whether gradients go through split steps.
+            token_dim: The token axis of the first tensor argument.
 
         Raises:
             AnnotationError: A rule matches nothing.
         """
         super().__init__(session)
         self._entering = entering
-        self.eager = EagerCapture(forward, module, (*session.selector.annotations, *rules), states)
+        self.eager = EagerCapture(forward, module, (*session.selector.annotations, *rules), states, training)
+        self._token_dim = token_dim
         session.eager = self.eager
         self.eager.attach()
         self._recording = False
@@ -164,15 +170,18 @@ class EagerForward(SplitForward):
         return result
 
     def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plan, bounds = step.plan(self.session.plan_caches[0]).run, step.split.bounds
+        plan_cache, bounds = self.session.plan_caches[0], step.split.bounds
+        plan = step.plan(plan_cache)
+        apart: Sequence[Mapping[int, Submit]] = ()
+        if self.eager.training and torch.is_grad_enabled():
+            apart = self.eager.calls_apart(plan.plan, plan_cache.executor.submit_to)
         with self._entering(*args, **kwargs) as contexts:
             try:
-                return self.eager.run(plan, bounds, args, kwargs, *contexts)
+                return self.eager.run(plan.run, bounds, args, kwargs, *contexts, apart=apart)
             except Diverged as error:
                 step.withdraw(str(error))
                 return self.eager.run_apart(bounds, args, kwargs, *contexts)
 
-    @staticmethod
-    def count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Return the size of the first tensor argument, because dimension 0 of every engine's inputs is the tokens."""
-        return next(int(t.shape[0]) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+    def count_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return the number of tokens by the first tensor argument."""
+        return next(int(t.shape[self._token_dim]) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))

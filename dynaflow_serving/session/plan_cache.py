@@ -6,6 +6,7 @@ Contract
 - An un-split step runs in the program's own order on the compute stream, unless the strategy schedules un-split steps
   too (`OpScheduler.schedules_unsplit`).
 - `run_plain` runs the program in its own order, whatever the strategy does with un-split steps.
+- Where autograd runs a plan backwards, that plan is made and verified with it.
 - A candidate that is refused splits nothing any more, and orders no un-split steps.
 """
 
@@ -17,12 +18,14 @@ from typing import Any
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.batch import Batch, Signature, Split
 from dynaflow_serving.core.plan import Plan
+from dynaflow_serving.core.program import Program
 from dynaflow_serving.core.timeline import Timeline
 from dynaflow_serving.errors import PlanError, ScheduleError
 from dynaflow_serving.executor.base import BoundPlan, Executor
 from dynaflow_serving.executor.sequential import SequentialExecutor
 from dynaflow_serving.executor.tracing import measured
 from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.mirror import backward_of
 from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.strategies.sequential import Sequential
 from dynaflow_serving.strategy.selector import Selector
@@ -41,6 +44,7 @@ class PlanCache:
         hits: The number of look-ups that found a plan.
         checked: Steps of these signatures have been compared with un-split ones.
         refused: The candidates whose steps differed from un-split ones, with the reason.
+        backward: The backward passes of the plans that were made, by signature: Program and Plan.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class PlanCache:
         self._kernels: dict[Signature, Mapping[str, Callable[..., Any]]] = {}  # that strategies gave themselves
         self.checked: set[Signature] = set()
         self.refused: dict[str, str] = {}
+        self.backward: dict[Signature, tuple[Program, Plan]] = {}
 
     def decide(self, batch: Batch) -> Split:
         """Return the selector's split, or the whole batch with the reason why it cannot be split."""
@@ -112,6 +117,8 @@ class PlanCache:
             recorded = strategy.record(self.captured.program, signature.micro_batches, signature.depends)
             plan = lower(recorded, strategy.name, zero_copy)
             verify(self.captured.program, plan)
+            if self.captured.mirrored and signature.micro_batches > 1:
+                self.backward[signature] = backward_of(recorded, strategy.name)
             tracer = self.executor.tracer() if traced else None
             self._prepared[key] = self.executor.bind(self.captured, plan, recorded.kernels, tracer)
             self._kernels[signature] = recorded.kernels

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dynaflow_serving.session.plan_cache import PlanCache
+
 
 class _Report(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,3 +59,16 @@ class WorkerReport(_Report):
     timelines: list[dict[str, Any]] = Field(
         default=[], description="These belong to the latest traced step, one per graph."
     )
+
+
+def program_reports(plan_cache: PlanCache) -> list[ProgramReport]:
+    """Report a program with its plans, and the backward passes of these."""
+    forward = ProgramReport(
+        program=plan_cache.captured.program.to_text(), plans=[p.to_text() for p in plan_cache.plans]
+    )
+    backward = list(plan_cache.backward.values())
+    programs = {program.digest: program.to_text() for program, _ in backward}
+    return [forward] + [
+        ProgramReport(program=text, plans=[plan.to_text() for program, plan in backward if program.digest == digest])
+        for digest, text in programs.items()
+    ]

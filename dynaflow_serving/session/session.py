@@ -37,7 +37,7 @@ from dynaflow_serving.session.metrics import Metrics
 from dynaflow_serving.session.observers import Observer, StepCounts, overridden
 from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.ranks import Ranks
-from dynaflow_serving.session.report import ProgramReport, StepReport, WorkerReport
+from dynaflow_serving.session.report import StepReport, WorkerReport, program_reports
 from dynaflow_serving.session.step import Step, Trial
 from dynaflow_serving.session.trace import TraceWriter
 from dynaflow_serving.strategy.selector import Selector
@@ -49,15 +49,14 @@ class LiveStep(Step):
 
     session: Session
     comparing = False  # whether this is the un-split run that a split one is compared with
-    _started: Any
+    started: Any  # a reading of the session's clock
 
     def __enter__(self) -> LiveStep:
         self.session.begin(self)
-        self._started = self.session.clock.start()
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self.session.end(self, self._started)
+        self.session.end(self)
 
     def checked(self, result: Any, run_whole: Callable[[], Any], inputs: Any = ()) -> Any:
         """Compare the step with an un-split one, if it is split and this is a step to compare.
@@ -265,7 +264,7 @@ class Session:
         self.metrics.timed(step, 0.0)
 
     def begin(self, step: LiveStep) -> None:
-        """Decide the split of `step`; `LiveStep.__enter__` calls this."""
+        """Decide the split of `step`, and start it; `LiveStep.__enter__` calls this."""
         self.clock.poll()
         step.split = self._decide(step)
         if len(step.split.micro_batches) > 1:
@@ -279,6 +278,7 @@ class Session:
             for decided in self._on_decided:
                 decided(step)
         self.in_flight = step
+        step.started = self.clock.start()
 
     def _decide(self, step: Step) -> Split:
         batch, selector = step.batch, self.selector
@@ -306,10 +306,10 @@ class Session:
             sizes = [p.tokens[1] - p.tokens[0] for p in step.split.micro_batches]
             self.logger.info("DynaFlow: first split step, %d micro-batches of %s tokens", len(sizes), sizes)
 
-    def end(self, step: Step, started: Any) -> None:
+    def end(self, step: LiveStep) -> None:
         """Time the `step`, which has ended or failed, and tell the observers; `LiveStep.__exit__` calls this."""
         self.in_flight = None
-        self.clock.stop(started, functools.partial(self._took, step))
+        self.clock.stop(step.started, functools.partial(self._took, step))
         if step.to_trace:
             self._read_timelines(step)
         for left in self._on_left:
@@ -376,10 +376,7 @@ class Session:
             check=self.check.report() if self.check else None,
             plan_hash=plans[-1].digest if plans else "",
             executors=[e.report() for e in dict.fromkeys(c.executor for c in self.plan_caches)],
-            programs=[
-                ProgramReport(program=c.captured.program.to_text(), plans=[p.to_text() for p in c.plans])
-                for c in self.plan_caches
-            ],
+            programs=[report for c in self.plan_caches for report in program_reports(c)],
             policy=self.selector.decisions(),
             timelines=[t.as_dict() for _, t in self.timelines],
         )

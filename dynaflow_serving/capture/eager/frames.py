@@ -7,19 +7,21 @@ Contract
   cores). One thread keeps CUDA's current stream, the allocator and the engine's globals as the engine has them.
 - `state` keeps torch's thread-local state apart for each frame, greenlet does so for Python's context variables.
 - Outside a frame a border's wrapper calls straight through: engines run un-split steps as before.
+- Gradients go through a call that another stream runs by way of a `Crossing` (`gradients`).
 - `close` unwinds a frame that has not ended: its `with` and `finally` blocks run, on the thread that made it.
 """
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from dynaflow_serving.capture.eager.gradients import Crossing, Submit
 from dynaflow_serving.capture.eager.state import SuspendedState, TorchState, autocast_dtypes
 from dynaflow_serving.strategy.rules import Rule
 
@@ -70,13 +72,20 @@ class Frame(greenlet):
         self.pending: PendingCall | None = None  # None before the start and after the end
         self.call_result: Any = NO_RESULT  # of the pending call, where the call is made and the frame not advanced yet
         self.result: Any = None  # of the forward, after the end
+        self.apart: Mapping[int, Submit] = {}  # how calls, by their number, get to the stream that runs them
+        self._calls = 0  # so many borders were called
         self._outside, self._dtypes = TorchState.now(), autocast_dtypes()
         self._state: SuspendedState | None = None  # while it is suspended, where it is not the caller's
 
     def suspend(self, border: Border, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stop the frame, from inside it, at a call; return what `advance` is given for it."""
         assert self.parent is not None
-        return self.parent.switch(PendingCall(border, args, kwargs))
+        number, self._calls = self._calls, self._calls + 1
+        if number not in self.apart or not torch.is_grad_enabled():
+            return self.parent.switch(PendingCall(border, args, kwargs))
+        crossing = Crossing(self.apart[number])
+        args, kwargs = crossing.leave(args, kwargs)
+        return crossing.arrive(self.parent.switch(PendingCall(border, args, kwargs)))
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PendingCall | None:
         return self._switch(*args, **kwargs)

@@ -24,11 +24,14 @@ import torch.utils._pytree as pytree
 from dynaflow_serving.capture.eager.expected import Diverged
 from dynaflow_serving.capture.eager.frames import Frame
 from dynaflow_serving.capture.eager.functions import ActiveFrame, capture_program
+from dynaflow_serving.capture.eager.gradients import Submit
 from dynaflow_serving.capture.eager.pairing import RecordingPair, TokenAxis, match_recordings
 from dynaflow_serving.capture.eager.placing import Borders
 from dynaflow_serving.capture.eager.program import make_program
 from dynaflow_serving.capture.eager.recording import RecordedTensor, Recording, record
 from dynaflow_serving.capture.program import CapturedProgram, Enter, PlanFunction
+from dynaflow_serving.core.plan import COMPUTE_STREAM, Plan
+from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.strategy.rules import Rule
 
 ATTEMPTS = 8
@@ -46,6 +49,7 @@ class EagerCapture:
         module: torch.nn.Module,
         rules: Iterable[Rule],
         states: Mapping[str, str] | None = None,
+        training: bool = False,
     ) -> None:
         """Prepare to record `forward`.
 
@@ -54,10 +58,11 @@ class EagerCapture:
             module: the model, where `SplitModule` rules look.
             rules: what the borders are.
             states: name of a rule -> the engine state (a KV cache) that its borders read and write, one per module.
+            training: whether gradients go through the split forward.
         """
         self.forward = forward
         self.borders = Borders(module, rules)
-        self.states = dict(states or {})
+        self.states, self.training = dict(states or {}), training
         self.captured: CapturedProgram | None = None
         self.waiting = "the model is being recorded"
         self._signature = inspect.signature(forward)
@@ -66,6 +71,7 @@ class EagerCapture:
         self._input_axes: dict[int, TokenAxis] = {}  # leaf of (args, kwargs) that a plan cuts -> its token axis
         self._output_dims: list[int] = []  # token axes of the leaves of the result; 0 for leaves without
         self._attempts = 0
+        self._call_numbers: dict[str, int] = {}  # operator -> which call of a frame it is, where it is one
 
     def attach(self) -> None:
         """Put the borders in place. Raises `AnnotationError` for a rule that matches nothing."""
@@ -108,7 +114,11 @@ class EagerCapture:
         axes = {leaf: pair.token_axis(tensor) for leaf, tensor in pair.inputs.items()}
         self._input_axes = {leaf: axis for leaf, axis in axes.items() if axis is not None}
         self._output_dims = [_token_dim(pair, leaf) for leaf in pair.first.outputs]
-        self.captured = capture_program(make_program(pair, self.states), self._active)
+        model = make_program(pair, self.states, self.training)
+        self.captured = capture_program(model, self._active)
+        self.captured.mirrored = self.training
+        events = {op.name: eager.event for op, eager in zip(model.program.operators, model.cut.operators)}
+        self._call_numbers = {name: e // 2 for name, e in events.items() if e % 2}  # odd events are border calls
         self._first = None
 
     def run(
@@ -119,6 +129,7 @@ class EagerCapture:
         kwargs: dict[str, Any],
         enter: Enter,
         arguments: Arguments | None = None,
+        apart: Sequence[Mapping[int, Submit]] = (),
     ) -> Any:
         """Run one split step; return the forward's result for the whole batch.
 
@@ -129,6 +140,7 @@ class EagerCapture:
             kwargs: of the forward.
             enter: switches the engine's context to a micro-batch.
             arguments: the micro-batches' own arguments, where they differ in more than tensors to cut.
+            apart: what `calls_apart` returns, where gradients go through the step.
 
         Raises:
             Diverged: a micro-batch has taken another path than the recorded one.
@@ -141,6 +153,7 @@ class EagerCapture:
             frame = Frame(function, self.borders.by_target, stop - start)
             own = pytree.tree_flatten(arguments(i)) if arguments else (list(leaves), spec)
             frame.argument_leaves, frame.argument_spec = own
+            frame.apart = apart[i] if apart else {}
             frames.append(frame)
 
         def enter_frame(micro_batch: int) -> None:
@@ -155,6 +168,29 @@ class EagerCapture:
         finally:
             for frame in frames:
                 frame.close()
+
+    def calls_apart(self, plan: Plan, submit_to: Callable[[str], Submit]) -> list[dict[int, Submit]]:
+        """Return the calls of each micro-batch that another stream runs, by number, with what submits to that stream.
+
+        Args:
+            plan: of the split step.
+            submit_to: stream -> what submits to it.
+
+        Raises:
+            ScheduleError: such a call runs merged: its gradient would be taken once per micro-batch.
+        """
+        apart: list[dict[int, Submit]] = [{} for _ in range(plan.micro_batches)]
+        for action in plan.actions:
+            numbers = [self._call_numbers[name] for name in action.operators if name in self._call_numbers]
+            if not numbers or action.stream == COMPUTE_STREAM:
+                continue
+            if action.stop - action.start > 1:
+                raise ScheduleError(
+                    f"{action.operators[0]} runs for several micro-batches at once on stream {action.stream!r}, which "
+                    f"gradients cannot pass: run it once per micro-batch, or on stream {COMPUTE_STREAM!r}"
+                )
+            apart[action.start] |= dict.fromkeys(numbers, submit_to(action.stream))
+        return apart
 
     def run_apart(
         self,

@@ -42,6 +42,8 @@ def capture_program(model: EagerProgram, active: ActiveFrame) -> CapturedProgram
             functions[operator.name] = start(model, active, eager, len(operator.outputs))
         elif eager.plain:
             functions[operator.name] = _plain_border_function(model, eager, event)
+        elif eager.carried:
+            functions[operator.name] = _carried_border_function(model, eager, event, len(operator.outputs))
         else:
             functions[operator.name] = _border_function(model, active, eager, event, len(operator.outputs))
     return CapturedProgram(
@@ -174,6 +176,23 @@ def _plain_border_function(model: EagerProgram, operator: EagerOperator, call: B
     return make_call
 
 
+def _carried_border_function(
+    model: EagerProgram, operator: EagerOperator, call: BorderCall, outputs: int
+) -> Callable[..., Any]:
+    """A border call that is one of the operator's inputs."""
+    position = operator.inputs.index(model.cut.carried_calls[operator.event])
+    taken = [call.results.index(t) for t in operator.outputs]
+    only_order = [None] * (outputs - len(taken))
+
+    def make_call(*inputs: Any) -> Any:
+        pending: PendingCall = inputs[position]
+        result = pending.border.function(*pending.args, **pending.kwargs)
+        results = (result,) if call.result_kind == "tensor" else result
+        return _bare([*(results[i] for i in taken), *only_order])
+
+    return make_call
+
+
 def _result_from_inputs(model: EagerProgram, operator: EagerOperator) -> Callable[[Sequence[Any], int], Any]:
     """Return a function (inputs of the section, tokens) -> the result of the border call before the section."""
     call = model.cut.recording.border_call(operator.event - 1)
@@ -196,7 +215,11 @@ class _Place:
     """Where a suspended frame shows a tensor."""
 
     call: int  # which of the calls that the frame has come to
-    key: int | str  # which argument of it
+    key: int | str | None  # which argument of it; None for the call itself
+
+    def find(self, calls: Sequence[PendingCall]) -> Any:
+        call = calls[self.call]
+        return call if self.key is None else call.argument(self.key)
 
 
 class _Lead:
@@ -224,7 +247,7 @@ class _Lead:
         for i in range(1, len(self.expected)):
             returned, meta_tensors = self.expected[i - 1].meta_results(frame.tokens)
             calls.append(self.expected[i].check(frame.advance(returned), meta_tensors))
-        return [None if p is None else calls[p.call].argument(p.key) for p in self._places] + self._only_order
+        return [None if p is None else p.find(calls) for p in self._places] + self._only_order
 
     def _leaves_of_result(self, frame: Frame, call: PendingCall | None) -> list[Any]:
         if call is not None:
@@ -238,6 +261,8 @@ class _Lead:
     def _find_in_calls(model: EagerProgram, operator: EagerOperator, tensor: RecordedTensor) -> _Place | None:
         """Return where the tensor shows as an argument; None if it stays in the frame."""
         for i, event in enumerate(operator.comes_to):
+            if tensor is model.cut.carried_calls.get(event):
+                return _Place(i, None)
             for key, argument in model.cut.recording.border_call(event).arguments.items():
                 if isinstance(argument, RecordedTensor) and tensor in (argument, model.cut.plan_tensor(argument)):
                     return _Place(i, key)

@@ -3,7 +3,9 @@
 Contract
 - Every border call is an operator, and so is every section that cannot be folded into a neighbour.
 - A border call is *plain* if its arguments are tensors and constants and it returns tensors. A plan may put it on any
-  stream, merge it over micro-batches, or replace it by a kernel. Any other border call needs its frame.
+  stream, merge it over micro-batches, or replace it by a kernel.
+- A call of a collective with other arguments (the splits of an all-to-all) is *carried*: the plan has the call itself
+  as a value, and may put it on any stream. Any other border call needs its frame.
 - An operator that runs a section *advances* its frame, up to the border call where the frame is suspended next.
 - A frame *runs ahead* where only the next border call uses a plain border call's results, and the section between makes
   no call. The frame gets meta tensors for the results and goes on. The arguments of both calls are then known before
@@ -16,8 +18,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
+
 from dynaflow_serving.capture.eager.pairing import CONSTANT_TYPES, RecordingPair, same_object
 from dynaflow_serving.capture.eager.recording import BorderCall, RecordedTensor, Section, tensors_of
+from dynaflow_serving.core.program import Resource
 
 
 @dataclass(eq=False, slots=True)
@@ -25,14 +30,15 @@ class EagerOperator:
     """One operator: the event that it runs, and where it takes its frame."""
 
     event: int  # a section or a border call
-    plain: bool = False  # a border call that needs no frame
+    plain: bool = False  # a border call on values of the plan alone
+    carried: bool = False  # a border call that is a value of the plan itself
     advances: bool = False  # whether it runs the model's own code
     comes_to: list[int] = field(default_factory=list)  # the border calls that its frame then comes to; none: the end
     inputs: list[RecordedTensor] = field(default_factory=list)
     outputs: list[RecordedTensor] = field(default_factory=list)
 
 
-def cut_into_operators(pair: RecordingPair, states: Mapping[str, str]) -> Cut:
+def cut_into_operators(pair: RecordingPair, states: Mapping[str, str], training: bool = False) -> Cut:
     """Cut a recorded model into operators.
 
     A plain border call without an input from the operator before it would be unordered, although the model's own order
@@ -42,10 +48,11 @@ def cut_into_operators(pair: RecordingPair, states: Mapping[str, str]) -> Cut:
     Args:
         pair: the two recordings.
         states: name of a border -> the engine state that it reads and writes (attention -> "kv").
+        training: whether gradients go through the operators.
     """
     not_plain: set[int] = set()
     while True:
-        cut = Cut(pair, states, not_plain)
+        cut = Cut(pair, states, not_plain, training)
         unordered = cut.unordered_calls()
         if not unordered:
             return cut
@@ -55,12 +62,19 @@ def cut_into_operators(pair: RecordingPair, states: Mapping[str, str]) -> Cut:
 class Cut:
     """The operators of a recorded model, and which of its tensors a plan holds."""
 
-    def __init__(self, pair: RecordingPair, states: Mapping[str, str], not_plain: Iterable[int]) -> None:
-        """Cut the model, with `not_plain` border calls bound to their frames."""
-        self.pair, self.recording, self.states = pair, pair.first, states
+    def __init__(
+        self, pair: RecordingPair, states: Mapping[str, str], not_plain: Iterable[int], training: bool
+    ) -> None:
+        """Cut the model, with `not_plain` border calls bound to their frames, or carried."""
+        self.pair, self.recording, self.states, self.training = pair, pair.first, states, training
         self.operators: list[EagerOperator] = []
         self._not_plain = frozenset(not_plain)
         self._plain = {i: self._is_plain(i) for i in self.recording.border_calls}
+        self.carried_calls = {  # event -> the call as a value
+            i: RecordedTensor(i - 1, (), torch.uint8, -1 - i)
+            for i, plain in self._plain.items()
+            if not plain and self._is_carried(i)
+        }
         self._folded = {i + 1 for i in self._plain if self._can_fold_section_after(i)}
         self._held = set(pair.inputs.values())  # what the plan holds; frames hold the rest
         self._aliases: dict[RecordedTensor, RecordedTensor] = {}  # tensor held by a frame -> as the plan gets it
@@ -97,11 +111,22 @@ class Cut:
             and all(same_object(v, other.arguments[k]) for k, v in objects.items())
         )
 
+    def _is_carried(self, event: int) -> bool:
+        call = self.recording.border_call(event)
+        rule, bound = call.border.rule, call.own_state or call.border.name in self.states
+        return (
+            rule.resource is Resource.NETWORK
+            and not (rule.context or bound)
+            and all(isinstance(r, (RecordedTensor, *CONSTANT_TYPES)) for r in call.results)
+        )
+
     def _can_fold_section_after(self, event: int) -> bool:
         """Whether the section after a border call needs no operator: it calls nothing, and nothing waits for it."""
         section = event + 1
-        if self.recording.section(section).paths:
+        if self.recording.section(section).paths or {event, event + 2} & self.carried_calls.keys():
             return False
+        if self._plain[event] and self.training:
+            return False  # a frame that runs ahead has meta tensors, through which no gradient goes
         if not self._plain[event]:
             return True  # the border call's own operator advances the frame
         if section == len(self.recording.events) - 1:
@@ -133,10 +158,13 @@ class Cut:
         operator = EagerOperator(
             number,
             plain=plain,
+            carried=number in self.carried_calls,
             advances=not plain and number + 1 in self._folded,
             inputs=list(dict.fromkeys(map(self.plan_tensor, tensors_of(call.arguments.values())))),
             outputs=list(dict.fromkeys(tensors_of(call.results))),
         )
+        if operator.carried:
+            operator.inputs.append(self.carried_calls[number])
         if operator.advances:
             self._advance(operator, number + 1)
         return operator
@@ -154,6 +182,8 @@ class Cut:
             call = self.recording.border_call(event)
             shown += tensors_of(call.arguments.values())
             self._held.update(tensors_of(call.results))
+            if event in self.carried_calls:
+                operator.outputs.append(self.carried_calls[event])
         if not operator.comes_to:
             shown = tensors_of(self.recording.outputs)
         self._held.update(t for t in shown if t.producer == section)

@@ -24,6 +24,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dynaflow_serving.capture.eager.frames import Border, current_frame
+from dynaflow_serving.capture.eager.gradients import join_gradients
 from dynaflow_serving.errors import AnnotationError, unknown_name
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule, target_names
 
@@ -154,6 +155,7 @@ def _wrapper(target: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         frame = current_frame()
         if frame is not None and (border := frame.borders.get(target)) is not None:
             return frame.suspend(border, args, kwargs)
+        join_gradients()
         return function(*args, **kwargs)
 
     return call

@@ -35,14 +35,15 @@ class EagerProgram:
         return self.program.outputs.index(self.value_of[self.cut.plan_tensor(tensor)])
 
 
-def make_program(pair: RecordingPair, states: Mapping[str, str]) -> EagerProgram:
+def make_program(pair: RecordingPair, states: Mapping[str, str], training: bool = False) -> EagerProgram:
     """Make the Program of a recorded model.
 
     Args:
         pair: the two recordings.
         states: name of a border -> the engine state that it reads and writes, one per module (attention -> "kv").
+        training: whether gradients go through the operators.
     """
-    made = _ProgramMaker(cut_into_operators(pair, states)).make()
+    made = _ProgramMaker(cut_into_operators(pair, states, training)).make()
     pair.drop_tensors()
     return made
 
@@ -98,7 +99,7 @@ class _ProgramMaker:
             tags=rule.tags,
             writes=(*writes, *self._engine_states(event)),
             group=rule.group,
-            context=not operator.plain,
+            context=not (operator.plain or operator.carried),
         )
 
     def _parameters(self, call: BorderCall) -> list[str]:

@@ -1,0 +1,106 @@
+"""The backward pass of a Plan: its mirror image, as autograd runs it.
+
+Contract
+- The operators run backwards, each on its own stream: where the forward pass was interleaved, so is the backward pass.
+- Autograd runs the nodes of one thread by descending sequence number, so that is what happens where every operator's
+  nodes are made on the caller's thread, or around it there (`capture.eager.gradients`). A test compares the two.
+- The result is a Plan of a Program like any other: `verify` proves it, and it draws like any other.
+- A value has one gradient per reader. They meet where the value was made, which is where autograd adds them up.
+- The gradients of weights are no values: autograd adds them up on the compute stream.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from itertools import pairwise
+
+from dynaflow_serving.core.plan import Plan
+from dynaflow_serving.core.program import PER_MICRO_BATCH, Operator, Program, Scope, Value
+from dynaflow_serving.planning.lowering import lower
+from dynaflow_serving.planning.verify import verify
+from dynaflow_serving.strategy.schedule import Schedule, Task
+
+RESULT = "result"  # it reads the outputs of the forward pass
+
+
+def backward_of(schedule: Schedule, strategy: str) -> tuple[Program, Plan]:
+    """Return the backward pass of a recorded forward pass: its Program and its verified Plan.
+
+    Args:
+        schedule: What the strategy recorded, without kernels in place of several operators.
+        strategy: Its name.
+
+    Raises:
+        PlanError: The mirror image is no correct schedule.
+    """
+    program = backward_program(schedule.program)
+    backward = Schedule(program, schedule.micro_batches)
+    for launch in reversed(schedule.launches):
+        tasks = [
+            Task(program.by_name[backward_name(name)], micro_batch)
+            for name in reversed(launch.operators)
+            for micro_batch in range(launch.start, launch.stop)
+        ]
+        backward.execute(tasks, stream=launch.stream)
+    plan = lower(backward, f"{strategy}.backward", zero_copy=False)
+    verify(program, plan)
+    return program, plan
+
+
+def backward_name(operator: str) -> str:
+    """Return what the backward pass of an operator is called."""
+    return f"{operator}.backward"
+
+
+def backward_program(program: Program) -> Program:
+    """Return the Program of the backward pass."""
+    readers: dict[str, list[str]] = defaultdict(list)
+    for op in program.operators:
+        for value in dict.fromkeys(op.inputs):
+            readers[value].append(op.name)
+    for value in program.outputs:
+        readers[value].append(RESULT)
+    values: dict[str, Value] = {}
+
+    def gradient(value: str, reader: str) -> str:
+        """Name the gradient that `reader` gives to `value`."""
+        name = f"{value}.grad" if len(readers[value]) == 1 else f"{value}.grad.{reader}"
+        forward = program.values[value]
+        values[name] = Value(name, forward.scope, forward.axis, forward.rows)
+        return name
+
+    def differentiable(names: tuple[str, ...]) -> list[str]:
+        return [v for v in dict.fromkeys(names) if program.values[v].scope in PER_MICRO_BATCH]
+
+    operators = []
+    for op in reversed(program.operators):
+        operators.append(
+            Operator(
+                backward_name(op.name),
+                op.resource,
+                tuple(gradient(v, reader) for v in differentiable(op.outputs) for reader in readers[v]),
+                tuple(gradient(v, op.name) for v in differentiable(op.inputs)),
+                op.tags,
+                group=op.group,
+            )
+        )
+    chained, order = _in_one_order(operators)
+    return Program(
+        inputs=tuple(gradient(v, RESULT) for v in differentiable(program.outputs)),
+        outputs=tuple(gradient(v, reader) for v in differentiable(program.inputs) for reader in readers[v]),
+        values=values | order,
+        operators=tuple(chained),
+    )
+
+
+def _in_one_order(operators: list[Operator]) -> tuple[list[Operator], dict[str, Value]]:
+    """Put a value between neighbours that share none: the nodes of a micro-batch have one order."""
+    chained, order = list(operators), {}
+    for i, (earlier, later) in enumerate(pairwise(operators)):
+        if not set(earlier.outputs) & set(later.inputs):
+            name = f"order.{i}"
+            order[name] = Value(name, Scope.LOCAL)
+            chained[i] = replace(chained[i], outputs=(*chained[i].outputs, name))
+            chained[i + 1] = replace(chained[i + 1], inputs=(*chained[i + 1].inputs, name))
+    return chained, order
