@@ -73,7 +73,7 @@ class Subject:
         if eager is not None:
             vars(eager).pop("run", None)
             if side == "by hand":
-                vars(eager)["run"] = lambda plan, *arguments: eager.run_apart(*arguments)
+                vars(eager)["run"] = lambda plan, *arguments, apart=(): eager.run_apart(*arguments)
             return self.ours
         for cache, hand in zip(self.session.plan_caches, self._hands):
             vars(cache).pop("prepare", None)
@@ -165,7 +165,7 @@ class CutAtAttention(NanoFlow):
 
 
 @contextmanager
-def compiled(level: Any, layers: int, rounds: int) -> Iterator[Subject]:
+def compiled(level: Any, layers: int, rounds: int, ours_first: bool) -> Iterator[Subject]:
     """`dynaflow_serving.compile` of a plain PyTorch model, against `torch.compile` with the same level's backend."""
     torch._dynamo.reset()
     model, x = nn.Sequential(*(ThinLayer() for _ in range(layers))), torch.rand(REQUESTS, len(PROMPT), 64)
@@ -178,7 +178,7 @@ def compiled(level: Any, layers: int, rounds: int) -> Iterator[Subject]:
 
 
 @contextmanager
-def vllm(mode: str, layers: int, rounds: int) -> Iterator[Subject]:
+def vllm(mode: str, layers: int, rounds: int, ours_first: bool) -> Iterator[Subject]:
     """Two engines of vLLM in this process, as the tests start them; all requests decode."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -189,8 +189,8 @@ def vllm(mode: str, layers: int, rounds: int) -> Iterator[Subject]:
     plugin["register"]()
     os.environ["TEST_MODE3"] = "1" if mode == "mode3" else ""
     steps = STEPS_PER_ROUND * (WARM + rounds) + 8
-    engines = []
-    for dynaflow in (None, STRATEGY):
+    engines: dict[bool, Any] = {}  # with DynaFlow or not
+    for ours in (ours_first, not ours_first):
         torch._dynamo.reset()
         llm = LLM(
             str(make_tiny_model("llama_thin", layers=layers)),
@@ -200,23 +200,23 @@ def vllm(mode: str, layers: int, rounds: int) -> Iterator[Subject]:
             max_num_batched_tokens=REQUESTS * len(PROMPT),
             async_scheduling=False,
             compilation_config=dict(tests.MODES[mode]),
-            additional_config={} if dynaflow is None else {"dynaflow": dynaflow},
+            additional_config={"dynaflow": STRATEGY} if ours else {},
         )
         for number in range(REQUESTS):
             sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
             llm.llm_engine.add_request(str(number), {"prompt_token_ids": list(PROMPT)}, sampling)
         for _ in range(4):
             llm.llm_engine.step()
-        engines.append(llm)
-    worker = engines[1].llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    yield Subject(worker.dynaflow.session, engines[0].llm_engine.step, engines[1].llm_engine.step)
-    for llm in engines:
+        engines[ours] = llm
+    worker = engines[True].llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    yield Subject(worker.dynaflow.session, engines[False].llm_engine.step, engines[True].llm_engine.step)
+    for llm in engines.values():
         llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
 
 
 @contextmanager
-def sglang(layers: int, rounds: int) -> Iterator[Subject]:
+def sglang(layers: int, rounds: int, ours_first: bool) -> Iterator[Subject]:
     """One ModelRunner of SGLang in this process, as the tests load it, with DynaFlow's methods and without."""
     tests = _load(TESTS / "sglang" / "one_process.py")
     runner = tests.load(make_tiny_model("llama_thin", layers=layers), max_total_tokens=1 << 15)
@@ -238,7 +238,8 @@ def sglang(layers: int, rounds: int) -> Iterator[Subject]:
     tests.unload()
 
 
-SYSTEMS: dict[str, Callable[[int, int], AbstractContextManager[Subject]]] = {
+# Called with the number of layers, that of rounds, and whether our side starts first, where both start something.
+SYSTEMS: dict[str, Callable[[int, int, bool], AbstractContextManager[Subject]]] = {
     "compile-dynamo": functools.partial(compiled, "dynamo"),
     "compile-aot": functools.partial(compiled, "aot"),
     "vllm-mode2": functools.partial(vllm, "mode2-uncompiled"),

@@ -4,7 +4,8 @@ Contract
 - Every micro-batch holds at least one token; ranges are adjacent and cover the batch.
 - `depends` of the result is complete: requests that straddle a cut, and shared KV blocks that one
   request of the step writes and another reads (`Batch.depends`).
-- When no cut is possible or worthwhile: one micro-batch, and `reason` says why.
+- When no cut is possible or worthwhile: one micro-batch, and `reason` says why. Most steps of a server are such (they
+  decode), so a step that is too small is found before any cut is computed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ def whole(batch: Batch, reason: str) -> Split:
     return Split((MicroBatch((0, len(batch.tokens)), (0, sum(batch.tokens))),), reason=reason)
 
 
+def _too_small(batch: Batch, min_tokens: int) -> Split:
+    return whole(batch, f"a micro-batch would have under {min_tokens} tokens")
+
+
 def cut_at_requests(batch: Batch, micro_batches: int, min_tokens: int = 1) -> Split:
     """Cut at the request boundaries that are nearest to equal token counts, as NanoFlow does.
 
@@ -36,6 +41,8 @@ def cut_at_requests(batch: Batch, micro_batches: int, min_tokens: int = 1) -> Sp
     n = min(micro_batches, len(batch.tokens))
     if n < 2:
         return whole(batch, "one request")
+    if sum(batch.tokens) < n * min_tokens:
+        return _too_small(batch, min_tokens)
     offsets = [0, *accumulate(batch.tokens)]
     cuts = [0]
     for k in range(1, n):
@@ -59,6 +66,8 @@ def cut_evenly(batch: Batch, micro_batches: int, min_tokens: int = 1) -> Split:
     n = min(micro_batches, total)
     if n < 2:
         return whole(batch, "one token")
+    if total < n * min_tokens:
+        return _too_small(batch, min_tokens)
     return cut_at_tokens(batch, [total * k // n for k in range(1, n)], min_tokens)
 
 
@@ -96,7 +105,7 @@ def cut_at_tokens(batch: Batch, cuts: list[int], min_tokens: int = 1) -> Split:
     offsets = [0, *accumulate(batch.tokens)]
     edges = [0, *cuts, offsets[-1]]
     if any(b - a < min_tokens for a, b in pairwise(edges)):
-        return whole(batch, f"a micro-batch would have under {min_tokens} tokens")
+        return _too_small(batch, min_tokens)
     parts = tuple(
         MicroBatch((bisect_right(offsets, a) - 1, bisect_left(offsets, b)), (a, b)) for a, b in pairwise(edges)
     )

@@ -1,15 +1,14 @@
 """`RunnerMixin` is the common part of DynaFlow's model runners; `runner_v1` and `runner_v2` hook vLLM's two runners.
 
 Contract
-- A runner describes each live step with `begin_step`. Before it runs the model, it makes one forward context per
-  micro-batch (`ForwardContexts.set`), which the model's forward enters.
+- A runner describes each live step with `begin_step`, and ends it with `end_step`. Before it runs the model, it makes
+  one forward context per micro-batch (`ForwardContexts.set`), which the model's forward enters.
 - A split step runs without CUDA graph and without padding. Profiling, warm-up and capture runs are untouched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,14 @@ import numpy as np
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.integrations.vllm.hazards import dependences
 from dynaflow_serving.integrations.vllm.state import WorkerState
+from dynaflow_serving.session.session import LiveStep
 
 
 class RunnerMixin:
     """This goes over one of vLLM's model runners."""
 
     dynaflow: WorkerState
-    _live_step = ExitStack()  # it holds the live step, once its split is decided
+    _step: LiveStep | None = None  # the live step, once its split is decided
 
     def begin_step(
         self,
@@ -32,18 +32,28 @@ class RunnerMixin:
         joined: Sequence[int],
         tables: Iterable[tuple[int, Sequence[Sequence[int]]]],
     ) -> None:
-        """Begin the live step, which ends with `_live_step`; the arguments are those of `hazards.dependences`."""
+        """Begin the live step; the arguments are those of `hazards.dependences`."""
         depends: tuple[tuple[int, int], ...] = ()
-        if self.cache_config.enable_prefix_caching:  # type: ignore[attr-defined]
+        if joined and self.cache_config.enable_prefix_caching:  # type: ignore[attr-defined]
             depends = dependences(tokens, computed, joined, tables)
         batch = Batch(tuple(tokens.tolist()), tuple(computed.tolist()), depends)
-        self._live_step.enter_context(self.dynaflow.session.step(batch))
+        step = self.dynaflow.session.step(batch)
+        self.dynaflow.session.begin(step)
+        self._step = step
+
+    def end_step(self) -> None:
+        """End the live step, if its split was decided; the step may have failed."""
+        step, self._step = self._step, None
+        if step is not None:
+            self.dynaflow.session.end(step)
 
     def ubatch_slices(self) -> list[Any]:
         """Return the live step's micro-batches as vLLM's slices; there are none if it runs whole."""
+        if not (parts := self.dynaflow.session.micro_batches):
+            return []
         from vllm.v1.worker.ubatch_utils import UBatchSlice
 
-        return [UBatchSlice(slice(*p.requests), slice(*p.tokens)) for p in self.dynaflow.session.micro_batches]
+        return [UBatchSlice(slice(*p.requests), slice(*p.tokens)) for p in parts]
 
     def create_metadata_builders(self, kernel_block_sizes: Sequence[int]) -> None:
         """Create one builder of attention metadata per micro-batch, because some keep the metadata on themselves.

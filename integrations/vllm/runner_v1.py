@@ -9,8 +9,7 @@ Contract
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dynaflow_serving.integrations.vllm.runner import RunnerMixin
@@ -20,6 +19,7 @@ class V1RunnerMixin(RunnerMixin):
     """This goes over `vllm.v1.worker.gpu_model_runner.GPUModelRunner` and its CPU subclass."""
 
     _live: Any = None  # the live step's SchedulerOutput
+    _slices: Sequence[Any] = ()  # the live step's micro-batches
     # The live step's arguments of the two methods that describe the batch, without micro-batches.
     _slots: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     _attention: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -33,41 +33,42 @@ class V1RunnerMixin(RunnerMixin):
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         self._live = scheduler_output
         try:
-            with ExitStack() as self._live_step:
-                return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+            return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         finally:
-            self._live = None
+            self.end_step()
+            self._live, self._slices = None, ()
             self._slots = self._attention = ((), {})
 
     def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
-        if self._live is not None and self.dynaflow.session.in_flight is None:
+        if self._live is not None and self._step is None:
             tokens = kwargs["num_scheduled_tokens_np"]
             batch = self.input_batch  # type: ignore[attr-defined]
             tables = ((t.block_size, t.get_numpy_array()) for t in batch.block_table.block_tables)
             self.begin_step(tokens, batch.num_computed_tokens_cpu[: len(tokens)], self._joined(), tables)
-        if self.dynaflow.session.micro_batches:
+            self._slices = self.ubatch_slices()
+        if self._slices:
             kwargs["force_eager"] = True
         return super()._determine_batch_execution_and_padding(*args, **kwargs)  # type: ignore[misc]
 
     def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
-        if slices := self.ubatch_slices():
+        if self._slices:
             self._slots = args, dict(kwargs)
-            kwargs["ubatch_slices"] = slices
+            kwargs["ubatch_slices"] = self._slices
         return super()._get_slot_mappings(*args, **kwargs)  # type: ignore[misc]
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        if slices := self.ubatch_slices():
+        if self._slices:
             self._attention = args, dict(kwargs)
-            kwargs["ubatch_slices"] = slices
+            kwargs["ubatch_slices"] = self._slices
         return super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        step = self._step
+        if step is None or not self._slices:
+            return super()._model_forward(*args, **kwargs)  # type: ignore[misc]
         from vllm.forward_context import get_forward_context
 
         forward = functools.partial(super()._model_forward, *args, **kwargs)  # type: ignore[misc]
-        step = self.dynaflow.session.in_flight
-        if step is None or not step.micro_batches:
-            return forward()
         context = get_forward_context()
         self.dynaflow.contexts.set(context.attn_metadata, context.slot_mapping, context.is_padding)
         result = forward()
@@ -78,9 +79,9 @@ class V1RunnerMixin(RunnerMixin):
         # Builders of metadata keep buffers that the split forward may still read.
         self.dynaflow.session.clock.synchronize()
         args, kwargs = self._slots
-        _, slots = self._get_slot_mappings(*args, **{**kwargs, "ubatch_slices": None})
+        _, slots = super()._get_slot_mappings(*args, **{**kwargs, "ubatch_slices": None})  # type: ignore[misc]
         args, kwargs = self._attention
-        metadata, _ = self._build_attention_metadata(*args, **{**kwargs, "ubatch_slices": None})
+        metadata, _ = super()._build_attention_metadata(*args, **{**kwargs, "ubatch_slices": None})  # type: ignore[misc]
         with self.dynaflow.contexts.unsplit(metadata, slots):
             return forward()
 

@@ -12,7 +12,6 @@ Contract
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,8 +45,10 @@ class V2RunnerMixin(RunnerMixin):
         return dispatch
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as self._live_step:
+        try:
             return super().execute_model(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.end_step()
 
     def gather_batch_req_state(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         state, uniform = super().gather_batch_req_state(scheduler_output, *args, **kwargs)  # type: ignore[misc]
