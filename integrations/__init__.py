@@ -11,7 +11,8 @@ from dynaflow_serving.integrations.base import Integration
 VLLM = Integration("vllm", "vllm", ("0.32.0",))
 SGLANG = Integration("sglang", "sglang", ("0.5.23",))
 TRANSFORMERS = Integration("transformers", "transformers", ("5.19.0",))
+MEGATRON = Integration("megatron", "megatron-core", ("0.16.1",))
 
-INTEGRATIONS = {i.name: i for i in (VLLM, SGLANG, TRANSFORMERS)}
+INTEGRATIONS = {i.name: i for i in (VLLM, SGLANG, TRANSFORMERS, MEGATRON)}
 
-__all__ = ["INTEGRATIONS", "SGLANG", "TRANSFORMERS", "VLLM", "Integration"]
+__all__ = ["INTEGRATIONS", "MEGATRON", "SGLANG", "TRANSFORMERS", "VLLM", "Integration"]

@@ -215,6 +215,12 @@ def test_a_branch_on_values_cannot_be_split() -> None:
     assert "reads the value of a tensor" in made.captured.program.unsplittable
 
 
+def test_a_branch_on_a_number_that_the_code_has_made_can_be_split() -> None:
+    model = Branching(lambda x: torch.tensor([3]).add(1).item() > 2)
+    made = recorded(model, RULES, lambda n: (integers(n, WIDTH),))
+    assert made.captured is not None and not made.captured.program.unsplittable
+
+
 def test_a_border_in_a_block_of_another_stream_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the device: what counts is the current stream at a border, against that of the caller."""
     current = ["caller's"]

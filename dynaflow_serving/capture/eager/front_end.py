@@ -102,7 +102,7 @@ class EagerCapture:
         result, recording = record(self.forward, self.borders, self._names(args, kwargs), tokens, args, kwargs)
         first, self._first = self._first, recording
         if first is not None:
-            pair = match_recordings(first, recording)
+            pair = match_recordings(first, recording, one_row=self.training)
             if pair is None:
                 self.waiting = "the model's path depends on the number of tokens"
             else:

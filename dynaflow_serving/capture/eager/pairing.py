@@ -24,8 +24,15 @@ class TokenAxis:
     rows: int  # adjacent rows per token
 
 
-def match_recordings(first: Recording, second: Recording) -> RecordingPair | None:
-    """Pair every tensor of `first` with its counterpart in `second`; None if the model took another path."""
+def match_recordings(first: Recording, second: Recording, one_row: bool = False) -> RecordingPair | None:
+    """Pair every tensor of `first` with its counterpart in `second`; None if the model took another path.
+
+    Args:
+        first: a run of the model.
+        second: another one, with another number of tokens.
+        one_row: whether only a dimension as large as the number of tokens is the token axis: a sequence of [s, b, h]
+            has several rows in [s * b, h], which are not adjacent.
+    """
     if len(first.events) != len(second.events) or first.spec != second.spec:
         return None
     if first.inputs.keys() != second.inputs.keys():
@@ -49,7 +56,7 @@ def match_recordings(first: Recording, second: Recording) -> RecordingPair | Non
     for section, other_section in zip(first.events, second.events):
         if isinstance(section, Section) and isinstance(other_section, Section):
             _pair_reads(section, other_section, counterparts)
-    return RecordingPair(first, second, counterparts)
+    return RecordingPair(first, second, counterparts, one_row)
 
 
 def _same_call(one: BorderCall, other: BorderCall) -> bool:
@@ -71,9 +78,15 @@ def _pair_reads(one: Section, other: Section, counterparts: dict[RecordedTensor,
 class RecordingPair:
     """Questions about the tensors of the first recording, answered by comparison with the second."""
 
-    def __init__(self, first: Recording, second: Recording, counterparts: dict[RecordedTensor, RecordedTensor]) -> None:
+    def __init__(
+        self,
+        first: Recording,
+        second: Recording,
+        counterparts: dict[RecordedTensor, RecordedTensor],
+        one_row: bool = False,
+    ) -> None:
         self.first, self.second = first, second
-        self._counterparts = counterparts
+        self._counterparts, self._one_row = counterparts, one_row
         self.readers = _readers(first)
         self.inputs = {leaf: t for leaf, t in first.inputs.items() if self.token_axis(t)}  # the arguments to cut
 
@@ -91,7 +104,8 @@ class RecordingPair:
         (dim,) = changed
         rows, rest = divmod(tensor.shape[dim], self.first.tokens)
         proportional = counterpart.shape[dim] == rows * self.second.tokens
-        return TokenAxis(dim, rows) if proportional and not rest else None
+        fits = proportional and not rest and (rows == 1 or not self._one_row)
+        return TokenAxis(dim, rows) if fits else None
 
     def is_constant(self, tensor: RecordedTensor) -> bool:
         counterpart = self._counterparts.get(tensor)

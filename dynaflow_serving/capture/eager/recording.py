@@ -5,8 +5,9 @@ Contract
 - Events alternate: a section of the model's code, a border call, ..., the last section.
 - Every ATen call of a section is seen, with the module that makes it. Kernels launched past torch's dispatcher are
   not, so a plan keeps the model's own order within a micro-batch, whatever was recorded.
-- A recording says why its model cannot be split. One reason is a section that reads a tensor's value: a micro-batch
-  may take another branch than the whole batch. Another is a border call in a CUDA stream block or a dispatch mode.
+- A recording says why its model cannot be split. One reason is a section that reads the value of a tensor that may
+  depend on the batch: a micro-batch may take another branch than the whole batch. Another is a border call in a CUDA
+  stream block or a dispatch mode.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class RecordedTensor:
     dtype: torch.dtype
     storage: int  # a number of our own: an address may be used again
     tensor: Any = None  # the tensor, if a border's argument showed it first: a constant, or made unseen
+    own: bool = False  # whether the model's code made it from nothing but numbers and other such tensors
 
     @property
     def is_argument(self) -> bool:
@@ -214,14 +216,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             path = self._module_paths[-1]
             event.paths.append(path)
             event.reads |= {t: None for t in given.values() if t.producer != number}
-            if given and func._schema.name in _READS_VALUE:
+            if func._schema.name in _READS_VALUE and not all(t.own for t in given.values()):
                 self._refuse(f"code in {path or 'the model'} reads the value of a tensor ({func})")
         event.writes |= _written_storages(func, args, kwargs, given)
         result = func(*args, **kwargs)
         if isinstance(event, Section):
             for t in pytree.tree_leaves(result):
                 if isinstance(t, torch.Tensor) and t not in self._known:
-                    self.add(t, number, given)
+                    self.add(t, number, given).own = all(g.own for g in given.values())
         return result
 
     def add(

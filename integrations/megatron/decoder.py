@@ -1,0 +1,174 @@
+"""`Decoder` replaces the forward of one `TransformerBlock`: its layers run in micro-batches, forward and backward.
+
+Contract
+- The batch is dimension 1 of the hidden states [s, b, h], and dimension 0 of masks. Embedding, output layer and loss
+  see the whole batch.
+- The decoder is recorded before its first split step, in two runs without gradients: of the batch, and of twice the
+  batch. Then the ranks that communicate in it compare their plans.
+- The backward pass is autograd's. Its plan is the mirror image of the forward's (`planning.mirror`).
+- Inference, packed sequences and a batch of one sequence run as in Megatron, and are counted with the reason.
+- The first split steps also run whole, without gradients, and are compared. If they differ, the step runs once more as
+  Megatron would.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations.megatron import borders, moe
+from dynaflow_serving.policy.selector import build_selector
+from dynaflow_serving.session.forward import EagerForward
+from dynaflow_serving.session.session import Session
+
+ATTRIBUTE = "_dynaflow"
+BATCH_FIRST = ("attention_mask", "padding_mask")  # arguments [b, ...], where they are not None or shared
+
+
+class Decoder:
+    """This is the forward of one decoder.
+
+    Attributes:
+        block: The `TransformerBlock`.
+        stock: Its own forward.
+        session: It decides and counts the steps.
+    """
+
+    def __init__(self, block: Any, config: Config) -> None:
+        borders.prepare_for_frames()
+        moe.prepare_for_frames()
+        self.block, self.stock = block, block.forward
+        self.signature = inspect.signature(self.stock)
+        device = next(block.parameters()).device.type
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.session = Session(build_selector(config), config, device, mode="training", rank=rank)
+        self.forward = EagerForward(
+            self.session, self._stock_on_input, block, borders.rules(block.config), {}, training=True, token_dim=1
+        )
+
+    @classmethod
+    def install(cls, block: Any, config: Config) -> None:
+        """Replace the forward of `block`.
+
+        Raises:
+            InactiveError: The block is enabled already.
+        """
+        if ATTRIBUTE in block.__dict__:
+            raise InactiveError("this model is enabled already")
+        decoder = cls(block, config)
+
+        @functools.wraps(decoder.stock)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return decoder(*args, **kwargs)
+
+        block.__dict__.update({ATTRIBUTE: decoder, "forward": forward})
+
+    @classmethod
+    def installed_in(cls, block: Any) -> Decoder:
+        """Return the decoder that was installed in `block`.
+
+        Raises:
+            InactiveError: The block is not enabled.
+        """
+        decoder = block.__dict__.get(ATTRIBUTE)
+        if decoder is None:
+            raise InactiveError("this model is not enabled: call dynaflow_serving.integrations.megatron.enable")
+        return decoder  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(self.signature.bind(*args, **kwargs).arguments)
+        hidden = given.get("hidden_states") if self.block.pre_process else self.block.input_tensor
+        if not isinstance(hidden, torch.Tensor):  # Megatron wraps it for inference
+            return self.stock(*args, **kwargs)
+        batch = Batch((1,) * hidden.shape[1], width=hidden.shape[0])
+        if reason := self._reason_to_run_whole(given, batch):
+            self.session.count_unsplit(batch, reason)
+            return self.stock(*args, **kwargs)
+        given["hidden_states"] = hidden
+        if not self.session.plan_caches and self.forward.eager.wants_recording:
+            self._record(given)
+        return self._step(batch, given)
+
+    def _reason_to_run_whole(self, given: dict[str, Any], batch: Batch) -> str:
+        if len(batch.tokens) < 2:
+            return "one sequence"
+        if given.get("packed_seq_params") is not None:
+            return "packed sequences"
+        if given.get("inference_context") is not None or given.get("inference_params") is not None:
+            return "inference"
+        if given.get("context") is not None or given.get("attention_bias") is not None:
+            return "cross attention, or an attention bias"
+        return ""
+
+    def _step(self, batch: Batch, given: dict[str, Any]) -> torch.Tensor:
+        with self.session.step(batch) as step:
+            if not step.micro_batches:
+                return self._stock_on_input(**given)
+            try:
+                output: torch.Tensor = self.forward(**given)
+                plain = output.detach()
+                inputs = [t for t in given.values() if isinstance(t, torch.Tensor)]
+                if step.checked(plain, functools.partial(self._stock_on_input, **given), inputs) is plain:
+                    return self._viewless(moe.attach_losses(output))
+            finally:
+                moe.drop_losses()
+        return self._stock_on_input(**given)
+
+    def _stock_on_input(self, **given: Any) -> torch.Tensor:
+        """Run the stock forward on the `hidden_states` that are given, which a later pipeline stage has elsewhere."""
+        pre_process, self.block.pre_process = self.block.pre_process, True
+        try:
+            result: torch.Tensor = self.stock(**given)
+            return result
+        finally:
+            self.block.pre_process = pre_process
+
+    def _viewless(self, output: torch.Tensor) -> torch.Tensor:
+        """Return `output` as a tensor that is no view, because pipeline stages free what is none."""
+        from megatron.core.utils import make_viewless_tensor
+
+        result: torch.Tensor = make_viewless_tensor(output, requires_grad=output.requires_grad, keep_graph=True)
+        return result
+
+    def _record(self, given: dict[str, Any]) -> None:
+        """Record the decoder, and compare the plans of the ranks that communicate in it.
+
+        Raises:
+            InactiveError: It cannot be split, or the ranks have different plans.
+        """
+        size = given["hidden_states"].shape[1]
+        with torch.no_grad(), self.forward.recording():
+            for times in (1, 2):
+                self.forward(**{name: _repeated(name, value, size, times) for name, value in given.items()})
+        for group in _groups(self.block.config):
+            self.session.confirm(group)
+        logging.getLogger("dynaflow_serving").info("DynaFlow: a Megatron decoder was recorded")
+
+
+def _repeated(name: str, value: Any, size: int, times: int) -> Any:
+    """Return an argument for `times` times the batch."""
+    if not isinstance(value, torch.Tensor) or times == 1:
+        return value
+    if name == "hidden_states":
+        return torch.cat([value] * times, 1)
+    return torch.cat([value] * times, 0) if name in BATCH_FIRST and value.shape[0] == size else value
+
+
+def _groups(config: Any) -> list[Any]:
+    """Return the process groups whose ranks run the same plan; [None] for one rank."""
+    from megatron.core import parallel_state
+
+    groups = []
+    if config.tensor_model_parallel_size > 1:
+        groups.append(parallel_state.get_tensor_model_parallel_group())
+    if config.expert_model_parallel_size > 1:
+        groups.append(parallel_state.get_expert_tensor_and_model_parallel_group())
+    return groups or [None]

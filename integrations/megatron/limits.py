@@ -1,0 +1,91 @@
+"""DynaFlow declines some configurations of Megatron-LM.
+
+Contract
+- `check_decoder` names all causes before the first step.
+- What draws random numbers in the layers is declined: micro-batches would draw others than the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
+
+RECOMPUTED_ROUTERS = ("moe",)  # of `recompute_modules`: the router is in it
+
+
+def check_decoder(block: Any, config: Config) -> None:
+    """Check that a decoder can run under DynaFlow.
+
+    Args:
+        block: A `TransformerBlock`.
+        config: DynaFlow's config.
+
+    Raises:
+        InactiveError: It cannot; the message says why.
+    """
+    settings = block.config
+    refuse("Megatron-LM", config, [*_causes(block, settings), *_moe_causes(settings), *_config_causes(block, config)])
+
+
+def _config_causes(block: Any, config: Config) -> list[str]:
+    causes = executor_causes("Megatron-LM", config, next(block.parameters()).device.type)
+    if config.capture == "graph":
+        causes.append("capture 'graph': Megatron-LM has no graph of its layers (set capture: auto)")
+    if config.strategy == "auto":
+        causes.append("strategy 'auto' is not supported here yet: name one")
+    return causes
+
+
+def _causes(block: Any, settings: Any) -> Iterator[str]:
+    yield from unsupported({
+        "FP8 or FP4": settings.fp8 or settings.fp4,
+        "context parallelism": settings.context_parallel_size > 1,
+        "CPU offloading": settings.cpu_offloading or getattr(settings, "fine_grained_activation_offloading", False),
+        "a CUDA graph (cuda_graph_impl)": getattr(settings, "cuda_graph_impl", "none") != "none",
+        "delay_wgrad_compute": getattr(settings, "delay_wgrad_compute", False),
+    })  # fmt: skip
+    if settings.tp_comm_overlap:
+        yield "tp_comm_overlap overlaps the same communication (drop --tp-comm-overlap)"
+    if getattr(settings, "overlap_moe_expert_parallel_comm", False):
+        yield "overlap_moe_expert_parallel_comm overlaps the same communication (drop the option)"
+    if settings.hidden_dropout > 0 or settings.attention_dropout > 0:
+        yield (
+            f"dropout (hidden {settings.hidden_dropout}, attention {settings.attention_dropout}): micro-batches would "
+            "draw other masks than the whole batch (set both to 0)"
+        )
+    if any(type(m).__module__.startswith("transformer_engine") for m in block.modules()):
+        yield "layers of Transformer Engine communicate inside (use --transformer-impl local)"
+    if max(settings.tensor_model_parallel_size, settings.expert_model_parallel_size) < 2:
+        yield "the layers communicate nothing, so nothing could be overlapped (use tensor or expert parallelism)"
+
+
+def _moe_causes(settings: Any) -> Iterator[str]:
+    if not settings.num_moe_experts:
+        return
+    losses = settings.moe_router_load_balancing_type
+    if settings.moe_token_dispatcher_type != "alltoall":
+        yield f"token dispatcher {settings.moe_token_dispatcher_type!r} is not supported yet (use alltoall)"
+    if settings.moe_expert_capacity_factor is not None:
+        yield "moe_expert_capacity_factor: which tokens are dropped depends on the whole batch"
+    if "sinkhorn" in (losses if isinstance(losses, list) else [losses]):
+        yield "sinkhorn load balancing mixes the tokens of the batch"
+    yield from unsupported({
+        "moe_shared_expert_overlap": settings.moe_shared_expert_overlap,
+        "moe_input_jitter_eps": settings.moe_input_jitter_eps,
+        "moe_router_force_load_balancing": settings.moe_router_force_load_balancing,
+        "moe_router_padding_for_quantization": settings.moe_router_padding_for_quantization,
+    })  # fmt: skip
+    coefficients = settings.moe_aux_loss_coeff
+    weighted = any(coefficients) if isinstance(coefficients, list) else coefficients
+    modules = settings.recompute_modules or ()
+    recomputed = settings.recompute_granularity == "full" or (
+        settings.recompute_granularity == "selective" and any(m in modules for m in RECOMPUTED_ROUTERS)
+    )
+    if recomputed and (weighted or settings.moe_z_loss_coeff):
+        yield (
+            "an auxiliary loss of a router that is recomputed: it is made in the backward pass, per micro-batch (set "
+            "recompute_granularity to null or selective without moe, or both coefficients to 0)"
+        )

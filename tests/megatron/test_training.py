@@ -1,0 +1,82 @@
+"""Training on megatron-core over two real ranks: losses and gradients of split steps equal those of stock ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from scenarios import EP, RECOMPUTE, SP, TP, compare, config
+from training import Setup
+from two_ranks import on_two_ranks
+
+pytestmark = pytest.mark.engine
+
+ITERATIONS = 20
+# The greatest relative differences in float32: a micro-batch may take another matmul kernel than the whole batch.
+LOSS, GRADIENT = 1e-6, 2e-6
+
+
+def more(setup: Setup, **settings: Any) -> Setup:
+    return replace(setup, config=settings)
+
+
+TENSOR = {
+    "tp": (TP, config("nanoflow")),
+    "tp, biases, three sequences": (
+        replace(TP, batch=3, config={"add_bias_linear": True}), config("comm_overlap")
+    ),
+    "tp, recomputed": (more(TP, **RECOMPUTE), config("nanoflow")),
+    "tp, attention recomputed": (more(TP, recompute_granularity="selective"), config("nanoflow")),
+    "tp, three micro-batches of two accumulated": (
+        replace(TP, accumulate=2), {"strategy": "nanoflow", "options": {"min_tokens": 1, "micro_batches": 3}}
+    ),
+    "tp, own masks": (replace(TP, own_masks=True), config("nanoflow")),
+    "sp": (SP, config("nanoflow")),
+    "sp, comm_overlap": (SP, config("comm_overlap")),
+    "sp, recomputed": (more(SP, **RECOMPUTE), config("comm_overlap")),
+    "sp, the first layer recomputed": (
+        more(SP, **RECOMPUTE | {"recompute_method": "block"}), config("nanoflow")
+    ),
+}  # fmt: skip
+EXPERTS = {
+    "ep": (EP, config("dual_batch")),
+    "ep, nanoflow": (EP, config("nanoflow")),
+    "ep, all losses": (
+        more(
+            EP, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
+            moe_aux_loss_coeff=[0.05, 0.03, 0.02], moe_z_loss_coeff=0.01,
+        ),
+        config("dual_batch"),
+    ),
+    "ep, recomputed": (more(EP, moe_aux_loss_coeff=0.0, **RECOMPUTE), config("dual_batch")),
+    "ep, attention recomputed": (more(EP, recompute_granularity="selective"), config("dual_batch")),
+    "ep, gradients reduced beside": (replace(EP, ddp={"overlap_grad_reduce": True}), config("dual_batch")),
+    "ep, distributed optimizer": (
+        replace(EP, ddp={"overlap_grad_reduce": True, "use_distributed_optimizer": True}), config("dual_batch")
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for cases in (TENSOR, EXPERTS):
+        found |= on_two_ranks(compare, cases, ITERATIONS)[0]
+    return found
+
+
+@pytest.mark.parametrize("name", [*TENSOR, *EXPERTS])
+def test_losses_and_gradients_equal(trained: dict[str, dict[str, Any]], name: str) -> None:
+    setup, _ = {**TENSOR, **EXPERTS}[name]
+    found = trained[name]
+    assert (found["split"], found["unsplit"]) == (ITERATIONS * setup.accumulate, {})
+    assert found["loss"] <= LOSS and found["auxiliary"] <= LOSS, found
+    assert found["gradient"] <= GRADIENT and found["same_set"], found
+    assert found["programs"] == 2  # the forward pass and the backward pass
+
+
+def test_one_sequence_is_counted() -> None:
+    found = on_two_ranks(compare, {"one": (replace(TP, batch=1), config("nanoflow"))}, 2)[0]["one"]
+    assert (found["split"], found["unsplit"]) == (0, {"one sequence": 2})
+    assert found["loss"] == found["gradient"] == 0.0
