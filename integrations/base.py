@@ -12,7 +12,7 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -100,11 +100,13 @@ class WorkloadSide:
         run: This runs one pass.
         session: The session of the passes, with the Programs that it has captured.
         tune: This has `strategy: auto` decide, by measuring.
+        alone: Its "compute" without its collectives, and its "network" without compute; None if captured graphs tell.
     """
 
     run: Pass
     session: Session
     tune: Callable[[], object]
+    alone: Mapping[str, Callable[[], object]] | None = None
 
 
 class Workload(Protocol):

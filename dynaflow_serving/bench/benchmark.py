@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.defaults import default_dtype
-from dynaflow_serving.bench.engines import ENGINES, WORKLOADS, Engine, find_engine
+from dynaflow_serving.bench.engines import ENGINES, ONLY_TRAINS, OWN_MODELS, WORKLOADS, Engine, find_engine
 from dynaflow_serving.bench.environment import allocator, has_gpu, machine, usable_cores
 from dynaflow_serving.bench.link import NODES, Link, check_rates
 from dynaflow_serving.bench.runner.base import Runner
@@ -99,7 +99,8 @@ class Comparison:
             self.engine: Engine = find_system(asked.system)
             self.compiled = self.engine.compiled(asked.compiled)
         model = asked.model or (LINK_MODEL if asked.links else None)
-        self.model, self.local = (asked.model or "", True) if asked.system == "torch" else find_model(model)
+        self.model, self.local = (asked.model or "", True) if asked.system in OWN_MODELS else find_model(model)
+        self.training = asked.training or asked.system in ONLY_TRAINS
         if asked.links and not self.local:
             raise ConfigError(
                 f"--link runs in namespaces without a way to {asked.model}: download the model, and give its folder"
@@ -160,7 +161,7 @@ class Comparison:
         if asked.system in WORKLOADS:
             settings = WorkloadSettings(
                 model=self.model, dtype=self.dtype, requests=asked.traffic.requests, length=asked.traffic.input_len,
-                training=asked.training, seed=asked.traffic.seed,
+                training=self.training, seed=asked.traffic.seed,
             )  # fmt: skip
             return RankRunner(sides, WORKLOADS[asked.system], settings, self.ranks, self.environment, logs, link)
         if link is not None:
@@ -181,7 +182,7 @@ class Comparison:
         """One pass, in words."""
         traffic = self.asked.traffic
         if self.asked.system in WORKLOADS:
-            what = "forward and backward" if self.asked.training else "forward"
+            what = "forward and backward" if self.training else "forward"
             return f"{what} of {traffic.requests} x {traffic.input_len}"
         return f"{traffic.requests} requests at once, about {traffic.input_len} tokens in, {traffic.output_len} out"
 
@@ -200,7 +201,7 @@ class Comparison:
                 "pairs": self.asked.pairs * self.asked.starts,
                 "starts": self.asked.starts,
                 "traffic": asdict(self.asked.traffic),
-                "training": self.asked.training,
+                "training": self.training,
                 "environment": self.environment,
             },
         }

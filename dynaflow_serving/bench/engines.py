@@ -75,7 +75,10 @@ ENGINES: dict[str, Engine] = {
 WORKLOADS = {
     "torch": "dynaflow_serving.integrations.torch.workload:TorchWorkload",
     "transformers": "dynaflow_serving.integrations.transformers.workload:TransformersWorkload",
+    "megatron": "dynaflow_serving.integrations.megatron.workload:MegatronWorkload",
 }
+OWN_MODELS = ("torch", "megatron")  # their --model is no model directory
+ONLY_TRAINS = ("megatron",)
 
 
 def find_engine(name: str) -> Engine:

@@ -11,7 +11,7 @@ Contract
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ class Rank:
         self._make = workload
         self._sides: dict[str, WorkloadSide] = {}
         self._expected: list[torch.Tensor] = []
-        self._alone: Alone | None = None
+        self._alone: Alone | None = None  # what captured graphs tell of a pass
+        self._parts: Mapping[str, Callable[[], object]] = {}  # of a pass, alone
 
     def start(
         self, settings: dict[str, Any], sides: dict[str, dict[str, Any] | None], ranks: int, threads: int
@@ -84,8 +85,9 @@ class Rank:
                 self._sides[name] = self._workload.under(Config(**content))
                 self._sides[name].run()
         fixed = [side for name, side in self._sides.items() if sides[name]["strategy"] != "auto"]  # type: ignore[index]
-        self._alone = Alone(fixed[0]) if fixed and ranks > 1 else None
-        return {"release": self._workload.release, "communicates": bool(self._alone and self._alone.communicates)}
+        if fixed and ranks > 1:
+            self._find_parts(fixed[0])
+        return {"release": self._workload.release, "communicates": bool(self._parts)}
 
     def tune(self, side: str) -> None:
         """Have `strategy: auto` decide, under what the link is now."""
@@ -100,8 +102,7 @@ class Rank:
 
     def alone(self, what: str) -> float:
         """Return the seconds of "compute" or of the "network" of a pass alone."""
-        assert self._alone is not None
-        return self._timed({"compute": self._alone.compute, "network": self._alone.network}[what])[0]
+        return self._timed(self._parts[what])[0]
 
     def steps(self, side: str) -> dict[str, Any]:
         """Return the report of a side so far, without its programs."""
@@ -113,6 +114,14 @@ class Rank:
         program = self._sides[side].session.report().programs[0]
         times = self._alone.operator_times(micro_batches)
         return {"program": program.program, "plan": program.plans[-1], "operators": times}
+
+    def _find_parts(self, side: WorkloadSide) -> None:
+        if side.alone is not None:
+            self._parts = side.alone
+            return
+        self._alone = Alone(side)
+        if self._alone.communicates:
+            self._parts = {"compute": self._alone.compute, "network": self._alone.network}
 
     def close(self) -> None:
         """Leave the group together with the other ranks."""

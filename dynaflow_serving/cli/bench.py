@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 LOADS, RATES = ("random", "sharegpt"), (8.0, float("inf"))
 
-SystemArgument = Annotated[str, typer.Argument(help="System to benchmark: torch, transformers, vllm or sglang.")]
+SystemArgument = Annotated[
+    str, typer.Argument(help="System to benchmark: torch, transformers, megatron, vllm or sglang.")
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -46,7 +48,8 @@ ModelOption = Annotated[
         "-m",
         metavar="PATH",
         help="Model directory, Hugging Face name, or model made here (llama, llama_1024, qwen3, mixtral, qwen3_moe); "
-        "for torch PATH.py:FUNCTION, which returns (model, inputs). Default: llama, with --link llama_1024.",
+        "for torch PATH.py:FUNCTION, which returns (model, inputs); for megatron tp, tp_sp, ep, or a YAML file of "
+        "settings. Default: llama, with --link llama_1024; tp.",
     ),
 ]
 StrategiesOption = Annotated[
@@ -88,7 +91,7 @@ TCPDefaultsOption = Annotated[
     typer.Option("--tcp-defaults", help="With --link: TCP and the queue as the kernel has them, which flatters us."),
 ]
 TrainingOption = Annotated[
-    bool, typer.Option("--training", help="torch, transformers: a pass is forward and backward.")
+    bool, typer.Option("--training", help="torch, transformers: a pass is forward and backward (megatron: always).")
 ]
 HTMLOption = Annotated[Path | None, typer.Option("--html", help="Write a page with the figures drawn to this file.")]
 LoadOption = Annotated[

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import cuda_stand_in
 import torch
 import torch.distributed as dist
+
+from dynaflow_serving.integrations.megatron import cuda_stand_in
 
 SEQUENCE, VOCABULARY = 32, 128
 

@@ -1,8 +1,8 @@
 """What megatron-core asks of CUDA, answered on a machine without: streams, events, random states, `device="cuda"`.
 
 Contract
-- `install` comes before the first import of megatron. It changes torch for the whole process, so only ranks that the
-  tests start call it.
+- This is for the tests and for `dynaflow bench megatron` on CPUs. `install` changes torch for the whole process: only
+  ranks that these start call it.
 - Nothing here computes. Collectives, autograd, the schedule and the optimizer are the real ones, over gloo.
 - `TORCHDYNAMO_DISABLE` keeps Megatron's `jit_fuser` from compiling, which needs a C++ compiler.
 """
