@@ -6,7 +6,7 @@ Contract
 - Results go to stdout, progress and errors to stderr.
 - A command only parses its options, calls the package that does the work, and prints. It imports that package inside
   its function, so that this module is imported quickly.
-- An engine is imported in a child process only, when a command runs it.
+- An engine is imported in a child process only, when a command runs it. `megatron` is such a process itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dynaflow_serving.cli import bench, check, doctor, explain, schema, simulate, tune
+from dynaflow_serving.cli import bench, check, doctor, explain, megatron, schema, simulate, tune
 from dynaflow_serving.cli.output import say_on_stderr
 from dynaflow_serving.errors import DynaflowError
 
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 app.command("bench")(bench.bench)
 app.command("tune")(tune.tune)
+app.command("megatron")(megatron.megatron)
 app.command("explain")(explain.explain)
 app.command("simulate")(simulate.simulate)
 app.command("check")(check.check)

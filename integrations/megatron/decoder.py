@@ -55,8 +55,8 @@ class Decoder:
         )
 
     @classmethod
-    def install(cls, block: Any, config: Config) -> None:
-        """Replace the forward of `block`.
+    def install(cls, block: Any, config: Config) -> Decoder:
+        """Replace the forward of `block`, and return what replaces it.
 
         Raises:
             InactiveError: The block is enabled already.
@@ -70,6 +70,7 @@ class Decoder:
             return decoder(*args, **kwargs)
 
         block.__dict__.update({ATTRIBUTE: decoder, "forward": forward})
+        return decoder
 
     @classmethod
     def installed_in(cls, block: Any) -> Decoder:

@@ -16,22 +16,24 @@ from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupp
 RECOMPUTED_ROUTERS = ("moe",)  # of `recompute_modules`: the router is in it
 
 
-def check_decoder(block: Any, config: Config) -> None:
+def check_decoder(block: Any, config: Config, device: str = "") -> None:
     """Check that a decoder can run under DynaFlow.
 
     Args:
         block: A `TransformerBlock`.
         config: DynaFlow's config.
+        device: The type of the device that it will be on; by default, where it is.
 
     Raises:
         InactiveError: It cannot; the message says why.
     """
     settings = block.config
-    refuse("Megatron-LM", config, [*_causes(block, settings), *_moe_causes(settings), *_config_causes(block, config)])
+    device = device or next(block.parameters()).device.type
+    refuse("Megatron-LM", config, [*_causes(block, settings), *_moe_causes(settings), *_config_causes(device, config)])
 
 
-def _config_causes(block: Any, config: Config) -> list[str]:
-    causes = executor_causes("Megatron-LM", config, next(block.parameters()).device.type)
+def _config_causes(device: str, config: Config) -> list[str]:
+    causes = executor_causes("Megatron-LM", config, device)
     if config.capture == "graph":
         causes.append("capture 'graph': Megatron-LM has no graph of its layers (set capture: auto)")
     if config.strategy == "auto":

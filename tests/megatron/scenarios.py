@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from training import Setup, Trained, begin, make_model, train
 
+from dynaflow_serving.config import load as load_config
 from dynaflow_serving.errors import InactiveError
 
 TP = Setup(tensor=2)
@@ -184,3 +187,17 @@ def fails_in_the_second_micro_batch(setup: Setup) -> tuple[str, Trained]:
     handle.remove()
     trained = train(model, setup, 1)
     return said, trained.losses  # type: ignore[return-value]
+
+
+def launched(script: str) -> str:
+    """Launch the script; return what is said at the end, or the error."""
+    begin(TP)
+    from dynaflow_serving.integrations.megatron.launcher import launch
+
+    path = list(sys.path)
+    try:
+        return launch(load_config(config("comm_overlap")), Path(script), ["--lr", "1"])
+    except InactiveError as error:
+        return f"error: {error}"
+    finally:
+        sys.path[:] = path

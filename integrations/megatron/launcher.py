@@ -1,0 +1,95 @@
+"""`launch` runs a user's unchanged training script with every decoder under DynaFlow.
+
+Contract
+- A decoder is checked when the script builds it, before weights are loaded, and put under DynaFlow in its first step,
+  when it is on its device.
+- The script sees the arguments and the import path that it would have without DynaFlow. Its exceptions and its exit
+  are its own.
+- A run in which no step was split ends with `InactiveError`, unless the config lets it fall back.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import runpy
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaflow_serving.config import Config
+from dynaflow_serving.errors import ConfigError, InactiveError
+from dynaflow_serving.integrations import MEGATRON
+
+
+def launch(config: Config, script: Path, arguments: list[str]) -> str:
+    """Run `script` in this process, a rank of its training; return how many steps were split, in words.
+
+    Raises:
+        ConfigError: There is no such script.
+        InactiveError: The release or a decoder is not supported, or no step was split.
+    """
+    if not script.is_file():
+        raise ConfigError(f"the script {script} does not exist; give it after --, with its arguments")
+    decoders = _hook(config)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+    return _conclude(config, decoders)
+
+
+def _hook(config: Config) -> list[Any]:
+    """Have every `TransformerBlock` that is built run under DynaFlow; return the list of these, as they come."""
+    decoders: list[Any] = []
+    try:
+        MEGATRON.check_release()
+    except InactiveError as error:
+        _fall_back(config, error)
+        return decoders
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    from dynaflow_serving.integrations.megatron.decoder import Decoder
+    from dynaflow_serving.integrations.megatron.limits import check_decoder
+
+    stock = TransformerBlock.__init__
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @functools.wraps(stock)
+    def init(block: Any, *args: Any, **kwargs: Any) -> None:
+        stock(block, *args, **kwargs)
+        try:
+            check_decoder(block, config, device)
+        except InactiveError as error:
+            _fall_back(config, error)
+            return
+
+        def first(*given: Any, **named: Any) -> Any:
+            del block.__dict__["forward"]
+            decoders.append(Decoder.install(block, config))
+            return block.forward(*given, **named)
+
+        block.forward = first
+
+    TransformerBlock.__init__ = init
+    return decoders
+
+
+def _fall_back(config: Config, error: InactiveError) -> None:
+    if not config.fallback:
+        raise error
+    logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
+
+
+def _conclude(config: Config, decoders: list[Any]) -> str:
+    steps = [decoder.session.report().steps for decoder in decoders]
+    split, unsplit = sum(s.split for s in steps), sum((Counter(s.unsplit) for s in steps), Counter())
+    told = f"{split} steps of decoders were split" + "".join(f", {n} not: {reason}" for reason, n in unsplit.items())
+    if not split and not config.fallback:
+        raise InactiveError(
+            f"DynaFlow was requested (strategy {config.strategy}), but {told}. Give each micro-batch more sequences, "
+            "lower min_tokens, or remove DynaFlow"
+        )
+    return told
