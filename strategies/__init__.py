@@ -24,7 +24,8 @@ from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.registry import STRATEGIES
 
 SHIPPED = (
-    "branches", "comm_overlap", "dual_batch", "fused_norms", "nanoflow", "prefill_decode", "sequential", "token_weave",
+    "branches", "comet", "comm_overlap", "dual_batch", "flux", "fused_norms", "nanoflow", "prefill_decode",
+    "round_robin", "sequential", "token_weave",
 )  # fmt: skip
 
 

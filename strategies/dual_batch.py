@@ -6,8 +6,8 @@ With A = attention and gate, D = dispatch, E = experts, C = combine:
     network       D@0   D@1   C@0   C@1
 
 A micro-batch runs until it has issued a dispatch or combine, then the other one has its turn. In a model
-without dispatch and combine (tensor parallelism), the turn ends at every network operator. No integration tags an
-operator dispatch or combine yet (docs/strategies.md), so on an engine that is what happens.
+without dispatch and combine (tensor parallelism), the turn ends at every network operator. Of the integrations, only
+Megatron-LM's tags operators dispatch and combine (docs/strategies.md).
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ class CapturedProgram:
         nodes: value -> the name of its node in the captured graph.
         one_stream: operators that share a stream within a micro-batch, because they run one frame.
         mirrored: whether autograd runs a split step's plan backwards (`planning.mirror`).
+        in_turn: what runs parts of an operator that communicates within; None where there is a graph.
         static_context: whether the integration promises that context keeps its addresses and host values over steps.
     """
 
@@ -55,6 +56,7 @@ class CapturedProgram:
     nodes: dict[str, str] = field(default_factory=dict)
     one_stream: frozenset[str] = frozenset()
     mirrored: bool = False
+    in_turn: Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]] | None = None
     static_context: bool = False
 
     def token_counter(self) -> Callable[[Sequence[Any]], int]:

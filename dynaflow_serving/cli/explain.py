@@ -53,6 +53,12 @@ FullOption = Annotated[
 ]
 
 
+BackwardOption = Annotated[
+    bool,
+    typer.Option("--backward", help="An example's backward pass, too, as autograd runs it where there is no graph."),
+]
+
+
 @dataclass(frozen=True)
 class Files:
     """The files to write beside the text; None is not wanted."""
@@ -79,6 +85,7 @@ def explain(
     html: HTMLOption = None,
     trace: TraceOption = None,
     full: FullOption = False,
+    backward: BackwardOption = False,
 ) -> None:
     """Show what runs beside what on which stream, for a model, a batch and a strategy."""
     from dynaflow_serving.capture.examples import EXAMPLES
@@ -93,7 +100,9 @@ def explain(
     if target in EXAMPLES:
         if tensor_parallel > 1 or dtype:
             raise ConfigError("--tensor-parallel and --dtype are for model directories, not for embedded examples")
-        explanation = explain_example(target, tokens, config, measured=measured)
+        explanation = explain_example(target, tokens, config, measured=measured, backward=backward)
+    elif backward:
+        raise ConfigError("--backward is for embedded examples: the report of a training run shows its own")
     elif Path(target).is_dir():
         explanation = explain_model(target, tokens, config, engine, dtype, tensor_parallel, measured=measured)
     else:

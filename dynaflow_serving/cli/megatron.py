@@ -26,7 +26,7 @@ ScriptArgument = Annotated[
 
 def megatron(
     script: ScriptArgument,
-    config: ConfigOption = "comm_overlap",
+    config: ConfigOption = "round_robin",
     micro_batches: MicroBatchesOption = None,
     option: OptionOption = None,
 ) -> None:

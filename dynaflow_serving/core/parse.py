@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
-from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
+from dynaflow_serving.core.program import Gradient, Operator, Program, Resource, Scope, Value
 from dynaflow_serving.errors import TextError
 
 NumberedLine = tuple[int, str]
@@ -175,4 +175,7 @@ def _read_operator(*words: str) -> dict[str, Any]:
     for flag in words[2:]:
         field, has_value, value = flag.partition("=")
         arguments[field] = value if has_value else True
+    if "gradient" in arguments:
+        resource, _, group = arguments["gradient"].partition(":")
+        arguments["gradient"] = Gradient(Resource(resource), group)
     return arguments

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 
 class Textual(abc.ABC):
@@ -38,6 +39,20 @@ class Resource(StrEnum):
     COMPUTE = "compute"
     MEMORY = "memory"
     NETWORK = "network"
+
+
+class Gradient(NamedTuple):
+    """What bounds the gradient of an operator, and the group of its collective.
+
+    A collective may be an identity forward (Megatron's `copy_to_tensor_model_parallel_region`), or backward.
+    """
+
+    resource: Resource
+    group: str = ""
+
+    def __str__(self) -> str:
+        """Such as `network:tp`."""
+        return f"{self.resource.value}:{self.group}"
 
 
 class Scope(StrEnum):
@@ -94,6 +109,8 @@ class Operator:
     """Whether it reads the engine's per-micro-batch context: it runs for one micro-batch at a time."""
     into: tuple[str, ...] = ()
     """Outputs that it can write straight into a given buffer."""
+    gradient: Gradient | None = None
+    """What bounds its gradient, where that is something else."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +181,8 @@ def _operator_lines(operator: Operator) -> Iterator[str]:
         words.append(f"group={operator.group}")
     if operator.context:
         words.append("context")
+    if operator.gradient:
+        words.append(f"gradient={operator.gradient}")
     yield " ".join(words)
     for field in ("tags", "inputs", "outputs", "writes", "reads", "into"):
         if names := getattr(operator, field):

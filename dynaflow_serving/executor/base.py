@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from dynaflow_serving.capture.eager.gradients import Running, Submit
+from dynaflow_serving.capture.eager.gradients import Submit, at_once
 from dynaflow_serving.capture.program import CapturedProgram, Enter, PlanFunction
 from dynaflow_serving.config import ExecutorOptions
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Plan
@@ -104,7 +103,7 @@ class Executor(abc.ABC):
 
         The compute stream is the caller's, so this is for the others.
         """
-        return _at_once
+        return at_once
 
     def tracer(self) -> Tracer:
         """A new tracer that `bind` takes."""
@@ -121,12 +120,6 @@ class Executor(abc.ABC):
 
     def close(self) -> None:  # noqa: B027  most executors have nothing to stop
         """Stop what the executor has started (threads)."""
-
-
-def _at_once(function: Callable[[], Any]) -> Running:
-    done: Future[Any] = Future()
-    done.set_result(function())
-    return done
 
 
 def _check_one_stream(captured: CapturedProgram, plan: Plan) -> None:

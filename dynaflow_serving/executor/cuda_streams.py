@@ -40,7 +40,7 @@ class Submitted:
         current = self._cuda.current_stream()
         current.wait_event(self._done)
         for tensor in tree_leaves(self._result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                 tensor.record_stream(current)  # autograd, not a plan, decides when the memory is free
         return self._result
 
@@ -74,11 +74,15 @@ class StreamPool:
 
     def submit(self, name: str, function: Callable[[], Any]) -> Submitted:
         """Run `function` on the stream called `name`, after all that the current stream has got so far."""
-        stream = self.stream(name)
-        stream.wait_stream(self._cuda.current_stream())
-        with self._cuda.stream(stream):
+        current, stream, done = self._cuda.current_stream(), self.stream(name), self._cuda.Event()
+        stream.wait_stream(current)
+        self._cuda.set_stream(stream)
+        try:
             result = function()
-        return Submitted(self._cuda, stream.record_event(), result)
+        finally:
+            self._cuda.set_stream(current)
+        done.record(stream)
+        return Submitted(self._cuda, done, result)
 
     def _make(self, options: StreamOptions, name: str) -> Any:
         if options.sm_share is None:

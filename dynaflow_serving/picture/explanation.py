@@ -9,7 +9,7 @@ Contract
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dynaflow_serving.bench.environment import device_name
@@ -82,7 +82,9 @@ class Explanation:
         return Caption(f"{self.model}: {first.measured.plan.strategy}, {parts}", tuple(notes))
 
 
-def explain_example(name: str, tokens: tuple[int, ...], config: Config, *, measured: bool) -> Explanation:
+def explain_example(
+    name: str, tokens: tuple[int, ...], config: Config, *, measured: bool, backward: bool = False
+) -> Explanation:
     """Explain an embedded example.
 
     Args:
@@ -90,13 +92,15 @@ def explain_example(name: str, tokens: tuple[int, ...], config: Config, *, measu
         tokens: The tokens of each request.
         config: The config of the strategy and, where times are measured, of the executor.
         measured: Whether the plan is run for its times.
+        backward: Whether the plan's backward pass is explained, too.
     """
-    capture = example_capture(name, build_selector(config).annotations)
+    capture = replace(example_capture(name, build_selector(config).annotations), mirrored=backward)
     executor = get_executor(config.executor, options=config) if measured else get_executor("sequential")
     plan_cache = PlanCache(capture, build_selector(config), executor)
     split = plan_cache.decide(Batch(tokens))
     planned = len(split.micro_batches) > 1 or plan_cache.selector.schedules_unsplit
     plans = [plan_cache.prepare(split.signature).plan] if planned else []
+    passes = plan_cache.backward.values()
     comparisons = []
     if planned and measured:
         inputs = measure.example_inputs(capture.program, len(capture.constants), sum(tokens), HIDDEN)
@@ -106,10 +110,10 @@ def explain_example(name: str, tokens: tuple[int, ...], config: Config, *, measu
     return Explanation(
         model=f"example {name}",
         strategy=_in_words(plan_cache.selector),
-        programs=[capture.program],
+        programs=[capture.program, *(program for program, _ in passes)],
         tokens=tokens,
         split=split,
-        plans=plans,
+        plans=[*plans, *(plan for _, plan in passes)],
         comparisons=comparisons,
         where=f"executor {executor.name}, one thread a stream",
         runs=measure.RUNS,

@@ -8,6 +8,7 @@ Contract
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -16,11 +17,15 @@ import torch
 
 from dynaflow_serving.capture.eager import Arguments, Diverged, EagerCapture
 from dynaflow_serving.capture.eager.gradients import Submit
+from dynaflow_serving.capture.eager.in_turn import InTurn
 from dynaflow_serving.capture.program import Enter
+from dynaflow_serving.core.plan import COMPUTE_STREAM
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.planning.mirror import backward_stream
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.session.session import LiveStep, Session
 from dynaflow_serving.strategy.rules import Rule
+from dynaflow_serving.strategy.streams import NETWORK
 
 
 class Contexts(NamedTuple):
@@ -164,9 +169,13 @@ class EagerForward(SplitForward):
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.session.in_flight is None and not self._recording:
             return self.eager.forward(*args, **kwargs)
+        step = self.session.in_flight
+        if step is not None and step.planned and self.session.plan_caches:  # un-split, under the strategy's order
+            return self.run_split(step, args, kwargs)
         result = self.eager.record(self.count_tokens(args, kwargs), args, kwargs)
         if self.eager.captured is not None and not self.session.plan_caches:
-            self.session.add(self.eager.captured)
+            executor = self.session.add(self.eager.captured).executor
+            self.eager.captured.in_turn = InTurn(self.eager.borders.by_target, executor.submit_to(NETWORK))
         return result
 
     def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +183,7 @@ class EagerForward(SplitForward):
         plan = step.plan(plan_cache)
         apart: Sequence[Mapping[int, Submit]] = ()
         if self.eager.training and torch.is_grad_enabled():
-            apart = self.eager.calls_apart(plan.plan, plan_cache.executor.submit_to)
+            apart = self.eager.calls_apart(plan.plan, functools.partial(submit_gradient, plan_cache))
         with self._entering(*args, **kwargs) as contexts:
             try:
                 return self.eager.run(plan.run, bounds, args, kwargs, *contexts, apart=apart)
@@ -185,3 +194,9 @@ class EagerForward(SplitForward):
     def count_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Return the number of tokens by the first tensor argument."""
         return next(int(t.shape[self._token_dim]) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+
+
+def submit_gradient(plan_cache: PlanCache, operator: str, stream: str) -> Submit | None:
+    """Return what submits the gradient of an operator, run by `stream`; None where the compute stream runs it."""
+    backward = backward_stream(plan_cache.captured.program, [operator], stream)
+    return None if backward == COMPUTE_STREAM else plan_cache.executor.submit_to(backward)

@@ -117,7 +117,7 @@ class PlanCache:
             recorded = strategy.record(self.captured.program, signature.micro_batches, signature.depends)
             plan = lower(recorded, strategy.name, zero_copy)
             verify(self.captured.program, plan)
-            if self.captured.mirrored and signature.micro_batches > 1:
+            if self.captured.mirrored and ordered:
                 self.backward[signature] = backward_of(recorded, strategy.name)
             tracer = self.executor.tracer() if traced else None
             self._prepared[key] = self.executor.bind(self.captured, plan, recorded.kernels, tracer)

@@ -72,7 +72,9 @@ class LiveStep(Step):
             `result`, or, where the outputs differ, those of `run_whole`.
         """
         check, split, session = self.session.check, self.split, self.session
-        if check is None or not self.micro_batches or not check.wants(self, self.plan_caches, split.signature):
+        if check is None or not (self.micro_batches or self.planned):
+            return result
+        if not check.wants(self, self.plan_caches, split.signature):
             return result
         self.to_compare = True
         with check.timed(session.clock):
@@ -270,7 +272,7 @@ class Session:
         if len(step.split.micro_batches) > 1:
             step.planned = True
             step.to_trace = step.trial is not None and step.trial.profiled
-        elif step.split.candidate:
+        else:
             step.planned = self.selector.plans_unsplit(step.split.candidate)
         if step.trial is None:
             if step.planned:

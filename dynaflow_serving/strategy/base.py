@@ -57,6 +57,7 @@ class OpScheduler(abc.ABC, Generic[OptionsT]):
         schedules_unsplit: Whether `schedule` also orders steps of one micro-batch.
         looks_for: The tags that `schedule` looks for, and what it does without them.
         row_wise: Custom operators that treat each token on its own, such as `mylib::rotate`.
+        takes_whole: Operators with these tags have their communication within, because `schedule` cuts them itself.
     """
 
     name: ClassVar[str] = ""
@@ -65,6 +66,7 @@ class OpScheduler(abc.ABC, Generic[OptionsT]):
     schedules_unsplit: ClassVar[bool] = False
     looks_for: ClassVar[tuple[TagUse, ...]] = ()
     row_wise: ClassVar[tuple[str, ...]] = ()
+    takes_whole: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

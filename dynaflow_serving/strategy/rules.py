@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dynaflow_serving.core.program import Resource
+from dynaflow_serving.core.program import Gradient, Resource
 
 KEY = "dynaflow"
 CALLS = ("call_function", "call_method", "call_module")
@@ -35,6 +35,7 @@ class Rule(abc.ABC):
         tags: What the operators do: of `Tag`, or any other word.
         group: The process group of collectives, which keep one order on all ranks.
         context: Whether the operators read the engine's per-micro-batch context (attention metadata).
+        gradient: What bounds the gradients of the operators, where that is something else.
         required: Whether it is an error if nothing matches; integrations list alternatives.
     """
 
@@ -45,6 +46,7 @@ class Rule(abc.ABC):
     group: str = ""
     context: bool = False
     required: bool = True
+    gradient: Gradient | None = None
 
     def __post_init__(self) -> None:
         # plain words, without the class of `Tag`: they travel through the metadata of graphs

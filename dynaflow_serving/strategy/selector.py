@@ -56,6 +56,11 @@ class Selector(abc.ABC):
         return tuple(name for candidate in self.candidates for name in self.strategy(candidate).row_wise)
 
     @property
+    def taken_whole(self) -> frozenset[str]:
+        """The tags of operators that the strategies want with their communication within."""
+        return frozenset(tag for candidate in self.candidates for tag in self.strategy(candidate).takes_whole)
+
+    @property
     def max_micro_batches(self) -> int:
         return max(self.strategy(candidate).max_micro_batches for candidate in self.candidates)
 

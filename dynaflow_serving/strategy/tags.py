@@ -33,6 +33,12 @@ class Tag(StrEnum):
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"
     BROADCAST = "broadcast"
+    ROW_PARALLEL = "row_parallel"
+    """A matrix product whose results the ranks then add up."""
+    COLUMN_PARALLEL = "column_parallel"
+    """A matrix product whose input is gathered from the ranks before."""
+    SEQUENCE_PARALLEL = "sequence_parallel"
+    """Its collective cuts or joins the first dimension, so that only another one can be cut besides."""
     REPLICATED = "replicated"
     """All ranks compute the same, token by token, on the result of an all-reduce (residual add and norm)."""
 

@@ -21,7 +21,7 @@ from dynaflow_serving.session.report import WorkerReport
 Model = TypeVar("Model")
 
 
-def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overlap") -> Model:
+def enable(model: Model, source: str | Mapping[str, Any] | Config = "round_robin") -> Model:
     """Run the decoder layers of `model` under DynaFlow.
 
     Args:

@@ -2,7 +2,7 @@
 
 Contract
 - Tensor parallelism communicates in the region functions of `tensor_parallel.mappings`. What is an identity forward
-  (`copy_to`) is an all-reduce backward, so it is a border, too.
+  (`copy_to`) is an all-reduce backward, and the other way round (`reduce_from`): each is on the network one way only.
 - Expert parallelism communicates in the all-to-alls of the token dispatcher. One method does both of a dispatch.
 - A column-parallel linear hides its all-gather and the all-reduce of its input's gradient. Within a frame these are
   calls of region functions, and the linear itself communicates nothing.
@@ -20,34 +20,59 @@ from typing import Any
 
 from dynaflow_serving.capture.eager.frames import current_frame
 from dynaflow_serving.capture.eager.gradients import join_gradients
-from dynaflow_serving.core.program import Resource
-from dynaflow_serving.strategy.rules import Rule, SplitFunc
+from dynaflow_serving.core.program import Gradient, Resource
+from dynaflow_serving.integrations.megatron import moe
+from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
+from dynaflow_serving.strategy.selector import Selector
 from dynaflow_serving.strategy.tags import Tag
 
 MAPPINGS = "megatron.core.tensor_parallel.mappings"
 DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher"
-REGIONS = {
-    "reduce_from_tensor_model_parallel_region": ("all_reduce", Tag.ALL_REDUCE),
-    "copy_to_tensor_model_parallel_region": ("copy", Tag.ALL_REDUCE),
-    "gather_from_sequence_parallel_region": ("all_gather", Tag.ALL_GATHER),
-    "reduce_scatter_to_sequence_parallel_region": ("reduce_scatter", Tag.REDUCE_SCATTER),
-}
+_COMPUTE, _NETWORK = Resource.COMPUTE, Resource.NETWORK
+REGIONS = (
+    SplitFunc(
+        f"{MAPPINGS}.reduce_from_tensor_model_parallel_region", "all_reduce", _NETWORK, (Tag.ALL_REDUCE,), "tp",
+        gradient=Gradient(_COMPUTE),
+    ),
+    SplitFunc(f"{MAPPINGS}.copy_to_tensor_model_parallel_region", "copy", gradient=Gradient(_NETWORK, "tp")),
+    SplitFunc(f"{MAPPINGS}.gather_from_sequence_parallel_region", "all_gather", _NETWORK, (Tag.ALL_GATHER,), "tp"),
+    SplitFunc(
+        f"{MAPPINGS}.reduce_scatter_to_sequence_parallel_region", "reduce_scatter", _NETWORK, (Tag.REDUCE_SCATTER,),
+        "tp",
+    ),
+)  # fmt: skip
+EXPERTS = SplitFunc(moe.exchange, "experts", _COMPUTE, (Tag.EXPERTS,), "ep")
+EXCHANGES = tuple(
+    SplitFunc(f"{DISPATCHER}.{method}", str(tag), _NETWORK, (tag,), "ep")
+    for method, tag in (("token_dispatch", Tag.DISPATCH), ("token_combine", Tag.COMBINE))
+)
 
 
-def rules(config: Any) -> tuple[Rule, ...]:
+def rules(config: Any, selector: Selector) -> tuple[Rule, ...]:
     """Return the rules for a decoder.
 
     Args:
         config: Its `TransformerConfig`.
+        selector: Its strategies may want operators with their communication within.
     """
     found: list[Rule] = []
-    if config.tensor_model_parallel_size > 1 or config.expert_tensor_parallel_size > 1:
-        for function, (name, tag) in REGIONS.items():
-            found.append(SplitFunc(f"{MAPPINGS}.{function}", name, Resource.NETWORK, (tag,), "tp"))
     if config.expert_model_parallel_size > 1:
-        for method, tag in (("token_dispatch", Tag.DISPATCH), ("token_combine", Tag.COMBINE)):
-            found.append(SplitFunc(f"{DISPATCHER}.{method}", str(tag), Resource.NETWORK, (tag,), "ep"))
+        found += [EXPERTS] if Tag.EXPERTS in selector.taken_whole else []
+        found += EXCHANGES
+    if config.tensor_model_parallel_size > 1 or config.expert_tensor_parallel_size > 1:
+        if Tag.ROW_PARALLEL in selector.taken_whole:
+            found += _products(config.sequence_parallel)
+        # Without micro-batches, Megatron's linear reduces the gradient of its input beside that of its weight.
+        found += [rule for rule in REGIONS if rule.name != "copy" or selector.max_micro_batches > 1]
     return tuple(found)
+
+
+def _products(sequence_parallel: bool) -> list[Rule]:
+    """Return the rules for linears with their collectives within."""
+    more = (Tag.SEQUENCE_PARALLEL,) if sequence_parallel else ()
+    rows = SplitModule("RowParallelLinear", "row_parallel", _COMPUTE, (Tag.ROW_PARALLEL, *more), "tp")
+    columns = SplitModule("ColumnParallelLinear", "column_parallel", _COMPUTE, (Tag.COLUMN_PARALLEL, *more), "tp")
+    return [rows, columns] if sequence_parallel else [rows]
 
 
 @functools.cache
@@ -63,12 +88,12 @@ def prepare_for_frames() -> None:
         input: Any, weight: Any, bias: Any, gradient_accumulation_fusion: bool, allreduce_dgrad: bool,
         sequence_parallel: bool, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        if current_frame() is None:
+        if (frame := current_frame()) is None:
             join_gradients()
         elif sequence_parallel:
             input = mappings.gather_from_sequence_parallel_region(input, group=kwargs.get("tp_group"))
             sequence_parallel = False
-        elif allreduce_dgrad:
+        elif allreduce_dgrad and any(border.name == "copy" for border in frame.borders.values()):
             input = mappings.copy_to_tensor_model_parallel_region(input, group=kwargs.get("tp_group"))
             allreduce_dgrad = False
         return linear(

@@ -3,12 +3,13 @@
 Contract
 - The batch is dimension 1 of the hidden states [s, b, h], and dimension 0 of masks. Embedding, output layer and loss
   see the whole batch.
-- The decoder is recorded before its first split step, in two runs without gradients: of the batch, and of twice the
-  batch. Then the ranks that communicate in it compare their plans.
+- The decoder is recorded before its first step, in two runs without gradients: of the batch, and of twice the batch.
+  Then the ranks that communicate in it compare their plans.
 - The backward pass is autograd's. Its plan is the mirror image of the forward's (`planning.mirror`).
-- Inference, packed sequences and a batch of one sequence run as in Megatron, and are counted with the reason.
-- The first split steps also run whole, without gradients, and are compared. If they differ, the step runs once more as
-  Megatron would.
+- Inference, packed sequences and a batch of one sequence run as in Megatron, and are counted with the reason. A
+  strategy that never splits (`comet`, `flux`) orders the un-split step, also of one sequence.
+- The first steps under a plan also run as in Megatron, without gradients, and are compared. If they differ, the step
+  runs once more as Megatron would.
 """
 
 from __future__ import annotations
@@ -51,7 +52,13 @@ class Decoder:
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.session = Session(build_selector(config), config, device, mode="training", rank=rank)
         self.forward = EagerForward(
-            self.session, self._stock_on_input, block, borders.rules(block.config), {}, training=True, token_dim=1
+            self.session,
+            self._stock_on_input,
+            block,
+            borders.rules(block.config, self.session.selector),
+            {},
+            training=True,
+            token_dim=1,
         )
 
     @classmethod
@@ -99,7 +106,7 @@ class Decoder:
         return self._step(batch, given)
 
     def _reason_to_run_whole(self, given: dict[str, Any], batch: Batch) -> str:
-        if len(batch.tokens) < 2:
+        if len(batch.tokens) < 2 and self.session.selector.max_micro_batches > 1:
             return "one sequence"
         if given.get("packed_seq_params") is not None:
             return "packed sequences"
@@ -111,7 +118,7 @@ class Decoder:
 
     def _step(self, batch: Batch, given: dict[str, Any]) -> torch.Tensor:
         with self.session.step(batch) as step:
-            if not step.micro_batches:
+            if not (step.micro_batches or step.planned):
                 return self._stock_on_input(**given)
             try:
                 output: torch.Tensor = self.forward(**given)
@@ -147,10 +154,11 @@ class Decoder:
         """
         size = given["hidden_states"].shape[1]
         with torch.no_grad(), self.forward.recording():
-            for times in (1, 2):
+            for times in (1, 2) if size > 1 else (2, 3):
                 self.forward(**{name: _repeated(name, value, size, times) for name, value in given.items()})
         for group in _groups(self.block.config):
             self.session.confirm(group)
+        self.session.agree_over(self.session.ranks)
         logging.getLogger("dynaflow_serving").info("DynaFlow: a Megatron decoder was recorded")
 
 

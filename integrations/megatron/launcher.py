@@ -87,7 +87,8 @@ def _conclude(config: Config, decoders: list[Any]) -> str:
     steps = [decoder.session.report().steps for decoder in decoders]
     split, unsplit = sum(s.split for s in steps), sum((Counter(s.unsplit) for s in steps), Counter())
     told = f"{split} steps of decoders were split" + "".join(f", {n} not: {reason}" for reason, n in unsplit.items())
-    if not split and not config.fallback:
+    never_splits = any(decoder.session.selector.plans_unsplit("") for decoder in decoders)
+    if not (split or never_splits or config.fallback):
         raise InactiveError(
             f"DynaFlow was requested (strategy {config.strategy}), but {told}. Give each micro-batch more sequences, "
             "lower min_tokens, or remove DynaFlow"

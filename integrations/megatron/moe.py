@@ -37,15 +37,63 @@ def prepare_for_frames() -> None:
 
     @functools.wraps(forward)
     def forward_with_own_dispatcher(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if current_frame() is not None:
-            layer = copy.copy(self)
-            layer.__dict__ = {**self.__dict__, "token_dispatcher": copy.copy(self.token_dispatcher)}
-            self = layer
+        frame = current_frame()
+        if frame is not None:
+            at_once = any(border.name == "experts" for border in frame.borders.values())
+            self = _with_own_dispatcher(self, _ExchangesAtOnce if at_once else type(self))
         return forward(self, *args, **kwargs)
 
     MoELayer.forward = forward_with_own_dispatcher
     for name in (*LOSSES, "apply_z_loss"):
         setattr(TopKRouter, name, _left_out_in_frames(getattr(TopKRouter, name)))
+
+
+def _with_own_dispatcher(layer: Any, kind: type) -> Any:
+    """Return a copy of a layer, which shares the weights and nothing that is of one batch."""
+    made = copy.copy(layer)
+    made.__dict__ = {**layer.__dict__, "token_dispatcher": copy.copy(layer.token_dispatcher)}
+    if kind is not type(layer):
+        made.__dict__["stock"] = layer
+        made.__class__ = type(kind.__name__, (kind, type(layer)), {})
+    return made
+
+
+def exchange(layer: Any, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> torch.Tensor:
+    """Send tokens to their experts, let these compute, and bring the results back.
+
+    Args:
+        layer: The `MoELayer`.
+        hidden: The tokens [tokens, 1, h].
+        probs: The weights of the experts [tokens, experts].
+        routing_map: Which experts each token goes to [tokens, experts].
+
+    Returns:
+        The results [tokens, 1, h].
+    """
+    layer = _with_own_dispatcher(layer, type(layer))
+    result, _ = layer.routed_experts_compute(*layer.dispatch(*layer.preprocess(hidden, probs, routing_map)))
+    combined: torch.Tensor = layer.token_dispatcher.combine_postprocess(layer.combine(result))
+    return combined
+
+
+class _ExchangesAtOnce:
+    """This goes over a `MoELayer` within a frame: after routing, all is one call of `exchange`."""
+
+    def preprocess(self, hidden_states: Any, probs: Any, routing_map: Any) -> Any:
+        return hidden_states, (probs, routing_map)
+
+    def dispatch(self, hidden_states: Any, routing: Any) -> Any:
+        return hidden_states, routing
+
+    def routed_experts_compute(self, hidden_states: Any, routing: Any) -> Any:
+        tokens = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
+        return exchange(self.stock, tokens, *routing).view(hidden_states.shape), None  # type: ignore[attr-defined]
+
+    def combine(self, output: Any) -> Any:
+        return output
+
+    def postprocess(self, output: Any, shared_expert_output: Any) -> Any:
+        return output if shared_expert_output is None else output + shared_expert_output
 
 
 def _left_out_in_frames(method: Any) -> Any:

@@ -11,6 +11,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = [(m, s, 2) for m in ("llama", "moe") for s in ("sequential", "nanoflow", "dual_batch")]
 CASES += [(m, "nanoflow", 3) for m in ("llama", "moe")]
 CASES += [("llama", "comm_overlap", 2), ("moe", "comm_overlap", 1)]
+CASES += [("llama", "round_robin", 3)]
 CASES += [("loss", "nanoflow", 2), ("loss", "nanoflow", 3)]
 CASES += [("llama", "prefill_decode", 2), ("moe", "branches", 1), ("dit", "branches", 1)]
 

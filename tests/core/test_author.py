@@ -10,7 +10,7 @@ from support import TWO_NETWORK, example, program_of
 
 from dynaflow_serving.core.batch import Batch, MicroBatch, Split
 from dynaflow_serving.errors import ConfigError, ScheduleError
-from dynaflow_serving.strategies import build_strategy
+from dynaflow_serving.strategies import SHIPPED, build_strategy
 from dynaflow_serving.strategies.dual_batch import DualBatch
 from dynaflow_serving.strategies.nanoflow import NanoFlow
 from dynaflow_serving.strategies.token_weave import TokenWeave
@@ -119,7 +119,7 @@ def test_a_wrong_split_is_found_before_an_engine_serves(
 
 
 def test_every_shipped_strategy_passes() -> None:
-    for name in ("branches", "comm_overlap", "dual_batch", "nanoflow", "prefill_decode", "sequential", "token_weave"):
+    for name in SHIPPED:
         build_strategy(name, {})
     for options in ({"micro_batches": 4}, {"micro_batches": 3, "cut": "token", "min_tokens": 1}):
         build_strategy("nanoflow", options)

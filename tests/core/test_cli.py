@@ -69,6 +69,12 @@ def dynaflow(*arguments: str) -> Result:
         (["explain", "llama", "--batch", "8,x"], "--batch '8,x' is not a list of token counts"),
         (["explain", "llama", "--batch", "8,0"], "each at least 1"),
         (["explain", "llama", "--dtype", "float16"], "for model directories"),
+        (["explain", ".", "--backward"], "--backward is for embedded examples"),
+        (["megatron", "--", "nofile.py"], "the script nofile.py does not exist"),
+        (
+            ["megatron", "-c", "round_robn", "--", "nofile.py"],
+            "unknown strategy 'round_robn'. Did you mean 'round_robin'?",
+        ),
         (["explain", "llama", "--svg", "."], "'.' is a folder: give the name of a file"),
         (["explain", "llama", "--svg", "x", "--html", "x"], "must be different files"),
         (["check", "missing.pt"], "'missing.pt' is not a file"),
@@ -143,6 +149,13 @@ def test_explain_shows_the_plan_of_a_strategy_that_orders_unsplit_steps() -> Non
     result = dynaflow("explain", "moe", "--strategy", "branches")
     assert "not split: branches overlap without a split" in result.stdout
     assert re.search(r"^layers.0.dispatch @0 +layers.0.shared_expert @0 *$", result.stdout, re.MULTILINE)
+
+
+def test_explain_shows_the_backward_pass() -> None:
+    words = ["explain", "llama", "-s", "round_robin", "-n", "2", "--batch", "8,8"]
+    assert "backward" not in dynaflow(*words).stdout
+    shown = dynaflow(*words, "--backward", "--full").stdout
+    assert "plan round_robin.backward" in shown and "op layers.0.all_reduce.1.backward network" in shown
 
 
 def test_explain_draws_and_traces_what_it_prints(tmp_path: Path) -> None:

@@ -254,3 +254,27 @@ def test_the_graphs_of_a_model_share_one_executor() -> None:
     model(torch.randn(8, HIDDEN))
     assert len(model.session.plan_caches) == 2
     assert model.session.plan_caches[0].executor is model.session.plan_caches[1].executor
+
+
+def test_a_gradient_is_ordered_by_events_on_both_sides() -> None:
+    cuda = FakeCuda()
+    submit = CUDAExecutor(ExecutorOptions(), cuda).submit_to("network")
+    active: list[str] = []
+
+    def differentiate() -> tuple[torch.Tensor]:
+        active.append(cuda.current_stream().name)
+        return (torch.ones(2),)
+
+    running = submit(differentiate)
+    (network,) = cuda.streams
+    assert active == [network.name] and cuda.current_stream() is cuda.default
+    assert cuda.log[-2:] == [("join", network.name, "default"), ("record", network.name, 0)]
+    assert torch.equal(running.result()[0], torch.ones(2))
+    assert cuda.log[-1] == ("wait", "default", 0)
+
+
+def test_a_gradient_that_fails_leaves_the_callers_stream_current() -> None:
+    cuda = FakeCuda()
+    with pytest.raises(ZeroDivisionError):
+        CUDAExecutor(ExecutorOptions(), cuda).submit_to("network")(lambda: 1 // 0)
+    assert cuda.current_stream() is cuda.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +15,14 @@ from torch import nn
 
 from dynaflow_serving.capture.eager import EagerCapture
 from dynaflow_serving.capture.eager.gradients import Crossing, join_gradients
-from dynaflow_serving.core.batch import Batch
+from dynaflow_serving.core.batch import Batch, Signature
+from dynaflow_serving.core.parse import parse_program
 from dynaflow_serving.core.plan import COMPUTE_STREAM
-from dynaflow_serving.core.program import Resource
+from dynaflow_serving.core.program import Gradient, Resource
 from dynaflow_serving.errors import DynaflowError, ScheduleError
 from dynaflow_serving.executor import get_executor
+from dynaflow_serving.planning.mirror import backward_program
+from dynaflow_serving.session.forward import submit_gradient
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategy.base import OpScheduler
@@ -53,7 +57,15 @@ def exchange(x: torch.Tensor, name: str) -> torch.Tensor:
     return Watched.apply(x, name) * 2
 
 
-RULES = (SplitFunc(exchange, "exchange", Resource.NETWORK, ("all_reduce",), group="tp"),)
+def copy_in(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Stands for what is an identity forward, and a collective backward."""
+    return Watched.apply(x, name)
+
+
+RULES = (
+    SplitFunc(exchange, "exchange", Resource.NETWORK, ("all_reduce",), group="tp"),
+    SplitFunc(copy_in, "copy", gradient=Gradient(Resource.NETWORK, "tp")),
+)
 
 
 class Layer(nn.Module):
@@ -62,7 +74,8 @@ class Layer(nn.Module):
         self.up, self.down, self.number = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), number
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = exchange(Watched.apply(torch.relu(self.up(x)), f"up.{self.number}"), f"exchange.{self.number}")
+        hidden = torch.relu(self.up(copy_in(x, f"copy.{self.number}")))
+        hidden = exchange(Watched.apply(hidden, f"up.{self.number}"), f"exchange.{self.number}")
         return x + self.down(hidden)
 
 
@@ -95,7 +108,7 @@ class Training:
     def split(self, x: torch.Tensor, micro_batches: int) -> torch.Tensor:
         split = cut_evenly(Batch((1,) * len(x)), micro_batches)
         plan = self.plan_cache.prepare(split.signature)
-        apart = self.made.calls_apart(plan.plan, self.executor.submit_to)
+        apart = self.made.calls_apart(plan.plan, functools.partial(submit_gradient, self.plan_cache))
         result: torch.Tensor = self.made.run(plan.run, split.bounds, (x,), {}, no_context, apart=apart)
         return result
 
@@ -121,7 +134,7 @@ def strategy(name: str) -> OpScheduler:
 
 
 @pytest.mark.parametrize("executor", ["cpu", "sequential"])
-@pytest.mark.parametrize("name", ["sequential", "nanoflow", "comm_overlap", "dual_batch"])
+@pytest.mark.parametrize("name", ["sequential", "nanoflow", "comm_overlap", "dual_batch", "round_robin"])
 def test_gradients_equal(name: str, executor: str) -> None:
     training = Training(strategy(name), executor)
     for tokens, micro_batches in ((2, 2), (7, 2), (9, 3)):
@@ -132,24 +145,19 @@ def test_gradients_equal(name: str, executor: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
-@pytest.mark.parametrize("name", ["nanoflow", "comm_overlap", "dual_batch"])
+@pytest.mark.parametrize("name", ["nanoflow", "comm_overlap", "dual_batch", "round_robin"])
 def test_autograd_follows_the_mirrored_plan(name: str) -> None:
     training = Training(strategy(name))
     training.gradients(lambda x: training.split(x, 2), integers(7, WIDTH))
     ((program, plan),) = training.plan_cache.backward.values()
     sizes, threads = {0: 3, 1: 4}, {COMPUTE_STREAM: threading.current_thread().name}
     planned: dict[str, list[Seen]] = {stream: [] for stream in plan.streams}
-    numbers = {"layers.0.exchange": 0, "layers.1.exchange": 1}
-    sections = [o.name for o in program.operators if "exchange" not in o.name]
+    watched = [None, "copy.0", "up.0", "exchange.0", None, "copy.1", "up.1", "exchange.1", None]  # in forward order
+    names = dict(zip([op.name for op in reversed(program.operators)], watched, strict=True))
     for action in plan.actions:
-        if not action.operators:
-            continue
-        operator, thread = action.operators[0], threads.get(action.stream, f"dynaflow-{action.stream}")
-        forward = operator.removesuffix(".backward")
-        if forward in numbers:
-            planned[action.stream].append((f"exchange.{numbers[forward]}", thread, sizes[action.start]))
-        elif (position := len(sections) - 1 - sections.index(operator)) < 2:  # the last section has no `up`
-            planned[action.stream].append((f"up.{position}", thread, sizes[action.start]))
+        if action.operators and (name := names[action.operators[0]]):
+            thread = threads.get(action.stream, f"dynaflow-{action.stream}")
+            planned[action.stream].append((name, thread, sizes[action.start]))
     assert set(planned) == {COMPUTE_STREAM, "network"}
     for stream, wanted in planned.items():
         ran = [seen for seen in Watched.seen if seen[1] == wanted[0][1]]
@@ -163,7 +171,7 @@ def test_the_gradient_of_a_call_runs_beside_the_other_micro_batch() -> None:
     def told(name: str, tokens: int) -> None:
         if name == "up.1" and tokens == 3:
             computed.set()
-        if name == "exchange.0" and tokens == 4:  # it starts before the other micro-batch's gradients are there
+        if name == "copy.1" and tokens == 4:  # it starts before the other micro-batch's gradients are there
             assert computed.wait(20), "the backward pass waits for the collective at once"
 
     Watched.told = staticmethod(told)
@@ -217,9 +225,9 @@ class Merged(OpScheduler):
                 s.execute(group)
 
 
-def test_a_merged_call_on_another_stream_is_refused() -> None:
+def test_collectives_of_several_micro_batches_cannot_be_merged() -> None:
     training = Training(Merged())
-    with pytest.raises(ScheduleError, match=r"layers\.0\.exchange runs for several micro-batches at once"):
+    with pytest.raises(ScheduleError, match=r"layers\.0\.exchange cannot run merged"):
         training.split(integers(7, WIDTH), 2)
 
 
@@ -242,3 +250,29 @@ def test_a_border_outside_of_frames_waits_for_gradients_in_flight() -> None:
     order.append("recomputed")
     assert order == ["in flight", "recomputed"] and release.is_set()
     crossing.wait()
+
+
+def test_the_text_of_a_program_says_where_its_gradients_run() -> None:
+    program = Training(strategy("nanoflow")).plan_cache.captured.program
+    assert "op layers.0.copy compute gradient=network:tp\n" in program.to_text()
+    assert parse_program(program.to_text()) == program
+    backward = backward_program(program)
+    kinds = {op.name: (op.resource, op.group) for op in backward.operators}
+    assert kinds["layers.0.copy.backward"] == kinds["layers.0.exchange.backward"] == (Resource.NETWORK, "tp")
+    assert kinds["layers.0.compute.0.backward"] == (Resource.COMPUTE, "")
+    assert parse_program(backward.to_text()) == backward
+
+
+def test_round_robin_has_a_block_between_the_turns_of_a_micro_batch() -> None:
+    """In both passes, in the steady state: whoever waits for a collective has let another one's block run before."""
+    training = Training(strategy("round_robin"))
+    training.gradients(lambda x: training.split(x, 3), integers(9, WIDTH))
+    ((_, backward),) = training.plan_cache.backward.values()
+    forward = training.plan_cache.prepare(Signature(3)).plan
+    begins, ends = ("layers.0.exchange", "layers.1.copy"), ("layers.0.compute.1", "layers.0.compute.1")
+    for plan, first, last in zip((forward, backward), begins, ends):
+        actions = [(a.operators[0].removesuffix(".backward"), a.start) for a in plan.actions if a.operators]
+        for micro_batch in range(3):
+            begun, ended = actions.index((first, micro_batch)), actions.index((last, micro_batch))
+            between = {name for name, other in actions[begun:ended] if other != micro_batch}
+            assert any(name.endswith(".compute.0") for name in between), (plan.strategy, micro_batch)

@@ -33,7 +33,7 @@ def test_the_example_of_the_documentation_is_the_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["branches", "comm_overlap", "dual_batch", "nanoflow", "prefill_decode", "token_weave"]
+    "name", ["branches", "comm_overlap", "dual_batch", "nanoflow", "prefill_decode", "round_robin", "token_weave"]
 )
 def test_shipped_strategies_are_valid(name: str) -> None:
     assert_valid(name)

@@ -42,6 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("nanoflow", {}),
     ("dual_batch", {}),
     ("comm_overlap", {}),
+    ("round_robin", {}),
     ("prefill_decode", {}),
     ("prefill_decode", {"first": "prefill"}),
     ("prefill_decode", {"overlap": "all"}),

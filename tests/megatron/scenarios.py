@@ -39,6 +39,7 @@ class Compared:
         split: So many steps were split.
         unsplit: So many ran whole, by reason.
         programs: How many programs the report shows, those of backward passes included.
+        compared: So many steps were compared with one that ran as in Megatron.
         last: The loss of the last iteration.
     """
 
@@ -49,6 +50,7 @@ class Compared:
     split: int
     unsplit: dict[str, int]
     programs: int
+    compared: int
     last: float
 
 
@@ -76,6 +78,7 @@ def _compare(setup: Setup, options: dict[str, Any], iterations: int) -> Compared
         told.steps.split,
         told.steps.unsplit,
         len(told.programs),
+        told.check.steps if told.check else 0,
         ours.losses[-1],
     )
 

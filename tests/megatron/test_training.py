@@ -21,8 +21,11 @@ def more(setup: Setup, **settings: Any) -> Setup:
     return replace(setup, config=settings)
 
 
+FLUX = {"strategy": "flux", "options": {"chunks": 3}}
+COMET = {"strategy": "comet", "options": {"chunks": 3}}
 TENSOR = {
     "tp": (TP, config("nanoflow")),
+    "tp, round_robin": (replace(TP, batch=5), config("round_robin")),
     "tp, biases, three sequences": (
         replace(TP, batch=3, config={"add_bias_linear": True}), config("comm_overlap")
     ),
@@ -35,6 +38,11 @@ TENSOR = {
     "sp": (SP, config("nanoflow")),
     "sp, comm_overlap": (SP, config("comm_overlap")),
     "sp, recomputed": (more(SP, **RECOMPUTE), config("comm_overlap")),
+    "tp, flux": (TP, FLUX),
+    "tp, flux, one sequence": (replace(TP, batch=1), FLUX),
+    "sp, flux": (SP, FLUX),
+    "sp, flux, recomputed": (more(SP, **RECOMPUTE), FLUX),
+    "sp, round_robin": (SP, config("round_robin")),
     "sp, the first layer recomputed": (
         more(SP, **RECOMPUTE | {"recompute_method": "block"}), config("nanoflow")
     ),
@@ -49,6 +57,9 @@ EXPERTS = {
         ),
         config("dual_batch"),
     ),
+    "ep, comet": (EP, COMET),
+    "ep, comet, one sequence": (replace(EP, batch=1), COMET),
+    "ep, comet, recomputed": (more(EP, moe_aux_loss_coeff=0.0, **RECOMPUTE), COMET),
     "ep, recomputed": (more(EP, moe_aux_loss_coeff=0.0, **RECOMPUTE), config("dual_batch")),
     "ep, attention recomputed": (more(EP, recompute_granularity="selective"), config("dual_batch")),
     "ep, gradients reduced beside": (replace(EP, ddp={"overlap_grad_reduce": True}), config("dual_batch")),
@@ -68,9 +79,14 @@ def trained() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", [*TENSOR, *EXPERTS])
 def test_losses_and_gradients_equal(trained: dict[str, dict[str, Any]], name: str) -> None:
-    setup, _ = {**TENSOR, **EXPERTS}[name]
-    found = trained[name]
-    assert (found["split"], found["unsplit"]) == (ITERATIONS * setup.accumulate, {})
+    setup, options = {**TENSOR, **EXPERTS}[name]
+    found, steps = trained[name], ITERATIONS * setup.accumulate
+    if options in (FLUX, COMET):
+        assert found["split"] == 0 and list(found["unsplit"].values()) == [steps]
+        assert next(iter(found["unsplit"])).startswith(f"{options['strategy']} cuts")
+    else:
+        assert (found["split"], found["unsplit"]) == (steps, {})
+    assert found["compared"] == 1
     assert found["loss"] <= LOSS and found["auxiliary"] <= LOSS, found
     assert found["gradient"] <= GRADIENT and found["same_set"], found
     assert found["programs"] == 2  # the forward pass and the backward pass

@@ -24,14 +24,13 @@ import torch.utils._pytree as pytree
 from dynaflow_serving.capture.eager.expected import Diverged
 from dynaflow_serving.capture.eager.frames import Frame
 from dynaflow_serving.capture.eager.functions import ActiveFrame, capture_program
-from dynaflow_serving.capture.eager.gradients import Submit
+from dynaflow_serving.capture.eager.gradients import Submit, at_once
 from dynaflow_serving.capture.eager.pairing import RecordingPair, TokenAxis, match_recordings
 from dynaflow_serving.capture.eager.placing import Borders
 from dynaflow_serving.capture.eager.program import make_program
 from dynaflow_serving.capture.eager.recording import RecordedTensor, Recording, record
 from dynaflow_serving.capture.program import CapturedProgram, Enter, PlanFunction
 from dynaflow_serving.core.plan import COMPUTE_STREAM, Plan
-from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.strategy.rules import Rule
 
 ATTEMPTS = 8
@@ -169,27 +168,23 @@ class EagerCapture:
             for frame in frames:
                 frame.close()
 
-    def calls_apart(self, plan: Plan, submit_to: Callable[[str], Submit]) -> list[dict[int, Submit]]:
-        """Return the calls of each micro-batch that another stream runs, by number, with what submits to that stream.
+    def calls_apart(self, plan: Plan, submit_to: Callable[[str, str], Submit | None]) -> list[dict[int, Submit]]:
+        """Return the calls of each micro-batch that another stream runs, forward or backward, by number.
 
         Args:
             plan: of the split step.
-            submit_to: stream -> what submits to it.
+            submit_to: (operator, its stream) -> what submits its gradient to a stream; None on the compute stream.
 
-        Raises:
-            ScheduleError: such a call runs merged: its gradient would be taken once per micro-batch.
+        Returns:
+            What submits the gradient of each call. Such calls never run merged: they are carried (`operators`).
         """
         apart: list[dict[int, Submit]] = [{} for _ in range(plan.micro_batches)]
         for action in plan.actions:
-            numbers = [self._call_numbers[name] for name in action.operators if name in self._call_numbers]
-            if not numbers or action.stream == COMPUTE_STREAM:
+            calls = [name for name in action.operators if name in self._call_numbers]
+            submits = {self._call_numbers[name]: submit_to(name, action.stream) for name in calls}
+            if not submits or (action.stream == COMPUTE_STREAM and not any(submits.values())):
                 continue
-            if action.stop - action.start > 1:
-                raise ScheduleError(
-                    f"{action.operators[0]} runs for several micro-batches at once on stream {action.stream!r}, which "
-                    f"gradients cannot pass: run it once per micro-batch, or on stream {COMPUTE_STREAM!r}"
-                )
-            apart[action.start] |= dict.fromkeys(numbers, submit_to(action.stream))
+            apart[action.start] |= {number: submit or at_once for number, submit in submits.items()}
         return apart
 
     def run_apart(

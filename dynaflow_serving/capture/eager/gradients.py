@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,13 @@ class Running(Protocol):
 
 
 Submit = Callable[[Callable[[], Any]], Running]  # runs a function on a stream, after what it has got before
+
+
+def at_once(function: Callable[[], Any]) -> Running:
+    """Run a function on the calling stream."""
+    done: Future[Any] = Future()
+    done.set_result(function())
+    return done
 
 
 class Crossing:
@@ -130,6 +138,9 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, crossing: Crossing, token: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         ctx.crossing = crossing
+        for tensor in crossing._results:
+            if tensor.is_cuda:  # the frame's stream uses it, and autograd decides when its memory is free
+                tensor.record_stream(torch.cuda.current_stream())
         return tuple(tensor.detach() for tensor in crossing._results)
 
     @staticmethod

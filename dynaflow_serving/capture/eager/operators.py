@@ -5,7 +5,8 @@ Contract
 - A border call is *plain* if its arguments are tensors and constants and it returns tensors. A plan may put it on any
   stream, merge it over micro-batches, or replace it by a kernel.
 - A call of a collective with other arguments (the splits of an all-to-all) is *carried*: the plan has the call itself
-  as a value, and may put it on any stream. Any other border call needs its frame.
+  as a value, and may put it on any stream. In training, every collective is, forward or backward: its gradient begins
+  at the call's own arguments (`gradients`). Any other border call needs its frame.
 - An operator that runs a section *advances* its frame, up to the border call where the frame is suspended next.
 - A frame *runs ahead* where only the next border call uses a plain border call's results, and the section between makes
   no call. The frame gets meta tensors for the results and goes on. The arguments of both calls are then known before
@@ -23,6 +24,7 @@ import torch
 from dynaflow_serving.capture.eager.pairing import CONSTANT_TYPES, RecordingPair, same_object
 from dynaflow_serving.capture.eager.recording import BorderCall, RecordedTensor, Section, tensors_of
 from dynaflow_serving.core.program import Resource
+from dynaflow_serving.strategy.rules import Rule
 
 
 @dataclass(eq=False, slots=True)
@@ -104,6 +106,8 @@ class Cut:
         call, other = self.recording.border_call(event), self.pair.second.border_call(event)
         if event in self._not_plain or call.border.rule.context or call.own_state or call.border.name in self.states:
             return False
+        if self.training and _communicates(call.border.rule):
+            return False
         objects = {k: v for k, v in call.arguments.items() if not isinstance(v, RecordedTensor)}
         return (
             any(self.pair.is_read(r) for r in tensors_of(call.results))
@@ -115,7 +119,7 @@ class Cut:
         call = self.recording.border_call(event)
         rule, bound = call.border.rule, call.own_state or call.border.name in self.states
         return (
-            rule.resource is Resource.NETWORK
+            _communicates(rule)
             and not (rule.context or bound)
             and all(isinstance(r, (RecordedTensor, *CONSTANT_TYPES)) for r in call.results)
         )
@@ -209,3 +213,8 @@ class Cut:
             if not runs_ahead:
                 break
         return calls
+
+
+def _communicates(rule: Rule) -> bool:
+    """Return whether what the rule names is bound by the network, forward or backward."""
+    return Resource.NETWORK in (rule.resource, rule.gradient and rule.gradient.resource)

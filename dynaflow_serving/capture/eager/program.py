@@ -99,6 +99,7 @@ class _ProgramMaker:
             tags=rule.tags,
             writes=(*writes, *self._engine_states(event)),
             group=rule.group,
+            gradient=rule.gradient,
             context=not (operator.plain or operator.carried),
         )
 
