@@ -110,8 +110,9 @@ class EagerForward(SplitForward):
     """This is the forward of a model without a graph (`capture: eager`).
 
     Contract
-    - Un-split calls run the model's own forward. Until there is a Program, they are recorded inside `recording` and in
-      steps that the session counts. Other dummy runs (memory profiling, warm-up, graph capture) are not recorded.
+    - Un-split calls run the model's own forward, unless it trains under a strategy that never splits. Until there is a
+      Program, they are recorded inside `recording` and in steps that the session counts. Other dummy runs (memory
+      profiling, warm-up, graph capture) are not recorded.
     - If a micro-batch takes another path than the recorded one, the step runs again without a plan, one micro-batch
       after the other. Each of them is a batch that the engine could have made.
     - Such a step is counted as un-split, and the model is recorded anew.
@@ -170,7 +171,7 @@ class EagerForward(SplitForward):
         if self.session.in_flight is None and not self._recording:
             return self.eager.forward(*args, **kwargs)
         step = self.session.in_flight
-        if step is not None and step.planned and self.session.plan_caches:  # un-split, under the strategy's order
+        if self.eager.training and step is not None and step.planned:  # un-split, in the strategy's order
             return self.run_split(step, args, kwargs)
         result = self.eager.record(self.count_tokens(args, kwargs), args, kwargs)
         if self.eager.captured is not None and not self.session.plan_caches:

@@ -272,7 +272,7 @@ class Session:
         if len(step.split.micro_batches) > 1:
             step.planned = True
             step.to_trace = step.trial is not None and step.trial.profiled
-        else:
+        elif step.plan_caches:
             step.planned = self.selector.plans_unsplit(step.split.candidate)
         if step.trial is None:
             if step.planned:

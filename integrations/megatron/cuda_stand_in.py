@@ -72,19 +72,19 @@ def install() -> None:
     }
     for name, answer in answers.items():
         setattr(cuda, name, answer)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment, method-assign]
     kind = torch.Tensor.type  # the optimizer looks for the name of a CUDA tensor
 
     def type_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return kind(self, *args, **kwargs) if args or kwargs else f"torch.cuda.{kind(self).rpartition('.')[2]}"
 
-    torch.Tensor.type = type_on_cuda  # type: ignore[method-assign]
+    torch.Tensor.type = type_on_cuda  # type: ignore[assignment, method-assign]
     for name, dtype in {"Float": torch.float32, "Long": torch.int64, "Int": torch.int32}.items():
         setattr(cuda, f"{name}Tensor", _factory(dtype))
     _adapt_megatron()
-    OnCPU().__enter__()  # for the rest of the process
+    OnCPU().__enter__()  # type: ignore[no-untyped-call]  # for the rest of the process
 
 
 def _factory(dtype: torch.dtype) -> Any:

@@ -124,7 +124,7 @@ def attach_losses(output: torch.Tensor) -> torch.Tensor:
             output = method(output, *given, **kwargs)
         else:
             (logits,), kwargs = _whole(calls, output)
-            output = _Tie.apply(output, method(logits, **kwargs))
+            output = _Tie.apply(output, method(logits, **kwargs))  # type: ignore[no-untyped-call]
     return output
 
 
@@ -154,10 +154,10 @@ class _Tie(torch.autograd.Function):
     """Returns `output`, and takes `other` along into the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, output: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(other)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return gradient, torch.zeros_like(ctx.saved_tensors[0])

@@ -49,7 +49,7 @@ def test_load_takes_a_path_a_name_a_mapping_and_a_config(tmp_path: Path) -> None
     [
         (
             "strategy: nanoflw",
-            r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: .*dual_batch, fused_norms, nanoflow",
+            r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'\? Valid: .*dual_batch, flux, fused_norms, nanoflow",
         ),
         (
             "strategy: nanoflow\noptions: {min_token: 1}",

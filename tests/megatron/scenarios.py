@@ -144,6 +144,19 @@ def fall_back(setup: Setup) -> Any:
     return train(model, replace(setup), 1).losses
 
 
+def with_other_orders(setup: Setup) -> str:
+    """Each rank has a strategy of its own; return what the first step raises."""
+    from dynaflow_serving.integrations.megatron import enable
+
+    begin(setup)
+    model = enable(make_model(setup), config(("nanoflow", "comm_overlap")[dist.get_rank()]))
+    try:
+        train(model, setup, 1)
+    except InactiveError as error:
+        return str(error)
+    return "no error"
+
+
 def dies_in_the_backward_pass(setup: Setup) -> str:
     """Rank 1 ends within the second iteration's backward pass; return what rank 0 raises."""
     from dynaflow_serving.integrations.megatron import enable

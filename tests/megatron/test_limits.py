@@ -19,6 +19,7 @@ from scenarios import (
     fall_back,
     mutated,
     refused,
+    with_other_orders,
 )
 from test_training import GRADIENT, LOSS
 from training import Setup
@@ -79,6 +80,12 @@ def _is_right(found: dict[str, Any]) -> bool:
 def test_a_mutation_shows(mutation: str, setup: Setup) -> None:
     """Each of these was silently wrong, or an error, before there was code against it."""
     assert not _is_right(on_two_ranks(mutated, mutation, setup, NANOFLOW)[0])
+
+
+def test_ranks_that_would_run_other_orders_do_not_begin() -> None:
+    said = on_two_ranks(with_other_orders, TP)
+    assert all(text.startswith("the ranks would run different plans:") for text in said)
+    assert "comm_overlap" in said[0] and "nanoflow" in said[0]
 
 
 def test_a_rank_that_dies_ends_the_run() -> None:

@@ -125,18 +125,18 @@ def join_gradients() -> None:
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, crossing: Crossing, *given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, crossing: Crossing, *given: torch.Tensor) -> torch.Tensor:
         ctx.crossing = crossing
         return given[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[Any, ...]:
         return (None, *ctx.crossing.wait())
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, crossing: Crossing, token: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, crossing: Crossing, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.crossing = crossing
         for tensor in crossing._results:
             if tensor.is_cuda:  # the frame's stream uses it, and autograd decides when its memory is free
@@ -144,6 +144,6 @@ class _Arrive(torch.autograd.Function):
         return tuple(tensor.detach() for tensor in crossing._results)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         ctx.crossing.start(gradients)
         return None, gradients[0].new_empty(0)
