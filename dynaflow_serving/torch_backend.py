@@ -39,6 +39,7 @@ from dynaflow_serving.capture.fx.buffers import own_code
 from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.capture.fx.input_writes import settle_input_writes
 from dynaflow_serving.capture.fx.matching import apply_rules
+from dynaflow_serving.capture.fx.rng_states import drop_idle_rng_states
 from dynaflow_serving.capture.fx.symbols import batch_symbols, fake_value
 from dynaflow_serving.capture.fx.views import view_of_a_written_input, view_results
 from dynaflow_serving.capture.program import CapturedProgram
@@ -188,6 +189,7 @@ class Backend:
 
     def _forward_runner(self, gm: fx.GraphModule, forward: list[CapturedProgram]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()
+        drop_idle_rng_states(gm)
         reason = view_of_a_written_input(gm)
         positions = settle_input_writes(gm, batch_symbols(gm, self.batch_dim))
         run = self._runner(gm, forward, reason)
@@ -207,6 +209,7 @@ class Backend:
         if not tokens:
             return gm
         gm.graph.eliminate_dead_code()
+        drop_idle_rng_states(gm)
         # What a forward that can be split returns and saves has the rows of each token side by side.
         adjacent = any(not captured.program.unsplittable for captured in forward)
         return self._add(gm, partition(gm, tokens=tokens, adjacent=adjacent))

@@ -168,6 +168,16 @@ def training_of_experts(path: str) -> dict[str, Any]:
     return gradients_apart(path, 2)[0]
 
 
+def checkpoints_declined(path: str) -> str:
+    model = load(path).train()
+    model.gradient_checkpointing_enable()
+    try:
+        enable(model, strategy("comm_overlap", 2))
+    except InactiveError as error:
+        return str(error)
+    return ""
+
+
 def training(path: str, micro_batches: int) -> dict[str, Any]:
     found, session = gradients_apart(path, micro_batches)
     _, backward_run = session.plan_caches

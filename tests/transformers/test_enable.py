@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from rounding import assert_same
+from rounding import assert_same, distance
 
 from dynaflow_serving.errors import ConfigError, InactiveError
 from dynaflow_serving.integrations.base import Integration
 from dynaflow_serving.integrations.transformers import enable, report
+from dynaflow_serving.integrations.transformers.body import ATTRIBUTE, Body
 from dynaflow_serving.session.report import StepReport
 
 SPLIT = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
@@ -42,6 +43,36 @@ def test_one_process_and_a_yaml_file(model: Any, tmp_path: Any) -> None:
     assert set(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_equal_with_checkpointing(model: Any, reentrant: bool) -> None:
+    """Layers are computed again in the backward graph, which is split like the forward graph."""
+    model.train()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids(6, 12), labels=ids(6, 12), use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    def saved() -> int:
+        """Train, and return how many tensors the forward graph hands to the backward graph."""
+        found = [gradients() for _ in range(2)][-1]
+        assert max(distance(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-5  # sums in another order
+        session = Body.installed_in(model).session
+        assert (session.counts.split, dict(session.counts.unsplit)) == (4, {})  # forward and backward, twice
+        forward = session.plan_caches[0].captured.program
+        return len(set(forward.outputs) - set(forward.inputs))
+
+    expected = gradients()
+    enable(model, SPLIT)
+    plain = saved()
+    for name in ("forward", ATTRIBUTE):
+        model.base_model.__dict__.pop(name)
+    torch._dynamo.reset()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    enable(model, SPLIT)
+    assert saved() < plain / 2
+
+
 def test_declined(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'"):
         enable(model, "nanoflw")
@@ -49,10 +80,6 @@ def test_declined(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         enable(torch.nn.Linear(2, 2), SPLIT)
     with pytest.raises(InactiveError, match="is not enabled: call"):
         report(model)
-    model.gradient_checkpointing_enable()
-    with pytest.raises(InactiveError, match="LlamaForCausalLM: gradient checkpointing is not supported yet"):
-        enable(model, SPLIT)
-    model.gradient_checkpointing_disable()
     monkeypatch.setattr(model.config, "is_encoder_decoder", True)
     with pytest.raises(InactiveError, match="encoder-decoder models are not supported yet"):
         enable(model, SPLIT)

@@ -43,6 +43,11 @@ def test_gradients_equal_and_backward_collectives_overlap(models: dict[str, str]
         assert found["overlapping"] >= found["collectives"] - 2 * micro_batches
 
 
+def test_gradient_checkpointing_is_declined(models: dict[str, str]) -> None:
+    for said in on_two_ranks(scenarios.checkpoints_declined, models["llama"]):
+        assert "gradient checkpointing with tensor parallelism" in said
+
+
 def test_gradients_of_experts_equal(models: dict[str, str]) -> None:
     for found in on_two_ranks(scenarios.training_of_experts, models["qwen3_moe"]):
         assert found["apart"] <= TOLERANCE

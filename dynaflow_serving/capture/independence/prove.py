@@ -181,7 +181,7 @@ def _placements(case: Case, trusted: bool) -> list[Placement]:
     """Return the placements of a call's results, by the rule that fits."""
     call = case.call
     entry = RULES.get(call.name)
-    if torch.Tag.nondeterministic_seeded in call.func.tags and not _without_chance(call):
+    if torch.Tag.nondeterministic_seeded in call.func.tags and not draws_nothing(call.args):
         raise Mixes("draws random numbers, which would be others for each micro-batch")
     inputs = case.placements()
     if all(isinstance(p, Whole) for p in inputs) and not call.changed and not any(map(changed_dims, call.results)):
@@ -217,9 +217,9 @@ def _without_copies(placement: Placement) -> Placement:
     return Cut(placement.dim) if isinstance(placement, Cut) else placement
 
 
-def _without_chance(call: Call) -> bool:
-    """Whether a random operator is called so that it draws nothing (dropout outside of training)."""
-    return call.args.get("dropout_p") == 0.0 or call.args.get("train") is False or call.args.get("training") is False
+def draws_nothing(arguments: Mapping[str, Any]) -> bool:
+    """Whether a random operator with these arguments, by name, draws nothing (dropout outside of training)."""
+    return arguments.get("dropout_p") == 0.0 or arguments.get("train") is False or arguments.get("training") is False
 
 
 def _check_size(pair: tuple[torch.Tensor, torch.Tensor], placement: Placement) -> None:
