@@ -25,7 +25,7 @@ from dynaflow_serving.planning.mirror import backward_stream
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
 from dynaflow_serving.session.session import LiveStep, Session
 from dynaflow_serving.strategy.rules import Rule
-from dynaflow_serving.strategy.streams import NETWORK
+from dynaflow_serving.strategy.streams import CHUNKS
 
 
 class Contexts(NamedTuple):
@@ -176,7 +176,7 @@ class EagerForward(SplitForward):
         result = self.eager.record(self.count_tokens(args, kwargs), args, kwargs)
         if self.eager.captured is not None and not self.session.plan_caches:
             executor = self.session.add(self.eager.captured).executor
-            self.eager.captured.in_turn = InTurn(self.eager.borders.by_target, executor.submit_to(NETWORK))
+            self.eager.captured.in_turn = InTurn(self.eager.borders.by_target, executor.submit_to(CHUNKS))
         return result
 
     def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

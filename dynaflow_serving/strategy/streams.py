@@ -4,6 +4,8 @@ Contract
 - A plan may have any streams: every name that a strategy gives makes one. A misspelt name would make a new stream, so
   use the constants.
 - `COMPUTE` is the stream of the caller. `NETWORK` gets a high priority on CUDA.
+- `CHUNKS` is for the collectives within an operator that a kernel runs in chunks, and no plan's. The plan may be using
+  `NETWORK` meanwhile, and waits for the operator before it goes on with collectives of its group.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dynaflow_serving.core.program import Operator, Resource
 
 COMPUTE: Final = COMPUTE_STREAM
 NETWORK: Final = "network"
+CHUNKS: Final = "chunks"
 
 
 def default_stream(operators: Iterable[Operator]) -> str:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ class Decoder:
         self.session = Session(build_selector(config), config, device, mode="training", rank=rank)
         self.forward = EagerForward(
             self.session,
-            self._stock_on_input,
+            self.stock,
             block,
             borders.rules(block.config, self.session.selector),
             {},
@@ -101,9 +103,19 @@ class Decoder:
             self.session.count_unsplit(batch, reason)
             return self.stock(*args, **kwargs)
         given["hidden_states"] = hidden
-        if not self.session.plan_caches and self.forward.eager.wants_recording:
-            self._record(given)
-        return self._step(batch, given)
+        with self._with_input_as_argument():
+            if not self.session.plan_caches and self.forward.eager.wants_recording:
+                self._record(given)
+            return self._step(batch, given)
+
+    @contextmanager
+    def _with_input_as_argument(self) -> Iterator[None]:
+        """Let the block take the `hidden_states` that it is given; a later pipeline stage has them elsewhere."""
+        pre_process, self.block.pre_process = self.block.pre_process, True
+        try:
+            yield
+        finally:
+            self.block.pre_process = pre_process
 
     def _reason_to_run_whole(self, given: dict[str, Any], batch: Batch) -> str:
         if len(batch.tokens) < 2 and self.session.selector.max_micro_batches > 1:
@@ -119,27 +131,18 @@ class Decoder:
     def _step(self, batch: Batch, given: dict[str, Any]) -> torch.Tensor:
         with self.session.step(batch) as step:
             if not (step.micro_batches or step.planned):
-                return self._stock_on_input(**given)
+                return self.stock(**given)  # type: ignore[no-any-return]
             try:
                 output: torch.Tensor = self.forward(**given)
                 if not step.planned:  # a micro-batch took another path, and losses of routers are of parts of the batch
-                    return self._stock_on_input(**given)
+                    return self.stock(**given)  # type: ignore[no-any-return]
                 plain = output.detach()
                 inputs = [t for t in given.values() if isinstance(t, torch.Tensor)]
-                if step.checked(plain, functools.partial(self._stock_on_input, **given), inputs) is plain:
+                if step.checked(plain, functools.partial(self.stock, **given), inputs) is plain:
                     return self._viewless(moe.attach_losses(output))
             finally:
                 moe.drop_losses()
-        return self._stock_on_input(**given)
-
-    def _stock_on_input(self, **given: Any) -> torch.Tensor:
-        """Run the stock forward on the `hidden_states` that are given, which a later pipeline stage has elsewhere."""
-        pre_process, self.block.pre_process = self.block.pre_process, True
-        try:
-            result: torch.Tensor = self.stock(**given)
-            return result
-        finally:
-            self.block.pre_process = pre_process
+        return self.stock(**given)  # type: ignore[no-any-return]
 
     def _viewless(self, output: torch.Tensor) -> torch.Tensor:
         """Return `output` as a tensor that is no view, because pipeline stages free what is none."""

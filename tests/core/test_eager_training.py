@@ -94,8 +94,8 @@ class Model(nn.Module):
 class Training:
     """A recorded model under a strategy, as a training loop runs it."""
 
-    def __init__(self, strategy: OpScheduler, executor: str = "cpu") -> None:
-        self.model = Model()
+    def __init__(self, strategy: OpScheduler, executor: str = "cpu", model: nn.Module | None = None) -> None:
+        self.model = model or Model()
         self.made = EagerCapture(self.model.forward, self.model, RULES, training=True)
         self.made.attach()
         with torch.no_grad():
@@ -200,6 +200,29 @@ def test_a_second_backward_is_refused() -> None:
     result.backward(retain_graph=True)
     with pytest.raises(DynaflowError, match="call backward once per forward"):
         result.backward()
+
+
+class BackToBack(nn.Module):
+    """Collectives one after the other, with no code of the model between, and at both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = with_integer_weights(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = exchange(copy_in(exchange(x, "first"), "second"), "third")
+        return exchange(copy_in(self.inner(hidden), "fourth"), "fifth")
+
+
+@pytest.mark.parametrize("name", ["sequential", "nanoflow", "comm_overlap", "round_robin"])
+def test_gradients_equal_where_nothing_lies_between_collectives(name: str) -> None:
+    training = Training(strategy(name), model=BackToBack())
+    x = integers(7, WIDTH)
+    wanted = training.gradients(training.model, x)
+    found = training.gradients(lambda x: training.split(x, 2), x)
+    assert len(found) == len(wanted) == 4
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
 def test_without_gradients_nothing_crosses() -> None:

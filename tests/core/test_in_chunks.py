@@ -27,6 +27,7 @@ from dynaflow_serving.strategy.rules import SplitFunc
 from dynaflow_serving.strategy.schedule import Schedule
 from dynaflow_serving.strategy.selector import FixedStrategy
 from dynaflow_serving.strategy.splitting import whole
+from dynaflow_serving.strategy.streams import CHUNKS
 from dynaflow_serving.strategy.tags import Tag
 
 WIDTH = 8
@@ -37,6 +38,11 @@ def exchange(x: torch.Tensor) -> torch.Tensor:
     """Stands for a collective."""
     threads.append(threading.current_thread().name)
     return x * 2
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """Stands for a collective of the plan, which keeps its stream until the plan has ended."""
+    return x * 3
 
 
 def experts(module: nn.Module, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -51,12 +57,13 @@ class Model(nn.Module):
         self.first, self.inner = with_integer_weights(nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)]))
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return x + experts(self.inner, self.first(x), scale + 1)
+        return x + gather(experts(self.inner, gather(self.first(x)), scale + 1))
 
 
 RULES = (
     SplitFunc(experts, "experts", Resource.COMPUTE, (Tag.EXPERTS,), "ep"),
     SplitFunc(exchange, "exchange", Resource.NETWORK, (), "ep"),
+    SplitFunc(gather, "gather", Resource.NETWORK, (), "tp"),
 )
 
 
@@ -76,7 +83,7 @@ class Chunked:
                 self.made.record(tokens, inputs(tokens), {})
         assert self.made.captured is not None
         executor = get_executor("cpu")
-        self.made.captured.in_turn = InTurn(self.made.borders.by_target, executor.submit_to("network"))
+        self.made.captured.in_turn = InTurn(self.made.borders.by_target, executor.submit_to(CHUNKS))
         self.plan_cache = PlanCache(self.made.captured, FixedStrategy(strategy), executor)
 
     def __call__(self, *args: torch.Tensor) -> torch.Tensor:
@@ -109,7 +116,7 @@ def test_results_and_gradients_equal(chunks: int) -> None:
         found = chunked.gradients(chunked, *args)
         assert len(found) == len(wanted) == 6
         assert all(torch.equal(a, b) for a, b in zip(found, wanted))
-        assert threads == ["dynaflow-network"] * 2 * chunks
+        assert threads == ["dynaflow-chunks"] * 2 * chunks
 
 
 def test_fewer_rows_than_chunks_run_as_they_are() -> None:

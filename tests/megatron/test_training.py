@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scenarios import EP, RECOMPUTE, SP, TP, compare, config
 from training import Setup
-from two_ranks import on_two_ranks
+from two_ranks import on_ranks, on_two_ranks
 
 pytestmark = pytest.mark.engine
 
@@ -58,6 +58,12 @@ EXPERTS = {
         ),
         config("dual_batch"),
     ),
+    "tp, sp and ep": (
+        replace(EP, tensor=2, sequence_parallel=True, config={"expert_tensor_parallel_size": 1}), config("round_robin")
+    ),
+    "tp, sp and ep, comet": (
+        replace(EP, tensor=2, sequence_parallel=True, config={"expert_tensor_parallel_size": 1}), COMET
+    ),
     "ep, comet": (EP, COMET),
     "ep, comet, one sequence": (replace(EP, batch=1), COMET),
     "ep, comet, recomputed": (more(EP, moe_aux_loss_coeff=0.0, **RECOMPUTE), COMET),
@@ -90,6 +96,17 @@ def test_losses_and_gradients_equal(name: str) -> None:
     assert found["loss"] <= LOSS and found["auxiliary"] <= LOSS, found
     assert found["gradient"] <= GRADIENT and found["same_set"], found
     assert found["programs"] == 2  # the forward pass and the backward pass
+
+
+@pytest.mark.alone
+def test_pipeline_stages() -> None:
+    """1F1B of whole micro-batches over two stages, each of them cut by the decoder of a stage; four ranks."""
+    setup = Setup(tensor=2, pipeline=2, accumulate=3)
+    cases = {"tp": (setup, config("nanoflow")), "sp": (replace(setup, sequence_parallel=True), config("round_robin"))}
+    for found in on_ranks(4, compare, cases, 3):
+        for name in cases:
+            assert (found[name]["split"], found[name]["unsplit"]) == (9, {})
+            assert found[name]["loss"] <= LOSS and found[name]["gradient"] <= GRADIENT, found
 
 
 def test_one_sequence_is_counted() -> None:

@@ -26,6 +26,7 @@ class Setup:
         ddp: Settings of `DistributedDataParallelConfig`.
         batch: Sequences of a micro-batch of Megatron's.
         accumulate: Micro-batches of Megatron's per iteration.
+        pipeline: The number of pipeline stages.
         own_masks: Whether each sequence has an attention mask of its own.
     """
 
@@ -36,6 +37,7 @@ class Setup:
     ddp: dict[str, Any] = field(default_factory=dict)
     batch: int = 4
     accumulate: int = 1
+    pipeline: int = 1
     own_masks: bool = False
 
 
@@ -47,13 +49,17 @@ def begin(setup: Setup) -> None:
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=setup.tensor, expert_model_parallel_size=setup.experts
+        tensor_model_parallel_size=setup.tensor,
+        pipeline_model_parallel_size=setup.pipeline,
+        expert_model_parallel_size=setup.experts,
+        expert_tensor_parallel_size=setup.config.get("expert_tensor_parallel_size"),
     )
     model_parallel_cuda_manual_seed(1)
 
 
 def make_model(setup: Setup) -> Any:
     """Make the model, with the same weights every time."""
+    from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,6 +67,7 @@ def make_model(setup: Setup) -> Any:
     settings: dict[str, Any] = {
         "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "use_cpu_initialization": True,
         "pipeline_dtype": torch.float32, "tensor_model_parallel_size": setup.tensor,
+        "pipeline_model_parallel_size": setup.pipeline,
         "sequence_parallel": setup.sequence_parallel, "expert_model_parallel_size": setup.experts,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "add_bias_linear": False, "normalization": "RMSNorm",
         "gradient_accumulation_fusion": False, "bias_dropout_fusion": False, "bias_activation_fusion": False,
@@ -81,6 +88,8 @@ def make_model(setup: Setup) -> Any:
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
 
 
@@ -135,7 +144,7 @@ def train(model: Any, setup: Setup, iterations: int) -> Trained:
             micro_batch_size=setup.batch,
             forward_only=False,
         )
-        trained.losses.append(sum(float(d["loss"]) for d in done) / len(done))
+        trained.losses.append(sum(float(d["loss"]) for d in done) / setup.accumulate)  # 0 but on the last stage
         tracker = get_moe_layer_wise_logging_tracker()
         trained.auxiliary.append(float(sum(entry["values"].sum() for entry in tracker.values())))
         clear_aux_losses_tracker()

@@ -1,4 +1,4 @@
-"""Two real ranks: processes of this machine in one gloo group.
+"""Two real ranks, or more: processes of this machine in one gloo group.
 
 Contract
 - A function that runs on the ranks is importable by name there, and what it returns can be read by `torch.load`.
@@ -27,9 +27,14 @@ def on_two_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
     Returns:
         What each rank returned.
     """
+    return on_ranks(RANKS, function, *args)
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `function(*args)` on so many ranks; the result is that of `on_two_ranks`."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (folder, function, args), nprocs=RANKS)
-        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(RANKS)]
+        multiprocessing.spawn(_rank, (folder, ranks, function, args), nprocs=ranks)
+        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(ranks)]
 
 
 def where_one_dies(function: Callable[..., Any], *args: Any) -> tuple[list[int | None], Any]:
@@ -39,18 +44,18 @@ def where_one_dies(function: Callable[..., Any], *args: Any) -> tuple[list[int |
         The exit codes of both, and what rank 0 returned.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.spawn(_rank, (folder, function, args, False), nprocs=RANKS, join=False)
+        context = multiprocessing.spawn(_rank, (folder, RANKS, function, args, False), nprocs=RANKS, join=False)
         for process in context.processes:
             process.join(120)
         return [process.exitcode for process in context.processes], torch.load(Path(folder, "rank0"))
 
 
 def _rank(
-    rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], leave_together: bool = True
+    rank: int, folder: str, ranks: int, function: Callable[..., Any], args: tuple[Any, ...], leave_together: bool = True
 ) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))  # as torchrun does
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))  # as torchrun does
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     torch.save(function(*args), Path(folder, f"rank{rank}"))
     if leave_together:
         dist.barrier()

@@ -3,7 +3,8 @@
 Contract
 - `InTurn` is for kernels that cut an operator into parts. Each part is a frame, which stops where the function
   communicates. A part goes on when its collective has ended, in the order of the parts.
-- The collectives go to one stream, in the order in which the parts come to them, on all ranks alike.
+- The collectives go to one stream, in the order in which the parts come to them, on all ranks alike. No plan has that
+  stream: one that is running may hold its own streams until the kernel returns.
 - Gradients go through the parts as they go through a split step (`gradients`).
 """
 

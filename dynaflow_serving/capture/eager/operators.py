@@ -185,9 +185,11 @@ class Cut:
         for event in operator.comes_to:
             call = self.recording.border_call(event)
             shown += tensors_of(call.arguments.values())
-            self._held.update(tensors_of(call.results))
             if event in self.carried_calls:
                 operator.outputs.append(self.carried_calls[event])
+            if not (self.training and event in self.carried_calls):
+                # Else the plan's results begin no graph of the frame's: others get them from the frame (`gradients`).
+                self._held.update(tensors_of(call.results))
         if not operator.comes_to:
             shown = tensors_of(self.recording.outputs)
         self._held.update(t for t in shown if t.producer == section)
