@@ -8,6 +8,8 @@ Contract
 - The backward pass is autograd's. Its plan is the mirror image of the forward's (`planning.mirror`).
 - Inference, packed sequences and a batch of one sequence run as in Megatron, and are counted with the reason. A
   strategy that never splits (`comet`, `flux`) orders the un-split step, also of one sequence.
+- `strategy: auto` decides in the first step of training, by forward and backward passes of its batch. While training,
+  its guard times forward passes only.
 - The first steps under a plan also run as in Megatron, without gradients, and are compared. If they differ, the step
   runs once more as Megatron would.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +30,12 @@ import torch.distributed as dist
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.integrations import MEGATRON
 from dynaflow_serving.integrations.megatron import borders, moe
-from dynaflow_serving.policy.selector import build_selector
+from dynaflow_serving.policy.calls import tune_calls
+from dynaflow_serving.policy.key import digest
+from dynaflow_serving.policy.selector import AutoSelector, build_selector
+from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.forward import EagerForward
 from dynaflow_serving.session.session import Session
 
@@ -43,6 +50,7 @@ class Decoder:
         block: The `TransformerBlock`.
         stock: Its own forward.
         session: It decides and counts the steps.
+        tuned: Whether `strategy: auto` has decided for the batch of training; True for any other strategy.
     """
 
     def __init__(self, block: Any, config: Config) -> None:
@@ -53,6 +61,7 @@ class Decoder:
         device = next(block.parameters()).device.type
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.session = Session(build_selector(config), config, device, mode="training", rank=rank)
+        self.tuned = not isinstance(self.session.selector, AutoSelector)
         self.forward = EagerForward(
             self.session,
             self.stock,
@@ -106,7 +115,36 @@ class Decoder:
         with self._with_input_as_argument():
             if not self.session.plan_caches and self.forward.eager.wants_recording:
                 self._record(given)
+            if not self.tuned and torch.is_grad_enabled():
+                self.tune(batch, given)
             return self._step(batch, given)
+
+    def tune(self, batch: Batch, given: dict[str, Any]) -> Table:
+        """Have `strategy: auto` decide by measuring forward and backward passes of `batch`, on all ranks alike.
+
+        Args:
+            batch: The batch of training.
+            given: The arguments of the block for it.
+        """
+        self.tuned = True
+        key = {
+            "engine": f"megatron-core {MEGATRON.installed_version()}",
+            "model": digest(json.dumps(_plain(vars(self.block.config)), sort_keys=True)),
+        }
+        with moe.losses_kept():
+            trial = functools.partial(self._trial, batch, given)
+            return tune_calls(self.session, [(batch, trial)], self.block.parameters(), key)
+
+    def _trial(self, batch: Batch, given: dict[str, Any]) -> None:
+        """Run forward and backward as a trial's candidate does; no gradient of a parameter changes."""
+        hidden = given["hidden_states"].detach().requires_grad_()
+        with self.session.step(batch) as step, torch.enable_grad():
+            try:
+                output = self.forward(**{**given, "hidden_states": hidden})
+                step.checked(output.detach(), functools.partial(self.stock, **given))
+                torch.autograd.grad(output, hidden, torch.ones_like(output))
+            finally:
+                moe.drop_losses()
 
     @contextmanager
     def _with_input_as_argument(self) -> Iterator[None]:
@@ -165,6 +203,11 @@ class Decoder:
             self.session.confirm(group)
         self.session.agree_over(self.session.ranks)
         logging.getLogger("dynaflow_serving").info("DynaFlow: a Megatron decoder was recorded")
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are numbers or words; the others are functions, which have no name that lasts."""
+    return {name: value for name, value in settings.items() if isinstance(value, int | float | str | None)}
 
 
 def _repeated(name: str, value: Any, size: int, times: int) -> Any:

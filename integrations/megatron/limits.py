@@ -12,6 +12,7 @@ from typing import Any
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
+from dynaflow_serving.policy.selector import AUTO
 
 RECOMPUTED_ROUTERS = ("moe",)  # of `recompute_modules`: the router is in it
 
@@ -29,16 +30,33 @@ def check_decoder(block: Any, config: Config, device: str = "") -> None:
     """
     settings = block.config
     device = device or next(block.parameters()).device.type
-    refuse("Megatron-LM", config, [*_causes(block, settings), *_moe_causes(settings), *_config_causes(device, config)])
+    refuse(
+        "Megatron-LM",
+        config,
+        [*_causes(block, settings), *_moe_causes(settings), *_config_causes(device, config, settings)],
+    )
 
 
-def _config_causes(device: str, config: Config) -> list[str]:
+def _config_causes(device: str, config: Config, settings: Any) -> list[str]:
     causes = executor_causes("Megatron-LM", config, device)
     if config.capture == "graph":
         causes.append("capture 'graph': Megatron-LM has no graph of its layers (set capture: auto)")
-    if config.strategy == "auto":
-        causes.append("strategy 'auto' is not supported here yet: name one")
-    return causes
+    return causes + (_auto_causes(settings) if config.strategy == AUTO else [])
+
+
+def _auto_causes(settings: Any) -> list[str]:
+    """Return why `auto` cannot run forward and backward passes that no training step counts."""
+    losses = settings.moe_router_load_balancing_type
+    return [
+        f"{name} changes with every pass, so strategy 'auto' cannot try any (name a strategy)"
+        for name, present in {
+            "gradient_accumulation_fusion": settings.gradient_accumulation_fusion,
+            "the statistic of global_aux_loss": "global_aux_loss" in (losses if isinstance(losses, list) else [losses]),
+            "the router's expert bias": settings.moe_router_enable_expert_bias,
+            "pipeline parallelism": settings.pipeline_model_parallel_size > 1,
+        }.items()
+        if present
+    ]
 
 
 def _causes(block: Any, settings: Any) -> Iterator[str]:

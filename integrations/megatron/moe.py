@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,6 +127,20 @@ def attach_losses(output: torch.Tensor) -> torch.Tensor:
             (logits,), kwargs = _whole(calls, output)
             output = _Tie.apply(output, method(logits, **kwargs))  # type: ignore[no-untyped-call]
     return output
+
+
+@contextmanager
+def losses_kept() -> Iterator[None]:
+    """Keep what Megatron has logged of the routers' losses, whatever this block adds."""
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    tracker = get_moe_layer_wise_logging_tracker()
+    kept = {name: {**entry, "values": entry["values"].clone()} for name, entry in tracker.items()}
+    try:
+        yield
+    finally:
+        tracker.clear()
+        tracker.update(kept)
 
 
 def drop_losses() -> None:

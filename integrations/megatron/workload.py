@@ -87,7 +87,12 @@ class MegatronWorkload:
 
         sent = _sent(self._pass)
         alone = {"compute": partial(_muted, self._pass), "network": partial(_send, sent)}
-        return WorkloadSide(run=run, session=decoder.session, tune=lambda: None, alone=alone)
+
+        def tune() -> None:
+            decoder.tuned = False
+            run()
+
+        return WorkloadSide(run=run, session=decoder.session, tune=tune, alone=alone)
 
     def _pass(self) -> list[torch.Tensor]:
         def loss() -> torch.Tensor:

@@ -37,7 +37,12 @@ DECLINED: dict[str, tuple[Setup, dict[str, Any], dict[str, Any], str]] = {
     "Megatron's own TP overlap": (TP, {"tp_comm_overlap": True}, NANOFLOW, "drop --tp-comm-overlap"),
     "a graph": (TP, {}, config("nanoflow", capture="graph"), "set capture: auto"),
     "another device's executor": (TP, {}, config("nanoflow", executor="cuda"), "executor 'cuda' does not fit"),
-    "auto": (TP, {}, {"strategy": "auto"}, "'auto' is not supported here yet"),
+    "auto, where a pass has effects": (
+        TP,
+        {"gradient_accumulation_fusion": True},
+        {"strategy": "auto"},
+        "gradient_accumulation_fusion changes with",
+    ),
 }
 DECLINED_EXPERTS: dict[str, tuple[Setup, dict[str, Any], dict[str, Any], str]] = {
     "capacity": (EP, {"moe_expert_capacity_factor": 1.0}, NANOFLOW, "depends on the whole batch"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +98,22 @@ def test_losses_and_gradients_equal(name: str) -> None:
     assert found["loss"] <= LOSS and found["auxiliary"] <= LOSS, found
     assert found["gradient"] <= GRADIENT and found["same_set"], found
     assert found["programs"] == 2  # the forward pass and the backward pass
+
+
+@pytest.mark.parametrize("setup", [TP, EP], ids=["tp", "ep"])
+def test_auto_decides_in_the_first_step(setup: Setup, tmp_path: Path) -> None:
+    """Whatever it decides here, training goes on as it would have: trials change no gradient and no logged loss."""
+    options = {
+        "candidates": ["nanoflow"], "micro_batches": [2], "pairs": 3, "budget_seconds": 20, "min_gain": 0.0,
+        "table": str(tmp_path / "table.json"),
+    }  # fmt: skip
+    cases = {"auto": (setup, {"strategy": "auto", "options": options})}
+    one, other = (found["auto"] for found in on_two_ranks(compare, cases, 3))
+    for found in (one, other):
+        assert found["loss"] <= LOSS and found["auxiliary"] <= LOSS and found["gradient"] <= GRADIENT, found
+        assert found["split"] + sum(found["unsplit"].values()) == 3
+    assert (one["split"], one["unsplit"]) == (other["split"], other["unsplit"])
+    assert json.loads((tmp_path / "table.json").read_text())["decisions"]
 
 
 @pytest.mark.alone
