@@ -72,7 +72,8 @@ def random_case(seed: int, gradients: bool = False) -> RandomProgram:
         )
         for size in sizes
     ]
-    case = Case(Program(source, generator), calls, exact=whole)
+    thirds = gradients and ".amax(" in source  # its gradient is shared out among equal values
+    case = Case(Program(source, generator), calls, exact=whole and not thirds)
     return RandomProgram(source, case, rng.randint(*MICRO_BATCHES))
 
 
