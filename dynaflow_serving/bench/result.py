@@ -92,7 +92,8 @@ def failures(part: PartResult) -> list[str]:
                 "(bfloat16 ties flip when kernels see other shapes), --dtype float32 makes them equal; otherwise it is "
                 "a bug: please report it."
             )
-        if passes.side.config is not None and not steps.split and not (passes.side.decides and steps.unsplit):
+        never_splits = passes.side.micro_batches == 1  # stock, or a strategy that orders un-split steps
+        if not (never_splits or steps.split or (passes.side.decides and steps.unsplit)):
             reasons = "; ".join(f"{count} because: {why}" for why, count in steps.unsplit.items()) or "none was counted"
             hint = f" {SMALL_HINT}" if any(is_small(why) for why in steps.unsplit) else ""
             found.append(f"{name}: no step was split, so it did the stock system's work. Un-split: {reasons}.{hint}")

@@ -12,7 +12,8 @@ from typing import Any
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupported
-from dynaflow_serving.policy.selector import AUTO
+from dynaflow_serving.policy.selector import AUTO, build_selector
+from dynaflow_serving.strategy.tags import Tag
 
 RECOMPUTED_ROUTERS = ("moe",)  # of `recompute_modules`: the router is in it
 
@@ -41,6 +42,14 @@ def _config_causes(device: str, config: Config, settings: Any) -> list[str]:
     causes = executor_causes("Megatron-LM", config, device)
     if config.capture == "graph":
         causes.append("capture 'graph': Megatron-LM has no graph of its layers (set capture: auto)")
+    taken = build_selector(config).taken_whole
+    if taken and not (
+        (Tag.EXPERTS in taken and settings.expert_model_parallel_size > 1)
+        or (Tag.ROW_PARALLEL in taken and settings.tensor_model_parallel_size > 1)
+    ):
+        causes.append(
+            f"{config.strategy} cuts operators tagged {', '.join(sorted(taken))}, which exchange nothing here"
+        )
     return causes + (_auto_causes(settings) if config.strategy == AUTO else [])
 
 

@@ -37,6 +37,7 @@ DECLINED: dict[str, tuple[Setup, dict[str, Any], dict[str, Any], str]] = {
     "Megatron's own TP overlap": (TP, {"tp_comm_overlap": True}, NANOFLOW, "drop --tp-comm-overlap"),
     "a graph": (TP, {}, config("nanoflow", capture="graph"), "set capture: auto"),
     "another device's executor": (TP, {}, config("nanoflow", executor="cuda"), "executor 'cuda' does not fit"),
+    "comet without experts": (TP, {}, {"strategy": "comet"}, "comet cuts operators tagged experts: they send"),
     "auto, where a pass has effects": (
         TP,
         {"gradient_accumulation_fusion": True},
@@ -45,6 +46,12 @@ DECLINED: dict[str, tuple[Setup, dict[str, Any], dict[str, Any], str]] = {
     ),
 }
 DECLINED_EXPERTS: dict[str, tuple[Setup, dict[str, Any], dict[str, Any], str]] = {
+    "flux without tensor parallelism": (
+        EP,
+        {},
+        {"strategy": "flux"},
+        "flux cuts operators tagged column",
+    ),
     "capacity": (EP, {"moe_expert_capacity_factor": 1.0}, NANOFLOW, "depends on the whole batch"),
     "another dispatcher": (EP, {"moe_token_dispatcher_type": "allgather"}, NANOFLOW, "use alltoall"),
     "sinkhorn": (EP, {"moe_router_load_balancing_type": "sinkhorn"}, NANOFLOW, "sinkhorn"),
