@@ -47,9 +47,8 @@ def _config_causes(device: str, config: Config, settings: Any) -> list[str]:
         (Tag.EXPERTS in taken and settings.expert_model_parallel_size > 1)
         or (Tag.ROW_PARALLEL in taken and settings.tensor_model_parallel_size > 1)
     ):
-        causes.append(
-            f"{config.strategy} cuts operators tagged {', '.join(sorted(taken))}, which exchange nothing here"
-        )
+        tags = ", ".join(sorted(taken))
+        causes.append(f"{config.strategy} cuts operators tagged {tags}: they send nothing here")
     return causes + (_auto_causes(settings) if config.strategy == AUTO else [])
 
 
