@@ -78,7 +78,9 @@ def test_fallback_trains_the_stock_model() -> None:
 
 
 def _is_right(found: dict[str, Any]) -> bool:
-    return "error" not in found and found["loss"] <= LOSS and found["gradient"] <= GRADIENT and found["same_set"]
+    """Whether both steps were split and right: the check of the first one refuses what is wrong forward."""
+    right = "error" not in found and found["loss"] <= LOSS and found["gradient"] <= GRADIENT and found["same_set"]
+    return right and found["split"] == 2
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ def _is_right(found: dict[str, Any]) -> bool:
 )
 def test_a_mutation_shows(mutation: str, setup: Setup) -> None:
     """Each of these was silently wrong, or an error, before there was code against it."""
+    assert _is_right(on_two_ranks(mutated, "", setup, NANOFLOW)[0])
     assert not _is_right(on_two_ranks(mutated, mutation, setup, NANOFLOW)[0])
 
 
