@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import os
 import sys
 from collections.abc import Mapping
@@ -92,8 +93,13 @@ def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def mutated(mutation: str, setup: Setup, options: dict[str, Any]) -> dict[str, Any]:
-    """Compare, with one thing taken out of the integration; returns the error's name if there is one."""
+    """Compare, with one thing taken out of the integration; returns the error's name if there is one.
+
+    Ranks that wait for each other for ever exit.
+    """
     begin(setup)
+    if mutation:
+        faulthandler.dump_traceback_later(30, exit=True)
     from dynaflow_serving.capture.eager import frames
     from dynaflow_serving.integrations.megatron import moe
 
@@ -109,6 +115,8 @@ def mutated(mutation: str, setup: Setup, options: dict[str, Any]) -> dict[str, A
         return vars(_compare(setup, options, 2))
     except Exception as error:
         return {"error": type(error).__name__}
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class _NoCopies:

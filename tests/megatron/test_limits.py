@@ -22,6 +22,7 @@ from scenarios import (
     with_other_orders,
 )
 from test_training import GRADIENT, LOSS
+from torch.multiprocessing import ProcessExitedException
 from training import Setup
 from two_ranks import on_two_ranks, where_one_dies
 
@@ -94,7 +95,11 @@ def _is_right(found: dict[str, Any]) -> bool:
 def test_a_mutation_shows(mutation: str, setup: Setup) -> None:
     """Each of these was silently wrong, or an error, before there was code against it."""
     assert _is_right(on_two_ranks(mutated, "", setup, NANOFLOW)[0])
-    assert not _is_right(on_two_ranks(mutated, mutation, setup, NANOFLOW)[0])
+    try:
+        found = on_two_ranks(mutated, mutation, setup, NANOFLOW)[0]
+    except ProcessExitedException:
+        return  # the ranks sent each other other sizes, and waited
+    assert not _is_right(found)
 
 
 def test_ranks_that_would_run_other_orders_do_not_begin() -> None:
