@@ -221,6 +221,24 @@ def test_a_branch_on_a_number_that_the_code_has_made_can_be_split() -> None:
     assert made.captured is not None and not made.captured.program.unsplittable
 
 
+def overwritten(x: torch.Tensor) -> bool:
+    number = torch.tensor([0.0])
+    number.copy_(x[0, :1])
+    return bool(number.item() > 1e9)
+
+
+def filled(x: torch.Tensor) -> bool:
+    return bool(torch.sum(x, 0, out=x.new_empty(WIDTH))[0].item() > 1e9)
+
+
+@pytest.mark.parametrize("branch", [overwritten, filled, lambda x: torch.zeros(1).item() > 1])
+def test_a_branch_on_a_tensor_that_was_filled_cannot_be_split(branch: Callable[[torch.Tensor], bool]) -> None:
+    """From the batch, or from nothing that was seen: a kernel that the recording does not see may fill zeros."""
+    made = recorded(Branching(branch), RULES, lambda n: (integers(n, WIDTH),))
+    assert made.captured is not None
+    assert "reads the value of a tensor" in made.captured.program.unsplittable
+
+
 def test_a_border_in_a_block_of_another_stream_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the device: what counts is the current stream at a border, against that of the caller."""
     current = ["caller's"]

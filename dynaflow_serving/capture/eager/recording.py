@@ -40,7 +40,6 @@ class RecordedTensor:
     dtype: torch.dtype
     storage: int  # a number of our own: an address may be used again
     tensor: Any = None  # the tensor, if a border's argument showed it first: a constant, or made unseen
-    own: bool = False  # whether the model's code made it from nothing but numbers and other such tensors
 
     @property
     def is_argument(self) -> bool:
@@ -157,6 +156,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.problem = ""
         self._known: Any = WeakIdKeyDictionary()  # tensor -> RecordedTensor
         self._storages = itertools.count()
+        self._of_numbers: set[int] = set()  # storages that hold what the code has made of numbers alone
         self._module_paths = [""]  # of the modules that run, outermost first
         self._depth = torch._C._len_torch_dispatch_stack() + 1
 
@@ -212,19 +212,36 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         event, number = self.events[-1], len(self.events) - 1
         tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
         given = {t: self._known[t] for t in tensors if t in self._known}
+        of_numbers = self._is_of_numbers(func, tensors, given)
         if isinstance(event, Section):
             path = self._module_paths[-1]
             event.paths.append(path)
             event.reads |= {t: None for t in given.values() if t.producer != number}
-            if func._schema.name in _READS_VALUE and not all(t.own for t in given.values()):
+            if given and not of_numbers and func._schema.name in _READS_VALUE:
                 self._refuse(f"code in {path or 'the model'} reads the value of a tensor ({func})")
-        event.writes |= _written_storages(func, args, kwargs, given)
+        written = _written_storages(func, args, kwargs, given)
+        event.writes |= written
+        if not of_numbers:
+            self._of_numbers -= written
         result = func(*args, **kwargs)
         if isinstance(event, Section):
             for t in pytree.tree_leaves(result):
                 if isinstance(t, torch.Tensor) and t not in self._known:
-                    self.add(t, number, given).own = all(g.own for g in given.values())
+                    recorded = self.add(t, number, given)
+                    if of_numbers:
+                        self._of_numbers.add(recorded.storage)
         return result
+
+    def _is_of_numbers(
+        self, func: Any, tensors: list[torch.Tensor], given: Mapping[torch.Tensor, RecordedTensor]
+    ) -> bool:
+        """Whether a call depends on no tensor but those that the code has made of Python's numbers (`torch.tensor(3)`).
+
+        Weights and empty tensors are none of these: what fills or made them may not have been seen.
+        """
+        if func is torch.ops.aten.lift_fresh.default:
+            return True
+        return bool(tensors) and all(t in given and given[t].storage in self._of_numbers for t in tensors)
 
     def add(
         self, tensor: torch.Tensor, producer: int, given: Mapping[torch.Tensor, RecordedTensor] | None = None
