@@ -18,7 +18,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from dynaflow_serving.core.batch import Batch, Split
-from dynaflow_serving.core.program import Operator, Resource
+from dynaflow_serving.core.program import Resource, communicates
 from dynaflow_serving.strategy.base import OpScheduler, SplitOptions
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
@@ -50,11 +50,5 @@ class RoundRobin(OpScheduler[RoundRobinOptions]):
             # network first: it should be on its way while this micro-batch still computes
             task = min(ready, key=lambda t: t.resource is not Resource.NETWORK)
             s.execute(task)
-            if _communicates(task.operator):
+            if communicates(task.resource, task.operator.gradient):
                 return
-
-
-def _communicates(operator: Operator) -> bool:
-    """Return whether the operator is bound by the network, forward or backward."""
-    gradient = operator.gradient
-    return operator.resource is Resource.NETWORK or (gradient is not None and gradient.resource is Resource.NETWORK)

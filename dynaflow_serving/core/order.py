@@ -12,8 +12,10 @@ Contract
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
+from itertools import pairwise
 
-from dynaflow_serving.core.program import PER_MICRO_BATCH, Operator, Program, Scope
+from dynaflow_serving.core.program import PER_MICRO_BATCH, Operator, Program, Scope, Value
 
 
 def touched(program: Program, op: Operator) -> set[str]:
@@ -45,6 +47,22 @@ def order_edges(program: Program) -> dict[str, set[str]]:
                 touched_since[storage].append(op.name)
         before[op.name] = edges - {op.name}
     return before
+
+
+def in_one_order(program: Program, name: str) -> Program:
+    """Put a value `name.N` between neighbours that no dataflow orders, so that program order is the only order.
+
+    So are the operators of a suspended computation, and its gradients.
+    """
+    operators, values = list(program.operators), dict(program.values)
+    edges = order_edges(program)
+    for i, (earlier, later) in enumerate(pairwise(program.operators)):
+        if earlier.name not in edges[later.name]:
+            value = f"{name}.{i}"
+            values[value] = Value(value, Scope.LOCAL)
+            operators[i] = replace(operators[i], outputs=(*operators[i].outputs, value))
+            operators[i + 1] = replace(operators[i + 1], inputs=(*operators[i + 1].inputs, value))
+    return replace(program, operators=tuple(operators), values=values)
 
 
 def state_edges(program: Program) -> list[tuple[str, str]]:

@@ -55,6 +55,11 @@ class Gradient(NamedTuple):
         return f"{self.resource.value}:{self.group}"
 
 
+def communicates(resource: Resource, gradient: Gradient | None) -> bool:
+    """Return whether an operator is bound by the network, forward or backward."""
+    return Resource.NETWORK in (resource, gradient and gradient.resource)
+
+
 class Scope(StrEnum):
     """How a value relates to the batch."""
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
 
+from dynaflow_serving.core.order import in_one_order
 from dynaflow_serving.core.plan import Plan
-from dynaflow_serving.core.program import PER_MICRO_BATCH, Gradient, Operator, Program, Resource, Scope, Value
+from dynaflow_serving.core.program import PER_MICRO_BATCH, Gradient, Operator, Program, Resource, Value
 from dynaflow_serving.planning.lowering import lower
 from dynaflow_serving.planning.verify import verify
 from dynaflow_serving.strategy.schedule import Launch, Schedule, Task
@@ -115,22 +114,10 @@ def backward_program(program: Program) -> Program:
                 group=group,
             )
         )
-    chained, order = _in_one_order(operators)
-    return Program(
+    backward = Program(
         inputs=tuple(gradient(v, RESULT) for v in differentiable(program.outputs)),
         outputs=tuple(gradient(v, reader) for v in differentiable(program.inputs) for reader in readers[v]),
-        values=values | order,
-        operators=tuple(chained),
+        values=values,
+        operators=tuple(operators),
     )
-
-
-def _in_one_order(operators: list[Operator]) -> tuple[list[Operator], dict[str, Value]]:
-    """Put a value between neighbours that share none: the nodes of a micro-batch have one order."""
-    chained, order = list(operators), {}
-    for i, (earlier, later) in enumerate(pairwise(operators)):
-        if not set(earlier.outputs) & set(later.inputs):
-            name = f"order.{i}"
-            order[name] = Value(name, Scope.LOCAL)
-            chained[i] = replace(chained[i], outputs=(*chained[i].outputs, name))
-            chained[i + 1] = replace(chained[i + 1], inputs=(*chained[i + 1].inputs, name))
-    return chained, order
+    return in_one_order(backward, "order")

@@ -101,7 +101,7 @@ class EagerCapture:
         result, recording = record(self.forward, self.borders, self._names(args, kwargs), tokens, args, kwargs)
         first, self._first = self._first, recording
         if first is not None:
-            pair = match_recordings(first, recording, one_row=self.training)
+            pair = match_recordings(first, recording, self.training)
             if pair is None:
                 self.waiting = "the model's path depends on the number of tokens"
             else:
@@ -113,7 +113,7 @@ class EagerCapture:
         axes = {leaf: pair.token_axis(tensor) for leaf, tensor in pair.inputs.items()}
         self._input_axes = {leaf: axis for leaf, axis in axes.items() if axis is not None}
         self._output_dims = [_token_dim(pair, leaf) for leaf in pair.first.outputs]
-        model = make_program(pair, self.states, self.training)
+        model = make_program(pair, self.states)
         self.captured = capture_program(model, self._active)
         self.captured.mirrored = self.training
         events = {op.name: eager.event for op, eager in zip(model.program.operators, model.cut.operators)}

@@ -23,8 +23,7 @@ import torch
 
 from dynaflow_serving.capture.eager.pairing import CONSTANT_TYPES, RecordingPair, same_object
 from dynaflow_serving.capture.eager.recording import BorderCall, RecordedTensor, Section, tensors_of
-from dynaflow_serving.core.program import Resource
-from dynaflow_serving.strategy.rules import Rule
+from dynaflow_serving.core.program import communicates
 
 
 @dataclass(eq=False, slots=True)
@@ -40,7 +39,7 @@ class EagerOperator:
     outputs: list[RecordedTensor] = field(default_factory=list)
 
 
-def cut_into_operators(pair: RecordingPair, states: Mapping[str, str], training: bool = False) -> Cut:
+def cut_into_operators(pair: RecordingPair, states: Mapping[str, str]) -> Cut:
     """Cut a recorded model into operators.
 
     A plain border call without an input from the operator before it would be unordered, although the model's own order
@@ -50,11 +49,10 @@ def cut_into_operators(pair: RecordingPair, states: Mapping[str, str], training:
     Args:
         pair: the two recordings.
         states: name of a border -> the engine state that it reads and writes (attention -> "kv").
-        training: whether gradients go through the operators.
     """
     not_plain: set[int] = set()
     while True:
-        cut = Cut(pair, states, not_plain, training)
+        cut = Cut(pair, states, not_plain)
         unordered = cut.unordered_calls()
         if not unordered:
             return cut
@@ -64,11 +62,9 @@ def cut_into_operators(pair: RecordingPair, states: Mapping[str, str], training:
 class Cut:
     """The operators of a recorded model, and which of its tensors a plan holds."""
 
-    def __init__(
-        self, pair: RecordingPair, states: Mapping[str, str], not_plain: Iterable[int], training: bool
-    ) -> None:
+    def __init__(self, pair: RecordingPair, states: Mapping[str, str], not_plain: Iterable[int]) -> None:
         """Cut the model, with `not_plain` border calls bound to their frames, or carried."""
-        self.pair, self.recording, self.states, self.training = pair, pair.first, states, training
+        self.pair, self.recording, self.states, self.training = pair, pair.first, states, pair.training
         self.operators: list[EagerOperator] = []
         self._not_plain = frozenset(not_plain)
         self._plain = {i: self._is_plain(i) for i in self.recording.border_calls}
@@ -106,7 +102,7 @@ class Cut:
         call, other = self.recording.border_call(event), self.pair.second.border_call(event)
         if event in self._not_plain or call.border.rule.context or call.own_state or call.border.name in self.states:
             return False
-        if self.training and _communicates(call.border.rule):
+        if self.training and communicates(call.border.rule.resource, call.border.rule.gradient):
             return False
         objects = {k: v for k, v in call.arguments.items() if not isinstance(v, RecordedTensor)}
         return (
@@ -119,7 +115,7 @@ class Cut:
         call = self.recording.border_call(event)
         rule, bound = call.border.rule, call.own_state or call.border.name in self.states
         return (
-            _communicates(rule)
+            communicates(rule.resource, rule.gradient)
             and not (rule.context or bound)
             and all(isinstance(r, (RecordedTensor, *CONSTANT_TYPES)) for r in call.results)
         )
@@ -215,8 +211,3 @@ class Cut:
             if not runs_ahead:
                 break
         return calls
-
-
-def _communicates(rule: Rule) -> bool:
-    """Return whether what the rule names is bound by the network, forward or backward."""
-    return Resource.NETWORK in (rule.resource, rule.gradient and rule.gradient.resource)

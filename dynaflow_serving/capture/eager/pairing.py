@@ -24,14 +24,13 @@ class TokenAxis:
     rows: int  # adjacent rows per token
 
 
-def match_recordings(first: Recording, second: Recording, one_row: bool = False) -> RecordingPair | None:
+def match_recordings(first: Recording, second: Recording, training: bool = False) -> RecordingPair | None:
     """Pair every tensor of `first` with its counterpart in `second`; None if the model took another path.
 
     Args:
         first: a run of the model.
         second: another one, with another number of tokens.
-        one_row: whether only a dimension as large as the number of tokens is the token axis: a sequence of [s, b, h]
-            has several rows in [s * b, h], which are not adjacent.
+        training: whether gradients go through the model.
     """
     if len(first.events) != len(second.events) or first.spec != second.spec:
         return None
@@ -56,7 +55,7 @@ def match_recordings(first: Recording, second: Recording, one_row: bool = False)
     for section, other_section in zip(first.events, second.events):
         if isinstance(section, Section) and isinstance(other_section, Section):
             _pair_reads(section, other_section, counterparts)
-    return RecordingPair(first, second, counterparts, one_row)
+    return RecordingPair(first, second, counterparts, training)
 
 
 def _same_call(one: BorderCall, other: BorderCall) -> bool:
@@ -83,10 +82,10 @@ class RecordingPair:
         first: Recording,
         second: Recording,
         counterparts: dict[RecordedTensor, RecordedTensor],
-        one_row: bool = False,
+        training: bool = False,
     ) -> None:
-        self.first, self.second = first, second
-        self._counterparts, self._one_row = counterparts, one_row
+        self.first, self.second, self.training = first, second, training
+        self._counterparts = counterparts
         self.readers = _readers(first)
         self.inputs = {leaf: t for leaf, t in first.inputs.items() if self.token_axis(t)}  # the arguments to cut
 
@@ -104,7 +103,8 @@ class RecordingPair:
         (dim,) = changed
         rows, rest = divmod(tensor.shape[dim], self.first.tokens)
         proportional = counterpart.shape[dim] == rows * self.second.tokens
-        fits = proportional and not rest and (rows == 1 or not self._one_row)
+        # In training a token is a sequence of [s, b, h], whose rows in [s * b, h] are not adjacent.
+        fits = proportional and not rest and (rows == 1 or not self.training)
         return TokenAxis(dim, rows) if fits else None
 
     def is_constant(self, tensor: RecordedTensor) -> bool:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from dynaflow_serving.capture.eager.operators import Cut, EagerOperator, cut_into_operators
 from dynaflow_serving.capture.eager.pairing import RecordingPair, same_object
 from dynaflow_serving.capture.eager.recording import BorderCall, RecordedTensor, Section, tensors_of
 from dynaflow_serving.capture.names import operator_name, unique_names, value_name
-from dynaflow_serving.core.order import order_edges
+from dynaflow_serving.core.order import in_one_order
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope, Value
 
 
@@ -35,15 +34,14 @@ class EagerProgram:
         return self.program.outputs.index(self.value_of[self.cut.plan_tensor(tensor)])
 
 
-def make_program(pair: RecordingPair, states: Mapping[str, str], training: bool = False) -> EagerProgram:
+def make_program(pair: RecordingPair, states: Mapping[str, str]) -> EagerProgram:
     """Make the Program of a recorded model.
 
     Args:
         pair: the two recordings.
         states: name of a border -> the engine state that it reads and writes, one per module (attention -> "kv").
-        training: whether gradients go through the operators.
     """
-    made = _ProgramMaker(cut_into_operators(pair, states, training)).make()
+    made = _ProgramMaker(cut_into_operators(pair, states)).make()
     pair.drop_tensors()
     return made
 
@@ -68,7 +66,7 @@ class _ProgramMaker:
             operators=tuple(operators),
         )
         program = replace(program, unsplittable=self._problem(program))
-        return EagerProgram(_totally_ordered(program), self.cut, self.value_of, self.constants)
+        return EagerProgram(in_one_order(program, "frame"), self.cut, self.value_of, self.constants)
 
     def _operator_names(self) -> list[str]:
         names = []
@@ -151,16 +149,3 @@ class _ProgramMaker:
             if not isinstance(one, RecordedTensor) and not same_object(one, other):
                 return "the model returns an object that is made anew in each call"
         return self.recording.problem or self.pair.second.problem
-
-
-def _totally_ordered(program: Program) -> Program:
-    """Put a value `frame.N` between neighbours that no dataflow orders: frames go through the model in its order."""
-    operators, values = list(program.operators), dict(program.values)
-    edges = order_edges(program)
-    for i, (earlier, later) in enumerate(pairwise(program.operators)):
-        if earlier.name not in edges[later.name]:
-            value = f"frame.{i}"
-            values[value] = Value(value, Scope.LOCAL)
-            operators[i] = replace(operators[i], outputs=(*operators[i].outputs, value))
-            operators[i + 1] = replace(operators[i + 1], inputs=(*operators[i + 1].inputs, value))
-    return replace(program, operators=tuple(operators), values=values)
