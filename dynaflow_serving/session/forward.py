@@ -19,7 +19,7 @@ from dynaflow_serving.capture.eager import Arguments, Diverged, EagerCapture
 from dynaflow_serving.capture.eager.gradients import Submit
 from dynaflow_serving.capture.eager.in_turn import InTurn
 from dynaflow_serving.capture.program import Enter
-from dynaflow_serving.core.plan import COMPUTE_STREAM
+from dynaflow_serving.core.plan import COMPUTE_STREAM, Plan
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.planning.mirror import backward_stream
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
@@ -148,6 +148,7 @@ class EagerForward(SplitForward):
         self._entering = entering
         self.eager = EagerCapture(forward, module, (*session.selector.annotations, *rules), states, training)
         self._token_dim = token_dim
+        self._apart: dict[str, Sequence[Mapping[int, Submit]]] = {}  # by the digest of a plan
         session.eager = self.eager
         self.eager.attach()
         self._recording = False
@@ -184,13 +185,18 @@ class EagerForward(SplitForward):
         plan = step.plan(plan_cache)
         apart: Sequence[Mapping[int, Submit]] = ()
         if self.eager.training and torch.is_grad_enabled():
-            apart = self.eager.calls_apart(plan.plan, functools.partial(submit_gradient, plan_cache))
+            apart = self._calls_apart(plan_cache, plan.plan)
         with self._entering(*args, **kwargs) as contexts:
             try:
                 return self.eager.run(plan.run, bounds, args, kwargs, *contexts, apart=apart)
             except Diverged as error:
                 step.withdraw(str(error))
                 return self.eager.run_apart(bounds, args, kwargs, *contexts)
+
+    def _calls_apart(self, plan_cache: PlanCache, plan: Plan) -> Sequence[Mapping[int, Submit]]:
+        if plan.digest not in self._apart:
+            self._apart[plan.digest] = self.eager.calls_apart(plan, functools.partial(submit_gradient, plan_cache))
+        return self._apart[plan.digest]
 
     def count_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Return the number of tokens by the first tensor argument."""

@@ -46,6 +46,8 @@ def at_once(function: Callable[[], Any]) -> Running:
 class Crossing:
     """One call of a border, on its way to another stream and back."""
 
+    any_started = False  # whether this process has started the gradient of any
+
     def __init__(self, submit: Submit) -> None:
         self._submit = submit
         self._token: torch.Tensor | None = None  # it ties the two nodes together
@@ -89,7 +91,7 @@ class Crossing:
             raise DynaflowError("the gradient of a split step was taken twice: call backward once per forward")
         self._given = gradients
         self._running = self._submit(self._differentiate)
-        self.thread = threading.get_ident()
+        self.thread, Crossing.any_started = threading.get_ident(), True
         _in_flight.add(self)
 
     def wait(self) -> tuple[torch.Tensor | None, ...]:
@@ -116,8 +118,8 @@ _in_flight: weakref.WeakSet[Crossing] = weakref.WeakSet()  # whose gradients are
 
 
 def join_gradients() -> None:
-    """Wait for the gradients that this thread has started. It costs next to nothing where there are none."""
-    if _in_flight:
+    """Wait for the gradients that this thread has started. A process that takes none pays one look-up."""
+    if Crossing.any_started:
         for crossing in list(_in_flight):
             if crossing.thread == threading.get_ident():
                 crossing.join()
