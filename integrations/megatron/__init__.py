@@ -9,13 +9,13 @@ Contract
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations import MEGATRON
+from dynaflow_serving.integrations.installed import fall_back
 from dynaflow_serving.session.report import WorkerReport
 
 Model = TypeVar("Model")
@@ -47,9 +47,7 @@ def enable(model: Model, source: str | Mapping[str, Any] | Config = "round_robin
         for decoder in decoders:
             Decoder.install(decoder, config)
     except InactiveError as error:
-        if not config.fallback:
-            raise
-        logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
+        fall_back(config.fallback, error)
     return model
 
 

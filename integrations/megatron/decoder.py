@@ -29,8 +29,8 @@ import torch.distributed as dist
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
-from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations import MEGATRON
+from dynaflow_serving.integrations.installed import install, installed_in
 from dynaflow_serving.integrations.megatron import borders, moe
 from dynaflow_serving.policy.calls import tune_calls
 from dynaflow_serving.policy.key import digest
@@ -39,7 +39,6 @@ from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.forward import EagerForward
 from dynaflow_serving.session.session import Session
 
-ATTRIBUTE = "_dynaflow"
 BATCH_FIRST = ("attention_mask", "padding_mask")  # arguments [b, ...], where they are not None or shared
 
 
@@ -79,15 +78,7 @@ class Decoder:
         Raises:
             InactiveError: The block is enabled already.
         """
-        if ATTRIBUTE in block.__dict__:
-            raise InactiveError("this model is enabled already")
-        decoder = cls(block, config)
-
-        @functools.wraps(decoder.stock)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return decoder(*args, **kwargs)
-
-        block.__dict__.update({ATTRIBUTE: decoder, "forward": forward})
+        decoder: Decoder = install(block, lambda: cls(block, config))
         return decoder
 
     @classmethod
@@ -97,10 +88,8 @@ class Decoder:
         Raises:
             InactiveError: The block is not enabled.
         """
-        decoder = block.__dict__.get(ATTRIBUTE)
-        if decoder is None:
-            raise InactiveError("this model is not enabled: call dynaflow_serving.integrations.megatron.enable")
-        return decoder  # type: ignore[no-any-return]
+        decoder: Decoder = installed_in(block, "megatron")
+        return decoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(self.signature.bind(*args, **kwargs).arguments)

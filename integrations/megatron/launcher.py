@@ -11,7 +11,6 @@ Contract
 from __future__ import annotations
 
 import functools
-import logging
 import runpy
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ import torch
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import ConfigError, InactiveError
 from dynaflow_serving.integrations import MEGATRON
+from dynaflow_serving.integrations.installed import fall_back
 
 
 def launch(config: Config, script: Path, arguments: list[str]) -> str:
@@ -47,7 +47,7 @@ def _hook(config: Config) -> list[Any]:
     try:
         MEGATRON.check_release()
     except InactiveError as error:
-        _fall_back(config, error)
+        fall_back(config.fallback, error)
         return decoders
     from megatron.core.transformer.transformer_block import TransformerBlock
 
@@ -63,7 +63,7 @@ def _hook(config: Config) -> list[Any]:
         try:
             check_decoder(block, config, device)
         except InactiveError as error:
-            _fall_back(config, error)
+            fall_back(config.fallback, error)
             return
 
         def first(*given: Any, **named: Any) -> Any:
@@ -75,12 +75,6 @@ def _hook(config: Config) -> list[Any]:
 
     TransformerBlock.__init__ = init
     return decoders
-
-
-def _fall_back(config: Config, error: InactiveError) -> None:
-    if not config.fallback:
-        raise error
-    logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
 
 
 def _conclude(config: Config, decoders: list[Any]) -> str:

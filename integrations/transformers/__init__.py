@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations import TRANSFORMERS
+from dynaflow_serving.integrations.installed import fall_back
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.report import WorkerReport
 
@@ -47,9 +47,7 @@ def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overla
         check_model(model)
         Body.install(model, config)
     except InactiveError as error:
-        if not config.fallback:
-            raise
-        logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
+        fall_back(config.fallback, error)
     return model
 
 

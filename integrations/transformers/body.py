@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,14 +25,13 @@ import torch
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError, InactiveError, PartitionError
+from dynaflow_serving.integrations.installed import fall_back, install, installed_in
 from dynaflow_serving.policy.calls import tune_calls
 from dynaflow_serving.policy.selector import AutoSelector
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.forward import SplitForward
 from dynaflow_serving.session.session import LiveStep
 from dynaflow_serving.torch_backend import Backend, Compiled, make_backend
-
-ATTRIBUTE = "_dynaflow"
 
 
 class Body(SplitForward):
@@ -61,15 +59,7 @@ class Body(SplitForward):
             InactiveError: The model is enabled already.
         """
         module = model.base_model
-        if ATTRIBUTE in module.__dict__:
-            raise InactiveError("this model is enabled already")
-        body = cls(module, make_backend(config, level="aot"), config.fallback)
-
-        @functools.wraps(body.original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return body(*args, **kwargs)
-
-        module.__dict__.update({ATTRIBUTE: body, "forward": forward})
+        install(module, lambda: cls(module, make_backend(config, level="aot"), config.fallback))
 
     @classmethod
     def installed_in(cls, model: Any) -> Body:
@@ -78,10 +68,8 @@ class Body(SplitForward):
         Raises:
             InactiveError: The model is not enabled.
         """
-        body = model.base_model.__dict__.get(ATTRIBUTE)
-        if body is None:
-            raise InactiveError("this model is not enabled: call dynaflow_serving.integrations.transformers.enable")
-        return body  # type: ignore[no-any-return]
+        body: Body = installed_in(model.base_model, "transformers")
+        return body
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = batched_input(self._arguments(args, kwargs))
@@ -130,10 +118,8 @@ class Body(SplitForward):
         try:
             self.backend.check_active()
         except (PartitionError, InactiveError) as error:
-            if not self.fallback:
-                raise
+            fall_back(self.fallback, error)
             # The result is right, and the caches are written, so stock code runs from the next call on.
-            logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
             self.refused = f"fallback: {error}"
         return result
 

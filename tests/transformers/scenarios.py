@@ -15,8 +15,9 @@ from rounding import distance, same
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError, PartitionError
+from dynaflow_serving.integrations.installed import ATTRIBUTE
 from dynaflow_serving.integrations.transformers import enable, report, tune
-from dynaflow_serving.integrations.transformers.body import ATTRIBUTE, Body
+from dynaflow_serving.integrations.transformers.body import Body
 from dynaflow_serving.session.session import Session
 
 

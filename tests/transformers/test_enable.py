@@ -11,8 +11,9 @@ from rounding import assert_same, distance
 
 from dynaflow_serving.errors import ConfigError, InactiveError
 from dynaflow_serving.integrations.base import Integration
+from dynaflow_serving.integrations.installed import ATTRIBUTE
 from dynaflow_serving.integrations.transformers import enable, report
-from dynaflow_serving.integrations.transformers.body import ATTRIBUTE, Body
+from dynaflow_serving.integrations.transformers.body import Body
 from dynaflow_serving.session.report import StepReport
 
 SPLIT = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
