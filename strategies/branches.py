@@ -20,13 +20,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.order import order_edges
 from dynaflow_serving.core.program import Operator, Program, Resource, Scope
-from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.base import Options, UnsplitScheduler
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
-from dynaflow_serving.strategy.splitting import whole
 from dynaflow_serving.strategy.streams import COMPUTE
 
 
@@ -35,15 +33,8 @@ class BranchesOptions(Options):
 
 
 @register_strategy("branches")
-class Branches(OpScheduler[BranchesOptions]):
-    schedules_unsplit = True
-
-    @property
-    def max_micro_batches(self) -> int:
-        return 1
-
-    def split(self, batch: Batch) -> Split:
-        return whole(batch, "branches overlap without a split")
+class Branches(UnsplitScheduler[BranchesOptions]):
+    unsplit_reason = "branches overlap without a split"
 
     def schedule(self, s: Schedule) -> None:
         stream_of = side_streams(s.program, self.options.side_streams)

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.kernels.in_chunks import InChunks
-from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.base import Options, UnsplitScheduler
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
-from dynaflow_serving.strategy.splitting import whole
 from dynaflow_serving.strategy.streams import COMPUTE
 from dynaflow_serving.strategy.tags import Tag, TagUse
 
@@ -28,17 +26,10 @@ class CometOptions(Options):
 
 
 @register_strategy("comet")
-class Comet(OpScheduler[CometOptions]):
-    schedules_unsplit = True
+class Comet(UnsplitScheduler[CometOptions]):
+    unsplit_reason = "comet cuts layers of experts, not the batch"
     looks_for = (TagUse((Tag.EXPERTS,), "nothing is cut"),)
     takes_whole = (Tag.EXPERTS,)
-
-    @property
-    def max_micro_batches(self) -> int:
-        return 1
-
-    def split(self, batch: Batch) -> Split:
-        return whole(batch, "comet cuts layers of experts, not the batch")
 
     def schedule(self, s: Schedule) -> None:
         kernel = InChunks(self.options.chunks)

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.program import Operator, Program
 from dynaflow_serving.kernels.in_chunks import InChunks
-from dynaflow_serving.strategy.base import OpScheduler, Options
+from dynaflow_serving.strategy.base import Options, UnsplitScheduler
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.schedule import Schedule
-from dynaflow_serving.strategy.splitting import whole
 from dynaflow_serving.strategy.streams import COMPUTE
 from dynaflow_serving.strategy.tags import Tag, TagUse
 
@@ -32,17 +30,10 @@ class FluxOptions(Options):
 
 
 @register_strategy("flux")
-class Flux(OpScheduler[FluxOptions]):
-    schedules_unsplit = True
+class Flux(UnsplitScheduler[FluxOptions]):
+    unsplit_reason = "flux cuts matrix products, not the batch"
     looks_for = (TagUse(PRODUCTS, "nothing is cut"),)
     takes_whole = PRODUCTS
-
-    @property
-    def max_micro_batches(self) -> int:
-        return 1
-
-    def split(self, batch: Batch) -> Split:
-        return whole(batch, "flux cuts matrix products, not the batch")
 
     def schedule(self, s: Schedule) -> None:
         kernels = {dim: InChunks(self.options.chunks, dim) for dim in (0, 1)}

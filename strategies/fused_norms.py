@@ -15,23 +15,21 @@ Both are bound by memory. The model's own code writes and reads each intermediat
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import fx
 
 from dynaflow_serving.capture.fx.matching import region_of
-from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.core.order import external_ports, order_edges
 from dynaflow_serving.core.program import Program, Resource
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.kernels.fused import Fused
 from dynaflow_serving.kernels.fusions import find_fusions
-from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.base import UnsplitScheduler
 from dynaflow_serving.strategy.registry import register_strategy
 from dynaflow_serving.strategy.rules import Rule
 from dynaflow_serving.strategy.schedule import Schedule, Task
-from dynaflow_serving.strategy.splitting import whole
 from dynaflow_serving.strategy.streams import COMPUTE
 
 KERNELS = {name: Fused(name) for name in ("add_rms_norm", "silu_mul")}
@@ -60,16 +58,9 @@ class FusionRule(Rule):
 
 
 @register_strategy("fused_norms")
-class FusedNorms(OpScheduler):
+class FusedNorms(UnsplitScheduler):
     annotations = tuple(FusionRule(name, name, Resource.MEMORY, required=False) for name in KERNELS)
-    schedules_unsplit: ClassVar[bool] = True
-
-    @property
-    def max_micro_batches(self) -> int:
-        return 1
-
-    def split(self, batch: Batch) -> Split:
-        return whole(batch, "fused kernels need no split")
+    unsplit_reason = "fused kernels need no split"
 
     def schedule(self, s: Schedule) -> None:
         matches = replaceable(s.program)

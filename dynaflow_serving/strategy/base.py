@@ -23,6 +23,7 @@ from dynaflow_serving.errors import ConfigError, ScheduleError
 from dynaflow_serving.strategy.probes import PROBES, split_fault
 from dynaflow_serving.strategy.rules import Rule
 from dynaflow_serving.strategy.schedule import Schedule
+from dynaflow_serving.strategy.splitting import whole
 from dynaflow_serving.strategy.tags import TagUse
 
 
@@ -74,6 +75,8 @@ class OpScheduler(abc.ABC, Generic[OptionsT]):
             origin = get_origin(base)
             if isinstance(origin, type) and issubclass(origin, OpScheduler):
                 (options,) = get_args(base)
+                if isinstance(options, TypeVar):
+                    continue  # the class leaves the options to those that derive from it
                 if not isinstance(options, type):
                     raise TypeError(f"{cls.__name__}: {options!r} is no class: define the options above the strategy")
                 cls.Options = options
@@ -135,3 +138,21 @@ class OpScheduler(abc.ABC, Generic[OptionsT]):
             why = f"ready but not executed: {', '.join(ready[:5])}" if ready else "they wait for one another"
             raise ScheduleError(f"strategy {self.name!r} left {s.unfinished} operators unexecuted ({why})")
         return s
+
+
+class UnsplitScheduler(OpScheduler[OptionsT]):
+    """A strategy that never splits a step, and orders un-split ones.
+
+    Attributes:
+        unsplit_reason: Why it splits nothing; reports count the steps of each reason.
+    """
+
+    schedules_unsplit = True
+    unsplit_reason: ClassVar[str]
+
+    @property
+    def max_micro_batches(self) -> int:
+        return 1
+
+    def split(self, batch: Batch) -> Split:
+        return whole(batch, self.unsplit_reason)
