@@ -15,8 +15,6 @@ from dynaflow_serving.integrations.limits import executor_causes, refuse, unsupp
 from dynaflow_serving.policy.selector import AUTO, build_selector
 from dynaflow_serving.strategy.tags import Tag
 
-RECOMPUTED_ROUTERS = ("moe",)  # of `recompute_modules`: the router is in it
-
 
 def check_decoder(block: Any, config: Config, device: str = "") -> None:
     """Check that a decoder can run under DynaFlow.
@@ -54,17 +52,21 @@ def _config_causes(device: str, config: Config, settings: Any) -> list[str]:
 
 def _auto_causes(settings: Any) -> list[str]:
     """Return why `auto` cannot run forward and backward passes that no training step counts."""
-    losses = settings.moe_router_load_balancing_type
     return [
         f"{name} changes with every pass, so strategy 'auto' cannot try any (name a strategy)"
         for name, present in {
             "gradient_accumulation_fusion": settings.gradient_accumulation_fusion,
-            "the statistic of global_aux_loss": "global_aux_loss" in (losses if isinstance(losses, list) else [losses]),
+            "the statistic of global_aux_loss": "global_aux_loss" in _load_balancing(settings),
             "the router's expert bias": settings.moe_router_enable_expert_bias,
             "pipeline parallelism": settings.pipeline_model_parallel_size > 1,
         }.items()
         if present
     ]
+
+
+def _load_balancing(settings: Any) -> list[str]:
+    kinds = settings.moe_router_load_balancing_type
+    return kinds if isinstance(kinds, list) else [kinds]
 
 
 def _causes(block: Any, settings: Any) -> Iterator[str]:
@@ -93,12 +95,11 @@ def _causes(block: Any, settings: Any) -> Iterator[str]:
 def _moe_causes(settings: Any) -> Iterator[str]:
     if not settings.num_moe_experts:
         return
-    losses = settings.moe_router_load_balancing_type
     if settings.moe_token_dispatcher_type != "alltoall":
         yield f"token dispatcher {settings.moe_token_dispatcher_type!r} is not supported yet (use alltoall)"
     if settings.moe_expert_capacity_factor is not None:
         yield "moe_expert_capacity_factor: which tokens are dropped depends on the whole batch"
-    if "sinkhorn" in (losses if isinstance(losses, list) else [losses]):
+    if "sinkhorn" in _load_balancing(settings):
         yield "sinkhorn load balancing mixes the tokens of the batch"
     yield from unsupported({
         "moe_shared_expert_overlap": settings.moe_shared_expert_overlap,
@@ -108,9 +109,8 @@ def _moe_causes(settings: Any) -> Iterator[str]:
     })  # fmt: skip
     coefficients = settings.moe_aux_loss_coeff
     weighted = any(coefficients) if isinstance(coefficients, list) else coefficients
-    modules = settings.recompute_modules or ()
     recomputed = settings.recompute_granularity == "full" or (
-        settings.recompute_granularity == "selective" and any(m in modules for m in RECOMPUTED_ROUTERS)
+        settings.recompute_granularity == "selective" and "moe" in (settings.recompute_modules or ())
     )
     if recomputed and (weighted or settings.moe_z_loss_coeff):
         yield (

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,15 @@ class MegatronWorkload:
             finally:
                 block.__dict__.pop("forward", None)
 
-        sent = _sent(self._pass)
-        alone = {"compute": partial(_muted, self._pass), "network": partial(_send, sent)}
-
         def tune() -> None:
             decoder.tuned = False
             run()
 
-        return WorkloadSide(run=run, session=decoder.session, tune=tune, alone=alone)
+        return WorkloadSide(run=run, session=decoder.session, tune=tune, alone=self._alone)
+
+    @cached_property
+    def _alone(self) -> dict[str, Callable[[], Any]]:
+        return {"compute": partial(_muted, self._pass), "network": partial(_send, _sent(self._pass))}
 
     def _pass(self) -> list[torch.Tensor]:
         def loss() -> torch.Tensor:
