@@ -67,7 +67,8 @@ def tune_calls(
     trials = CallTrials(calls)
     if not trials.batches():
         raise ConfigError("nothing to tune with: give inputs like those that will come, each of two requests at least")
-    with session.trial(f"{Sequential.name} x2"):
+    capturing = f"{Sequential.name} x2" if selector.max_micro_batches > 1 else selector.candidates[0]
+    with session.trial(capturing):
         for batch in trials.batches():  # the first call captures the graphs
             trials.run_step(batch)
     weights = list(parameters)

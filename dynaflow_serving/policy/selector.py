@@ -4,7 +4,8 @@ Contract
 - `serve_by` gives the selector a table of decisions. From then on a step looks up its bucket, and the guard watches.
 - A batch of an undecided bucket runs un-split.
 - A candidate is a strategy with one number of micro-batches, labelled `nanoflow x2`, or one that orders un-split steps,
-  labelled `fused_norms`. The candidate `PLAIN` leaves the step as it is.
+  labelled `fused_norms`. Its label ends with the options that it was given: `comet chunks=4`.
+- The candidate `PLAIN` leaves the step as it is.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class AutoSelector(Selector):
         """Build the candidates.
 
         Raises:
-            ConfigError: A candidate is not valid, or `only` names one that does not exist.
+            ConfigError: A candidate is not valid or is given twice, or `only` names one that does not exist.
         """
         self._options = options or AutoOptions.model_validate({})
         self._by_label = _candidates(self._options)
@@ -262,13 +263,21 @@ def _candidates(options: AutoOptions) -> dict[str, OpScheduler]:
             values = {"min_tokens": 1} if "min_tokens" in fields else {}
             values |= {} if n is None else {"micro_batches": n}
             strategy = build_strategy(name, {**values, **given})
-            if strategy.max_micro_batches > 1:
-                found[f"{cls.name} x{strategy.max_micro_batches}"] = strategy
-            elif strategy.schedules_unsplit:
-                found[cls.name] = strategy
+            if strategy.max_micro_batches == 1 and not strategy.schedules_unsplit:
+                continue
+            label = _label(strategy, given)
+            if label in found:
+                raise ConfigError(f"candidates of strategy 'auto': {label} is given twice")
+            found[label] = strategy
     if not found:
         raise ConfigError("no candidate of strategy 'auto' splits a batch or orders un-split steps: nothing to choose")
     return found
+
+
+def _label(strategy: OpScheduler, given: Mapping[str, Any]) -> str:
+    number = [f"x{strategy.max_micro_batches}"] if strategy.max_micro_batches > 1 else []
+    chosen = [f"{name}={value}" for name, value in given.items() if name not in ("micro_batches", "min_tokens")]
+    return " ".join([strategy.name, *number, *chosen])
 
 
 def _named(entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

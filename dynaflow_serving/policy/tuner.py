@@ -3,7 +3,7 @@
 Contract
 - It times real steps of the engine, in the mode that will serve. An integration says how to run them (`Trials`).
 - Per bucket, it first times un-split steps. One traced run on one stream, per number of micro-batches, gives the times
-  of the operators. From these the simulator predicts every candidate's step.
+  of the operators. From these the simulator predicts every candidate's step, and estimates the backward pass, if any.
 - Candidates that are predicted to lose are not timed. The best ones are timed in turn with un-split steps.
 - The best of these is adopted if its median gain exceeds the measured noise and `min_gain`.
 - A prediction knows no contention, so it errs towards timing. Plans with replacement kernels are always timed.
@@ -36,7 +36,7 @@ from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.session.step import Trial as StepTrial
-from dynaflow_serving.simulate.cost import MeasuredCosts
+from dynaflow_serving.simulate.cost import MeasuredCosts, backward_seconds
 from dynaflow_serving.simulate.engine import simulate
 from dynaflow_serving.strategies.sequential import Sequential
 
@@ -217,11 +217,18 @@ class Tuner:
         return _Profile(fastest.seconds, ran)
 
     def _predict(self, profile: _Profile, signature: Signature) -> float:
-        """Return the simulated seconds of a step under the plan of `signature`."""
-        seconds = profile.outside
+        """Return the simulated seconds of a step under the plan of `signature`.
+
+        What a step takes outside of its operators is the backward pass, where there is one.
+        """
+        seconds = 0.0 if any(c.captured.mirrored for c, _ in profile.ran) else profile.outside
         for plan_cache, operators in profile.ran:
-            plan = plan_cache.prepare(signature).plan
-            seconds += simulate(plan, MeasuredCosts(plan_cache.captured.program, operators).demands(plan)).makespan
+            captured, plan = plan_cache.captured, plan_cache.prepare(signature).plan
+            seconds += simulate(plan, MeasuredCosts(captured.program, operators).demands(plan)).makespan
+            if captured.mirrored:
+                program, plan = plan_cache.backward[signature]
+                costs = MeasuredCosts(program, backward_seconds(captured.program, operators, profile.outside))
+                seconds += simulate(plan, costs.demands(plan)).makespan
         return seconds
 
     def _replaces(self, signature: Signature) -> bool:

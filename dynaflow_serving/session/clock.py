@@ -4,6 +4,7 @@ Contract
 - `CPUClock` answers at once.
 - `CUDAClock` records events on the current stream, and answers in the first `poll` after the device has passed them. It
   never waits.
+- `BothPasses` adds the time of a backward pass, which autograd runs after the step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
+
+import torch
 
 Told = Callable[[float], None]
 
@@ -73,10 +76,38 @@ class CUDAClock:
         self._cuda.synchronize()
 
 
+class BothPasses:
+    """This is told the seconds of a forward pass, and tells those of the forward and the backward pass.
+
+    The backward pass begins where the gradient of the output is there, and ends where that of the input is. Nothing is
+    told of a step whose backward pass is never run.
+    """
+
+    def __init__(self, clock: Clock, given: torch.Tensor, output: torch.Tensor, told: Told) -> None:
+        """Watch the backward pass from `output` to `given`; both require a gradient."""
+        self._clock, self._told = clock, told
+        self._forward = 0.0
+        self._started: Any = None
+        output.register_hook(self._begin)
+        given.register_hook(self._end)
+
+    def forward_took(self, seconds: float) -> None:
+        self._forward = seconds
+
+    def _begin(self, _: torch.Tensor) -> None:
+        self._started = self._clock.start()
+
+    def _end(self, _: torch.Tensor) -> None:
+        if self._started is not None:
+            self._clock.stop(self._started, self._backward_took)
+            self._started = None
+
+    def _backward_took(self, seconds: float) -> None:
+        self._told(self._forward + seconds)
+
+
 def clock_of(device_type: str) -> Clock:
     """Return a new clock for devices of that type."""
     if device_type != "cuda":
         return CPUClock()
-    import torch
-
     return CUDAClock(torch.cuda)

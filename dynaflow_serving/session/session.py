@@ -31,7 +31,7 @@ from dynaflow_serving.errors import InactiveError, ScheduleError
 from dynaflow_serving.executor import Executor, get_executor
 from dynaflow_serving.session.agreement import agree
 from dynaflow_serving.session.check import CHECKING, Check, Comparison, describe_step
-from dynaflow_serving.session.clock import clock_of
+from dynaflow_serving.session.clock import BothPasses, clock_of
 from dynaflow_serving.session.difference import difference, tensors
 from dynaflow_serving.session.metrics import Metrics
 from dynaflow_serving.session.observers import Observer, StepCounts, overridden
@@ -50,6 +50,7 @@ class LiveStep(Step):
     session: Session
     comparing = False  # whether this is the un-split run that a split one is compared with
     started: Any  # a reading of the session's clock
+    both_passes: BothPasses | None = None
 
     def __enter__(self) -> LiveStep:
         self.session.begin(self)
@@ -86,6 +87,11 @@ class LiveStep(Step):
             comparison = Comparison(kept, expected, str(found or ""), facts)
             equal = session.conclude(self, self.plan_caches, split, comparison)
         return result if equal else expected
+
+    def time_backward(self, given: torch.Tensor, output: torch.Tensor) -> None:
+        """Count the backward pass from `output` to `given` as part of the step's time, if there will be one."""
+        if self.trial is None and given.requires_grad and output.requires_grad:
+            self.both_passes = BothPasses(self.session.clock, given, output, functools.partial(self.session.took, self))
 
     @contextmanager
     def _unsplit(self) -> Iterator[None]:
@@ -272,7 +278,7 @@ class Session:
         if len(step.split.micro_batches) > 1:
             step.planned = True
             step.to_trace = step.trial is not None and step.trial.profiled
-        elif step.plan_caches:
+        elif step.plan_caches or self._device_type is None:  # else the step runs as the engine's own
             step.planned = self.selector.plans_unsplit(step.split.candidate)
         if step.trial is None:
             if step.planned:
@@ -311,13 +317,15 @@ class Session:
     def end(self, step: LiveStep) -> None:
         """Time the `step`, which has ended or failed, and tell the observers; `LiveStep.__exit__` calls this."""
         self.in_flight = None
-        self.clock.stop(step.started, functools.partial(self._took, step))
+        both = step.both_passes
+        self.clock.stop(step.started, both.forward_took if both else functools.partial(self.took, step))
         if step.to_trace:
             self._read_timelines(step)
         for left in self._on_left:
             left()
 
-    def _took(self, step: Step, seconds: float) -> None:
+    def took(self, step: Step, seconds: float) -> None:
+        """Tell the observers how long `step` took; a clock calls this."""
         if step.trial is not None:
             step.trial.seconds += seconds
             return

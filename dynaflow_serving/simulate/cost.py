@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Protocol
 
 from dynaflow_serving.core.plan import Action, ActionKind, Instance, Plan
 from dynaflow_serving.core.program import Program, Resource
 from dynaflow_serving.errors import ConfigError
+from dynaflow_serving.planning.mirror import backward_name
 from dynaflow_serving.simulate.device import Topology
 from dynaflow_serving.simulate.kernel_models import KernelModel, Streaming, Workload
 
@@ -152,3 +154,34 @@ class MeasuredCosts:
         if resource is Resource.NETWORK and self.network_compute:
             shares[Resource.COMPUTE] = self.network_compute
         return Demand(sum(self.seconds[k] for k in keys), shares)
+
+
+def backward_seconds(
+    program: Program, forward: Mapping[tuple[str, int], float], total: float
+) -> dict[tuple[str, int], float]:
+    """Estimate the seconds of the gradients of operators from those of the forward pass.
+
+    A gradient that the network bounds takes as long as its operator, or, where that sends nothing, as operators that do
+    (the median). The others share the rest of `total` in proportion to their operators.
+
+    Args:
+        program: The forward pass.
+        forward: The seconds of each (operator, micro-batch).
+        total: The seconds of the whole backward pass, one operator after the other.
+
+    Returns:
+        The seconds of each (operator of the backward pass, micro-batch), which add up to `total` if any computes.
+    """
+    sent = {key: s for key, s in forward.items() if program.by_name[key[0]].resource is Resource.NETWORK}
+    typical = median(sent.values()) if sent else 0.0
+    bound: dict[tuple[str, int], float] = {}  # by the network
+    computed: dict[tuple[str, int], float] = {}
+    for key, seconds in forward.items():
+        operator = program.by_name[key[0]]
+        if (operator.gradient or operator).resource is Resource.NETWORK:
+            bound[key] = sent.get(key, typical)
+        else:
+            computed[key] = 0.0 if key in sent else seconds
+    sending, computing = min(sum(bound.values()), total), sum(computed.values())
+    scales = ((bound, sending / (sum(bound.values()) or 1)), (computed, (total - sending) / (computing or 1)))
+    return {(backward_name(name), mb): s * scale for part, scale in scales for (name, mb), s in part.items()}

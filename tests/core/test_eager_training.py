@@ -24,6 +24,8 @@ from dynaflow_serving.executor import get_executor
 from dynaflow_serving.planning.mirror import backward_program
 from dynaflow_serving.session.forward import submit_gradient
 from dynaflow_serving.session.plan_cache import PlanCache, no_context
+from dynaflow_serving.simulate.cost import MeasuredCosts, backward_seconds
+from dynaflow_serving.simulate.engine import simulate
 from dynaflow_serving.strategies import get_strategy
 from dynaflow_serving.strategy.base import OpScheduler
 from dynaflow_serving.strategy.rules import SplitFunc
@@ -162,6 +164,27 @@ def test_autograd_follows_the_mirrored_plan(name: str) -> None:
     for stream, wanted in planned.items():
         ran = [seen for seen in Watched.seen if seen[1] == wanted[0][1]]
         assert ran == wanted, stream
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("sequential", 0.0), ("nanoflow", 2.0)])
+def test_a_backward_pass_is_predicted_from_the_times_of_the_forward_pass(name: str, hidden: float) -> None:
+    training = Training(strategy(name))
+    training.split(integers(8, WIDTH), 2)
+    ((program, plan),) = training.plan_cache.backward.values()
+    forward = training.plan_cache.captured.program
+    seconds = {
+        (op.name, micro_batch): 1.0 if op.resource is Resource.NETWORK else 0.5
+        for op in forward.operators
+        for micro_batch in (0, 1)
+    }
+    total = 8 * 1.0 + 5.0  # two layers, of which `copy` sends backward only, and `exchange` both ways; and the compute
+    found = backward_seconds(forward, seconds, total)
+    assert {key[0]: s for key, s in found.items() if s == 1.0}.keys() == {
+        op.name for op in program.operators if op.resource is Resource.NETWORK
+    }
+    assert sum(found.values()) == pytest.approx(total)
+    makespan = simulate(plan, MeasuredCosts(program, found).demands(plan)).makespan
+    assert makespan == pytest.approx(total) if name == "sequential" else makespan <= total - hidden
 
 
 def test_the_gradient_of_a_call_runs_beside_the_other_micro_batch() -> None:

@@ -374,6 +374,14 @@ def test_two_ranks(tmp_path: Path, scenario: Callable[..., None]) -> None:
     assert on_two_ranks(scenario, tmp_path) == ["as expected"] * 2
 
 
+def test_candidates_of_one_strategy_are_told_apart_by_their_options() -> None:
+    candidates = [{"strategy": "comet", "options": {"chunks": n}} for n in (2, 4)]
+    candidates += [{"strategy": "nanoflow", "options": {"micro_batches": 2, "cut": "token"}}, "nanoflow"]
+    selector = build_selector(load({"strategy": "auto", "options": {"candidates": candidates, "micro_batches": [2]}}))
+    assert selector.candidates == ("comet chunks=2", "comet chunks=4", "nanoflow x2 cut=token", "nanoflow x2")
+    assert selector.strategy("comet chunks=4").options.chunks == 4
+
+
 # -- wrong configs -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -382,6 +390,7 @@ def test_two_ranks(tmp_path: Path, scenario: Callable[..., None]) -> None:
         ({"candidates": ["auto"]}, "'auto' itself is none"),
         ({"candidates": ["sequential"], "micro_batches": [1]}, "each at least 2"),
         ({"candidates": [{"strategy": "sequential", "options": {"micro_batches": 1}}]}, "nothing to choose"),
+        ({"candidates": ["nanoflow", {"strategy": "nanoflow"}]}, "nanoflow x2 is given twice"),
         ({"candidates": [{"name": "nanoflow"}]}, "is not {strategy: NAME, options: {...}}"),
         ({"candidates": [{"strategy": "nanoflow", "options": {"cuts": 1}}]}, "unknown option 'cuts'"),
         ({"budget_second": 5}, "unknown option 'budget_second'. Did you mean 'budget_seconds'"),

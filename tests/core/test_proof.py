@@ -20,8 +20,10 @@ from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.executor.tracing import EventTracer
 from dynaflow_serving.policy.selector import build_selector
-from dynaflow_serving.session.clock import CUDAClock
+from dynaflow_serving.session.clock import CPUClock, CUDAClock, Told
+from dynaflow_serving.session.observers import Observer
 from dynaflow_serving.session.session import Session
+from dynaflow_serving.session.step import Step
 
 
 # -- traces --------------------------------------------------------------------------------------------
@@ -142,6 +144,41 @@ def test_a_device_clock_never_waits_and_tells_later() -> None:
         clock.poll()
         break
     assert told == pytest.approx([0.02])
+
+
+class Ticking(CPUClock):
+    """Every reading of this clock is a second after the one before."""
+
+    now = 0.0
+
+    def start(self) -> float:
+        self.now += 1
+        return self.now
+
+    def stop(self, started: float, told: Told) -> None:
+        told(self.start() - started)
+
+
+def test_a_training_step_takes_as_long_as_its_forward_and_backward_pass() -> None:
+    class Noting(Observer):
+        def timed(self, step: Step, seconds: float) -> None:
+            told.append(seconds)
+
+    told: list[float] = []
+    session = Session(build_selector(load("sequential")), load("sequential"), None)
+    session.clock = Ticking()
+    session.observe_with(Noting())
+    x = torch.ones(2, requires_grad=True)
+    for gradients in (True, True, False):
+        with session.step(Batch((1, 1))) as step, torch.set_grad_enabled(gradients):
+            output = x * 2
+            step.time_backward(x, output)
+        if gradients:
+            session.clock.now += 100  # the loss is not ours
+            before = list(told)
+            output.sum().backward()
+            assert told == [*before, 2.0]
+    assert told == [2.0, 2.0, 1.0]
 
 
 def test_device_events_become_seconds_from_the_first() -> None:
