@@ -10,7 +10,8 @@ Contract
 - A bucket is not tried if a larger one of the same kind and number of requests has lost clearly. A split costs
   relatively more in a smaller batch.
 - The first step of a candidate is compared with an un-split one, and not timed. One that differs is not adopted.
-- All times are those of the slowest rank, so that all ranks decide alike. The budget is checked between buckets.
+- All times are those of the slowest rank, so that all ranks decide alike. The budget is checked between buckets and
+  between candidates.
 
 Flow
     for bucket, batch in representatives: plain -> profile -> predict -> prune -> time in pairs -> decide
@@ -83,18 +84,18 @@ class Tuner:
     def __init__(self, session: Session, selector: AutoSelector, trials: Trials, facts: Facts, ranks: Ranks) -> None:
         self.session, self.selector, self.trials, self.facts, self.ranks = session, selector, trials, facts, ranks
         self.options = selector.options
+        self._started = time.perf_counter()
 
     def tune(self, progress: Progress = lambda done, of, what: None) -> Table:
         """Decide for every bucket that the trials can produce, and return the table of the decisions."""
         refused = self._refused()
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         work = list({bucket_of(batch): batch for batch in self.trials.batches()}.items())
         decisions: list[Decision] = []
         for done, (bucket, batch) in enumerate(work):
             progress(done, len(work), str(bucket))
-            (elapsed,) = self.ranks.greatest([time.perf_counter() - started])
             decision = Decision(kind=bucket.kind, tokens=bucket.tokens, requests=bucket.requests)
-            if elapsed > self.options.budget_seconds:
+            if self._elapsed() > self.options.budget_seconds:
                 decision.decided = False
                 decision.reason = f"not tuned: the budget of {self.options.budget_seconds:g} s was used up"
             elif lost := _lost_before(bucket, decisions):
@@ -103,8 +104,12 @@ class Tuner:
                 self._decide(decision, batch, refused)
             decisions.append(decision)
         progress(len(work), len(work), "")
-        (seconds,) = self.ranks.greatest([time.perf_counter() - started])
-        return Table(key=self.facts.key, decisions=decisions, seconds=seconds)
+        return Table(key=self.facts.key, decisions=decisions, seconds=self._elapsed())
+
+    def _elapsed(self) -> float:
+        """Return the seconds of tuning so far, on the slowest rank."""
+        (seconds,) = self.ranks.greatest([time.perf_counter() - self._started])
+        return seconds
 
     # -- one bucket ----------------------------------------------------------------------------------
     def _decide(self, decision: Decision, batch: Batch, refused: dict[str, str]) -> None:
@@ -148,7 +153,10 @@ class Tuner:
         promising.sort(key=lambda t: t.predicted or 0.0, reverse=True)
         for trial in promising[TIMED:]:
             trial.verdict = f"predicted to be no faster than {', '.join(t.candidate for t in promising[:TIMED])}"
-        for trial in (*timed, *promising[:TIMED]):
+        for number, trial in enumerate((*timed, *promising[:TIMED])):
+            if number and self._elapsed() > self.options.budget_seconds:
+                trial.verdict = f"not timed: the budget of {self.options.budget_seconds:g} s was used up"
+                continue
             before = self._graph_mib()
             plain += self._race(trial, batch)
             if more := self._graph_mib() - before:
@@ -163,7 +171,8 @@ class Tuner:
     def _race(self, trial: Trial, batch: Batch) -> list[float]:
         """Time a candidate and un-split steps in turn, and record the ratio of each pair in `trial`.
 
-        It stops early when there is clearly nothing to win. A candidate that seems to win is timed as often again.
+        It stops early when there is clearly nothing to win. While the budget lasts, a candidate that seems to win is
+        timed as often again.
 
         Returns:
             The seconds of the un-split steps.
@@ -172,7 +181,9 @@ class Tuner:
         for _ in range(UNTIMED):
             self._seconds(trial.candidate, batch)
         for number in range(2 * self.options.pairs):
-            if number == self.options.pairs and _lost(trial, noise(plain), self.options.min_gain):
+            if number == self.options.pairs and (
+                _lost(trial, noise(plain), self.options.min_gain) or self._elapsed() > self.options.budget_seconds
+            ):
                 break
             seconds = {label: self._seconds(label, batch) for label in in_turn((PLAIN, trial.candidate), number)}
             plain.append(seconds[PLAIN])

@@ -140,9 +140,12 @@ def test_what_a_larger_batch_has_lost_is_not_tried_with_a_smaller_one() -> None:
 
 @pytest.mark.alone
 def test_what_the_budget_does_not_reach_is_not_split_and_says_so() -> None:
-    engine = Engine(per_token, [Batch((8,) * 8), Batch((4,) * 8)], budget_seconds=0.05)
+    batches = [Batch((8,) * 8), Batch((4,) * 8)]
+    engine = Engine(per_token, batches, micro_batches=[2, 4], pairs=3, budget_seconds=0.05)
     first, second = tune(engine).decisions
-    assert first.trials
+    timed, other = sorted(first.trials, key=lambda trial: -len(trial.ratios))
+    assert len(timed.ratios) <= 3  # not as often again
+    assert not other.ratios and other.verdict == "not timed: the budget of 0.05 s was used up"
     assert second.reason == "not tuned: the budget of 0.05 s was used up" and not second.candidate
 
 
