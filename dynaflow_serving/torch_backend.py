@@ -36,10 +36,11 @@ from dynaflow_serving.capture.fx.batched import (
     unrelated_inputs,
 )
 from dynaflow_serving.capture.fx.buffers import own_code
+from dynaflow_serving.capture.fx.copies import drop_copies_of_collectives
 from dynaflow_serving.capture.fx.inductor import compile_pieces
 from dynaflow_serving.capture.fx.input_writes import settle_input_writes
 from dynaflow_serving.capture.fx.matching import apply_rules
-from dynaflow_serving.capture.fx.rng_states import drop_idle_rng_states
+from dynaflow_serving.capture.fx.rng_states import partition_joint_graph
 from dynaflow_serving.capture.fx.symbols import batch_symbols, fake_value
 from dynaflow_serving.capture.fx.views import view_of_a_written_input, view_results
 from dynaflow_serving.capture.program import CapturedProgram
@@ -54,6 +55,7 @@ from dynaflow_serving.session.agreement import groups_of
 from dynaflow_serving.session.compiled_graph import CompiledGraph
 from dynaflow_serving.session.session import Session
 from dynaflow_serving.strategy.base import OpScheduler
+from dynaflow_serving.strategy.rules import Rule
 from dynaflow_serving.strategy.selector import FixedStrategy
 
 Level = Literal["dynamo", "aot", "inductor"]
@@ -141,7 +143,7 @@ class Backend:
         self._shared: tuple[int, ...] = ()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        apply_rules(gm, self.session.selector.annotations)
+        apply_rules(gm, [rule for rule in self.session.selector.annotations if not rule.lowered])
         if self.level == "dynamo":
             captures: list[CapturedProgram] = []
             run = self._runner(gm, captures)
@@ -155,12 +157,17 @@ class Backend:
         compiler = aot_autograd(
             fw_compiler=lambda graph, _: make_boxed_func(self._forward_runner(graph, forward)),
             bw_compiler=lambda graph, _: make_boxed_func(self._backward_runner(graph, forward)),
+            partition_fn=partition_joint_graph,
             keep_inference_input_mutations=True,
         )
         compiled: Callable[..., Any] = compiler(gm, example_inputs)
         if forward and forward[0].program.unsplittable:
             self._look_for_shared(gm)
         return compiled
+
+    @property
+    def _lowered_rules(self) -> list[Rule]:
+        return [rule for rule in self.session.selector.annotations if rule.lowered and self.level != "dynamo"]
 
     def take_shared(self) -> tuple[int, ...]:
         """Return which of the batched tensors must be shared for the graphs captured since to be split."""
@@ -189,7 +196,7 @@ class Backend:
 
     def _forward_runner(self, gm: fx.GraphModule, forward: list[CapturedProgram]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()
-        drop_idle_rng_states(gm)
+        drop_copies_of_collectives(gm)
         reason = view_of_a_written_input(gm)
         positions = settle_input_writes(gm, batch_symbols(gm, self.batch_dim))
         run = self._runner(gm, forward, reason)
@@ -209,17 +216,17 @@ class Backend:
         if not tokens:
             return gm
         gm.graph.eliminate_dead_code()
-        drop_idle_rng_states(gm)
+        drop_copies_of_collectives(gm)
         # What a forward that can be split returns and saves has the rows of each token side by side.
         adjacent = any(not captured.program.unsplittable for captured in forward)
-        return self._add(gm, partition(gm, tokens=tokens, adjacent=adjacent))
+        return self._add(gm, partition(gm, rules=self._lowered_rules, tokens=tokens, adjacent=adjacent))
 
     def _runner(self, gm: fx.GraphModule, captures: list[CapturedProgram], reason: str = "") -> Callable[..., Any]:
         """Capture the graph, which cannot be split for `reason`, if any, and return what runs it."""
         tokens = batch_symbols(gm, self.batch_dim)
         if not tokens:
             return gm  # the set-up between graph breaks has no batch, so there is nothing to split
-        capture = partition(gm, tokens=tokens)
+        capture = partition(gm, rules=self._lowered_rules, tokens=tokens)
         program = capture.program
         written = [v for v in program.inputs if program.values[v].storage in program.written_storages]
         if written and torch.is_grad_enabled() and self.level == "dynamo":

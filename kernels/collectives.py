@@ -15,6 +15,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dynaflow_serving.capture.fx.matching import calls
+from dynaflow_serving.capture.program import CapturedProgram
+from dynaflow_serving.errors import ScheduleError
+from dynaflow_serving.strategy.rules import function_names
+
+
+def group_of_sum(capture: CapturedProgram, name: str) -> dist.ProcessGroup:
+    """The group of operator `name`, which is one all-reduce of a sum.
+
+    Raises:
+        ScheduleError: it is anything else.
+    """
+    reduces = [n for n in calls(capture.pieces[name]) if function_names(n) & {"_c10d_functional::all_reduce"}]
+    others = [n for n in calls(capture.pieces[name]) if n not in reduces and not function_names(n) & {"wait_tensor"}]
+    if len(reduces) != 1 or others or reduces[0].args[1] != "sum":
+        raise ScheduleError(f"{name} is not one _c10d_functional.all_reduce of a sum")
+    return process_group(reduces[0].args[2])
+
 
 def process_group(name: Any) -> dist.ProcessGroup:
     """The group that functional collectives call `name` (`ProcessGroup.group_name`)."""

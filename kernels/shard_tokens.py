@@ -23,15 +23,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dynaflow_serving.capture.fx.matching import calls
 from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.core.order import external_ports
 from dynaflow_serving.core.plan import Action, ActionKind, Plan
 from dynaflow_serving.core.program import Program, Scope, Value
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.kernels import Composed
-from dynaflow_serving.kernels.collectives import all_gather, own_tokens, padded, process_group, reduce_scatter
-from dynaflow_serving.strategy.rules import function_names
+from dynaflow_serving.kernels.collectives import all_gather, group_of_sum, own_tokens, padded, reduce_scatter
 
 
 class ShardTokens(Composed):
@@ -39,7 +37,7 @@ class ShardTokens(Composed):
 
     def __call__(self, capture: CapturedProgram, plan: Plan, action: Action) -> Callable[..., Any]:
         """Raises `ScheduleError` if the first operator is no sum over a group that torch knows."""
-        group = _group(capture, action.operators[0])
+        group = group_of_sum(capture, action.operators[0])
         return _Sharded(capture, plan, action, group)
 
 
@@ -138,14 +136,6 @@ class _Sharded:
                     f"{' + '.join(o.name for o in self.operators)} cannot run on a shard of the tokens: {name} is not "
                     "the same on all ranks; use strategy 'nanoflow' for this model"
                 )
-
-
-def _group(capture: CapturedProgram, name: str) -> dist.ProcessGroup:
-    reduces = [n for n in calls(capture.pieces[name]) if function_names(n) & {"_c10d_functional::all_reduce"}]
-    others = [n for n in calls(capture.pieces[name]) if n not in reduces and not function_names(n) & {"wait_tensor"}]
-    if len(reduces) != 1 or others or reduces[0].args[1] != "sum":
-        raise ScheduleError(f"{name} cannot be a reduce-scatter: it is not one _c10d_functional.all_reduce of a sum")
-    return process_group(reduces[0].args[2])
 
 
 def _alike(plan: Plan, action: Action) -> list[Action]:

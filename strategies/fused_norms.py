@@ -16,7 +16,6 @@ Both are bound by memory. The model's own code writes and reads each intermediat
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import fx
 
@@ -28,7 +27,7 @@ from dynaflow_serving.kernels.fused import Fused
 from dynaflow_serving.kernels.fusions import find_fusions
 from dynaflow_serving.strategy.base import UnsplitScheduler
 from dynaflow_serving.strategy.registry import register_strategy
-from dynaflow_serving.strategy.rules import Rule
+from dynaflow_serving.strategy.rules import GraphRule
 from dynaflow_serving.strategy.schedule import Schedule, Task
 from dynaflow_serving.strategy.streams import COMPUTE
 
@@ -36,22 +35,14 @@ KERNELS = {name: Fused(name) for name in ("add_rms_norm", "silu_mul")}
 RESULTS = {"add_rms_norm": 2, "silu_mul": 1}  # at most; more are values that a backward pass would read
 MATCH = "fused:"  # begins the tag that the operators of one match share
 
-_MATCHES: WeakKeyDictionary[fx.Graph, dict[str, tuple[str, str]]] = WeakKeyDictionary()
 
-
-class FusionRule(Rule):
+class FusionRule(GraphRule):
     """Covers all that the kernel `target` can compute, where no other rule or mark covers a part of it. Nodes with
     others in between become several operators, which share a tag."""
 
-    def instance(self, node: fx.Node) -> str | None:
-        if node.graph not in _MATCHES:
-            found = [f for f in find_fusions(node.graph) if not any(region_of(n) for n in f.nodes)]
-            _MATCHES[node.graph] = {n.name: (f.kernel, f.outputs[-1].name) for f in found for n in f.nodes}
-        kernel, match = _MATCHES[node.graph].get(node.name, ("", ""))
-        return match if kernel == self.target else None
-
-    def candidates(self, node: fx.Node) -> str | None:
-        return None
+    def find(self, graph: fx.Graph) -> dict[str, str]:
+        found = [f for f in find_fusions(graph) if f.kernel == self.target and not any(map(region_of, f.nodes))]
+        return {n.name: f.outputs[-1].name for f in found for n in f.nodes}
 
     def region(self, instance: str) -> dict[str, Any]:
         return {**super().region(instance), "tags": [self.target, MATCH + instance]}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -27,7 +26,7 @@ from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.kernels.shard_tokens import ShardTokens
 from dynaflow_serving.strategy.base import OpScheduler, Options
 from dynaflow_serving.strategy.registry import register_strategy
-from dynaflow_serving.strategy.rules import CALLS, Rule, function_names
+from dynaflow_serving.strategy.rules import CALLS, GraphRule, function_names
 from dynaflow_serving.strategy.schedule import Schedule, Task
 from dynaflow_serving.strategy.splitting import cut_at_tokens, whole
 from dynaflow_serving.strategy.tags import Tag, TagUse
@@ -39,16 +38,11 @@ _TOKEN_WISE = {  # what residual adds and norms are made of; they keep equal ran
 }  # fmt: skip
 
 
-_TAILS: WeakKeyDictionary[fx.Graph, dict[str, str]] = WeakKeyDictionary()
-
-
-class AfterAllReduce(Rule):
+class AfterAllReduce(GraphRule):
     """Matches what follows an all-reduce with nothing beside residuals and one-dimensional weights: add and norm."""
 
-    def instance(self, node: fx.Node) -> str | None:
-        if node.graph not in _TAILS:
-            _TAILS[node.graph] = _tails(node.graph, self.target)
-        return _TAILS[node.graph].get(node.name)
+    def find(self, graph: fx.Graph) -> dict[str, str]:
+        return _tails(graph, self.target)
 
     def candidates(self, node: fx.Node) -> str | None:
         return max(function_names(node), key=len, default=None)

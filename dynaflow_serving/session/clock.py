@@ -88,8 +88,8 @@ class BothPasses:
         self._clock, self._told = clock, told
         self._forward = 0.0
         self._started: Any = None
-        output.register_hook(self._begin)
-        given.register_hook(self._end)
+        output.register_hook(self._begin)  # type: ignore[no-untyped-call]
+        given.register_hook(self._end)  # type: ignore[no-untyped-call]
 
     def forward_took(self, seconds: float) -> None:
         self._forward = seconds

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -36,6 +37,7 @@ class Rule(abc.ABC):
         group: The process group of collectives, which keep one order on all ranks.
         context: Whether the operators read the engine's per-micro-batch context (attention metadata).
         gradient: What bounds the gradients of the operators, where that is something else.
+        lowered: Whether the rule looks at the graphs that AOT autograd makes, instead of Dynamo's.
         required: Whether it is an error if nothing matches; integrations list alternatives.
     """
 
@@ -47,6 +49,7 @@ class Rule(abc.ABC):
     context: bool = False
     required: bool = True
     gradient: Gradient | None = None
+    lowered: bool = False
 
     def __post_init__(self) -> None:
         # plain words, without the class of `Tag`: they travel through the metadata of graphs
@@ -117,6 +120,26 @@ class SplitModule(Rule):
     def candidates(self, node: fx.Node) -> str | None:
         stack = module_stack(node)
         return getattr(stack[-1][1], "__name__", str(stack[-1][1])).rpartition(".")[2] if stack else None
+
+
+class GraphRule(Rule):
+    """A rule that looks at a whole graph, once, because what it matches depends on the nodes around."""
+
+    @abc.abstractmethod
+    def find(self, graph: fx.Graph) -> Mapping[str, str]:
+        """Return the id of its match for each node that the rule covers, by the node's name."""
+
+    def instance(self, node: fx.Node) -> str | None:
+        found = _FOUND.setdefault(node.graph, {})
+        if self not in found:
+            found[self] = self.find(node.graph)
+        return found[self].get(node.name)
+
+    def candidates(self, node: fx.Node) -> str | None:
+        return None
+
+
+_FOUND: WeakKeyDictionary[fx.Graph, dict[GraphRule, Mapping[str, str]]] = WeakKeyDictionary()
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, Any]]:

@@ -39,6 +39,8 @@ class Tag(StrEnum):
     """A matrix product whose input is gathered from the ranks before."""
     SEQUENCE_PARALLEL = "sequence_parallel"
     """Its collective cuts or joins the first dimension, so that only another one can be cut besides."""
+    ONE_KERNEL = "one_kernel"
+    """One kernel does its compute and its communication, one beside the other."""
     REPLICATED = "replicated"
     """All ranks compute the same, token by token, on the result of an all-reduce (residual add and norm)."""
 

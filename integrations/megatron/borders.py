@@ -21,7 +21,7 @@ from typing import Any
 from dynaflow_serving.capture.eager.frames import current_frame
 from dynaflow_serving.capture.eager.gradients import join_gradients
 from dynaflow_serving.core.program import Gradient, Resource
-from dynaflow_serving.integrations.megatron import moe
+from dynaflow_serving.integrations.megatron import moe, symmetric
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 from dynaflow_serving.strategy.selector import Selector
 from dynaflow_serving.strategy.tags import Tag
@@ -48,12 +48,13 @@ EXCHANGES = tuple(
 )
 
 
-def rules(config: Any, selector: Selector) -> tuple[Rule, ...]:
+def rules(config: Any, selector: Selector, device: str) -> tuple[Rule, ...]:
     """Return the rules for a decoder.
 
     Args:
         config: Its `TransformerConfig`.
         selector: Its strategies may want operators with their communication within.
+        device: The type of its device.
     """
     found: list[Rule] = []
     if config.expert_model_parallel_size > 1:
@@ -61,18 +62,36 @@ def rules(config: Any, selector: Selector) -> tuple[Rule, ...]:
         found += EXCHANGES
     if config.tensor_model_parallel_size > 1 or config.expert_tensor_parallel_size > 1:
         if Tag.ROW_PARALLEL in selector.taken_whole:
-            found += _products(config.sequence_parallel)
+            found += _products(config.sequence_parallel, device)
         # Without micro-batches, Megatron's linear reduces the gradient of its input beside that of its weight.
         found += [rule for rule in REGIONS if rule.name != "copy" or selector.max_micro_batches > 1]
     return tuple(found)
 
 
-def _products(sequence_parallel: bool) -> list[Rule]:
+def _products(sequence_parallel: bool, device: str) -> list[Rule]:
     """Return the rules for linears with their collectives within."""
-    more = (Tag.SEQUENCE_PARALLEL,) if sequence_parallel else ()
-    rows = SplitModule("RowParallelLinear", "row_parallel", _COMPUTE, (Tag.ROW_PARALLEL, *more), "tp")
-    columns = SplitModule("ColumnParallelLinear", "column_parallel", _COMPUTE, (Tag.COLUMN_PARALLEL, *more), "tp")
-    return [rows, columns] if sequence_parallel else [rows]
+    from megatron.core import parallel_state
+
+    if not sequence_parallel:
+        return [SplitModule("RowParallelLinear", "row_parallel", _COMPUTE, (Tag.ROW_PARALLEL,), "tp")]
+    rows, columns = (Tag.ROW_PARALLEL, Tag.SEQUENCE_PARALLEL), (Tag.COLUMN_PARALLEL, Tag.SEQUENCE_PARALLEL)
+    if symmetric.is_available(device, parallel_state.get_tensor_model_parallel_group()):
+        return [
+            SplitFunc(symmetric.matmul_scatter, "row_parallel", _COMPUTE, (*rows, Tag.ONE_KERNEL), "tp"),
+            SplitFunc(symmetric.gather_matmul, "column_parallel", _COMPUTE, (*columns, Tag.ONE_KERNEL), "tp"),
+        ]
+    return [
+        SplitModule("RowParallelLinear", "row_parallel", _COMPUTE, rows, "tp"),
+        SplitModule("ColumnParallelLinear", "column_parallel", _COMPUTE, columns, "tp"),
+    ]
+
+
+def _has_border(name: str, tag: str = "") -> bool:
+    """Whether a frame runs in which a function called `name`, with that tag, is a border."""
+    frame = current_frame()
+    return frame is not None and any(
+        border.name == name and (not tag or tag in border.rule.tags) for border in frame.borders.values()
+    )
 
 
 @functools.cache
@@ -88,12 +107,15 @@ def prepare_for_frames() -> None:
         input: Any, weight: Any, bias: Any, gradient_accumulation_fusion: bool, allreduce_dgrad: bool,
         sequence_parallel: bool, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        if (frame := current_frame()) is None:
+        if current_frame() is None:
             join_gradients()
+        elif sequence_parallel and _has_border("column_parallel", Tag.ONE_KERNEL):
+            product = symmetric.gather_matmul(input, weight, kwargs["tp_group"])
+            return product if bias is None else product + bias
         elif sequence_parallel:
             input = mappings.gather_from_sequence_parallel_region(input, group=kwargs.get("tp_group"))
             sequence_parallel = False
-        elif allreduce_dgrad and any(border.name == "copy" for border in frame.borders.values()):
+        elif allreduce_dgrad and _has_border("copy"):
             input = mappings.copy_to_tensor_model_parallel_region(input, group=kwargs.get("tp_group"))
             allreduce_dgrad = False
         return linear(
@@ -101,6 +123,7 @@ def prepare_for_frames() -> None:
         )
 
     layers.linear_with_grad_accumulation_and_async_allreduce = linear_without_communication
+    layers.RowParallelLinear.forward = _in_one_kernel(layers.RowParallelLinear.forward)
     fork = random.CudaRNGStatesTracker.fork
 
     @functools.wraps(fork)
@@ -122,3 +145,19 @@ def prepare_for_frames() -> None:
             frame.borders = borders
 
     MoEAlltoAllTokenDispatcher.preprocess = preprocess_without_borders
+
+
+def _in_one_kernel(row_parallel: Any) -> Any:
+    """Return the forward of `RowParallelLinear`, whose product and reduce-scatter are one kernel where there is one."""
+
+    @functools.wraps(row_parallel)
+    def forward(self: Any, input_: Any) -> Any:
+        scatters = self.sequence_parallel and not self.explicit_expert_comm
+        if not (scatters and _has_border("row_parallel", Tag.ONE_KERNEL)):
+            return row_parallel(self, input_)
+        output = symmetric.matmul_scatter(input_, self.weight, self.tp_group)
+        if self.skip_bias_add or self.bias is None:
+            return output, self.bias
+        return output + self.bias, None
+
+    return forward

@@ -9,7 +9,7 @@ Contract
 - Inference, packed sequences and a batch of one sequence run as in Megatron, and are counted with the reason. A
   strategy that never splits (`comet`, `flux`) orders the un-split step, also of one sequence.
 - `strategy: auto` decides in the first step of training, by forward and backward passes of its batch. While training,
-  its guard times forward passes only.
+  its guard times both, too.
 - The first steps under a plan also run as in Megatron, without gradients, and are compared. If they differ, the step
   runs once more as Megatron would.
 """
@@ -37,7 +37,7 @@ from dynaflow_serving.policy.key import digest
 from dynaflow_serving.policy.selector import AutoSelector, build_selector
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.forward import EagerForward
-from dynaflow_serving.session.session import Session
+from dynaflow_serving.session.session import LiveStep, Session
 
 BATCH_FIRST = ("attention_mask", "padding_mask")  # arguments [b, ...], where they are not None or shared
 
@@ -65,7 +65,7 @@ class Decoder:
             self.session,
             self.stock,
             block,
-            borders.rules(block.config, self.session.selector),
+            borders.rules(block.config, self.session.selector, device),
             {},
             training=True,
             token_dim=1,
@@ -157,19 +157,25 @@ class Decoder:
 
     def _step(self, batch: Batch, given: dict[str, Any]) -> torch.Tensor:
         with self.session.step(batch) as step:
-            if not (step.micro_batches or step.planned):
-                return self.stock(**given)  # type: ignore[no-any-return]
-            try:
-                output: torch.Tensor = self.forward(**given)
-                if not step.planned:  # a micro-batch took another path, and losses of routers are of parts of the batch
-                    return self.stock(**given)  # type: ignore[no-any-return]
-                plain = output.detach()
-                inputs = [t for t in given.values() if isinstance(t, torch.Tensor)]
-                if step.checked(plain, functools.partial(self.stock, **given), inputs) is plain:
-                    return self._viewless(moe.attach_losses(output))
-            finally:
-                moe.drop_losses()
-        return self.stock(**given)  # type: ignore[no-any-return]
+            output = self._planned(step, given) if step.planned else None
+            if output is None:
+                output = self.stock(**given)
+            step.time_backward(given["hidden_states"], output)
+        return output
+
+    def _planned(self, step: LiveStep, given: dict[str, Any]) -> torch.Tensor | None:
+        """Run a step under its plan; return None where the stock forward must run instead."""
+        try:
+            output: torch.Tensor = self.forward(**given)
+            if not step.planned:  # a micro-batch took another path, and losses of routers are of parts of the batch
+                return None
+            plain = output.detach()
+            inputs = [t for t in given.values() if isinstance(t, torch.Tensor)]
+            if step.checked(plain, functools.partial(self.stock, **given), inputs) is plain:
+                return self._viewless(moe.attach_losses(output))
+            return None
+        finally:
+            moe.drop_losses()
 
     def _viewless(self, output: torch.Tensor) -> torch.Tensor:
         """Return `output` as a tensor that is no view, because pipeline stages free what is none."""

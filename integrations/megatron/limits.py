@@ -40,7 +40,14 @@ def _config_causes(device: str, config: Config, settings: Any) -> list[str]:
     causes = executor_causes("Megatron-LM", config, device)
     if config.capture == "graph":
         causes.append("capture 'graph': Megatron-LM has no graph of its layers (set capture: auto)")
-    taken = build_selector(config).taken_whole
+    selector = build_selector(config)
+    taken = selector.taken_whole
+    if taken and selector.max_micro_batches > 1:
+        tags = ", ".join(sorted(taken))
+        causes.append(
+            f"candidates that cut operators tagged {tags} beside candidates that split the batch "
+            "(give each kind a config of its own)"
+        )
     if taken and not (
         (Tag.EXPERTS in taken and settings.expert_model_parallel_size > 1)
         or (Tag.ROW_PARALLEL in taken and settings.tensor_model_parallel_size > 1)

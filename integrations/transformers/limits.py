@@ -39,10 +39,6 @@ def _declined(model: Any) -> str:
         return f"its weights are on {len(devices)} devices (device_map); a plan runs on one"
     if any(d.type == "meta" for d in devices):
         return "its weights are on the meta device"
-    if getattr(model, "is_gradient_checkpointing", False) and any(
-        hasattr(p, "device_mesh") for p in model.parameters()
-    ):
-        return "gradient checkpointing with tensor parallelism (AOT autograd would save the device mesh as a tensor)"
     if getattr(model, "is_quantized", False):
         return "quantized weights are not supported yet"
     return ""

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import policy_ranks
 import pytest
@@ -16,13 +15,13 @@ from hypothesis import strategies as st
 from policy_support import BATCH, Engine, adopted, fixed, per_token, table_for, trial
 from two_ranks import on_two_ranks
 
-from dynaflow_serving.config import Config, load
+from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy import table as tables
 from dynaflow_serving.policy.bucket import DECODE, MIXED, PREFILL, Bucket, Limits, bucket_of, representatives
 from dynaflow_serving.policy.guard import COMPARED, RECHECKED, Guard
-from dynaflow_serving.policy.selector import COMPARING, NOT_DECIDED, SWITCHED_OFF, AutoSelector, build_selector
+from dynaflow_serving.policy.selector import COMPARING, NOT_DECIDED, SWITCHED_OFF, AutoSelector
 from dynaflow_serving.policy.show import as_text, log_lines
 from dynaflow_serving.policy.side_effects import Facts, SideEffects
 from dynaflow_serving.policy.start import start_policy
@@ -140,8 +139,7 @@ def test_what_a_larger_batch_has_lost_is_not_tried_with_a_smaller_one() -> None:
 
 @pytest.mark.alone
 def test_what_the_budget_does_not_reach_is_not_split_and_says_so() -> None:
-    batches = [Batch((8,) * 8), Batch((4,) * 8)]
-    engine = Engine(per_token, batches, micro_batches=[2, 4], pairs=3, budget_seconds=0.05)
+    engine = Engine(per_token, [Batch((8,) * 8), Batch((4,) * 8)], micro_batches=[2, 4], pairs=3, budget_seconds=0.05)
     first, second = tune(engine).decisions
     timed, other = sorted(first.trials, key=lambda trial: -len(trial.ratios))
     assert len(timed.ratios) <= 3  # not as often again
@@ -375,31 +373,3 @@ def test_the_start_up_table_says_what_and_why(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize("scenario", [policy_ranks.different_tables, policy_ranks.guard_of_one_rank])
 def test_two_ranks(tmp_path: Path, scenario: Callable[..., None]) -> None:
     assert on_two_ranks(scenario, tmp_path) == ["as expected"] * 2
-
-
-def test_candidates_of_one_strategy_are_told_apart_by_their_options() -> None:
-    candidates = [{"strategy": "comet", "options": {"chunks": n}} for n in (2, 4)]
-    candidates += [{"strategy": "nanoflow", "options": {"micro_batches": 2, "cut": "token"}}, "nanoflow"]
-    selector = build_selector(load({"strategy": "auto", "options": {"candidates": candidates, "micro_batches": [2]}}))
-    assert selector.candidates == ("comet chunks=2", "comet chunks=4", "nanoflow x2 cut=token", "nanoflow x2")
-    assert selector.strategy("comet chunks=4").options.chunks == 4
-
-
-# -- wrong configs -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"candidates": ["nanoflo"]}, "unknown strategy 'nanoflo'. Did you mean 'nanoflow'"),
-        ({"candidates": ["auto"]}, "'auto' itself is none"),
-        ({"candidates": ["sequential"], "micro_batches": [1]}, "each at least 2"),
-        ({"candidates": [{"strategy": "sequential", "options": {"micro_batches": 1}}]}, "nothing to choose"),
-        ({"candidates": ["nanoflow", {"strategy": "nanoflow"}]}, "nanoflow x2 is given twice"),
-        ({"candidates": [{"name": "nanoflow"}]}, "is not {strategy: NAME, options: {...}}"),
-        ({"candidates": [{"strategy": "nanoflow", "options": {"cuts": 1}}]}, "unknown option 'cuts'"),
-        ({"budget_second": 5}, "unknown option 'budget_second'. Did you mean 'budget_seconds'"),
-    ],
-)
-def test_wrong_options_say_what_is_valid(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        build_selector(load({"strategy": "auto", "options": options}))
-    assert message in str(error.value)

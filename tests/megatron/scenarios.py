@@ -6,6 +6,7 @@ import copy
 import faulthandler
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,6 +83,31 @@ def _compare(setup: Setup, options: dict[str, Any], iterations: int) -> Compared
         told.check.steps if told.check else 0,
         ours.losses[-1],
     )
+
+
+def in_one_kernel(setup: Setup, options: dict[str, Any]) -> dict[str, Any]:
+    """Compare, as on a machine where products and their collectives are one kernel; torch's fallbacks do their work."""
+    from torch.distributed import _symmetric_memory
+
+    from dynaflow_serving.integrations.megatron import symmetric
+
+    called: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        fallback = getattr(_symmetric_memory, f"_{name}_fallback")
+
+        def call(*args: Any) -> Any:
+            called[name] += 1
+            return fallback(*args)
+
+        return call
+
+    library = torch.library.Library("symm_mem", "IMPL")
+    for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+        library.impl(name, counted(name), "CPU")
+    symmetric.is_available = lambda device, group: True  # type: ignore[assignment]
+    begin(setup)
+    return vars(_compare(setup, options, 2)) | {"called": dict(called)}
 
 
 def _relative(wanted: list[float], found: list[float]) -> float:
@@ -211,6 +237,26 @@ def fails_in_the_second_micro_batch(setup: Setup) -> tuple[str, Trained]:
     handle.remove()
     trained = train(model, setup, 1)
     return said, trained.losses  # type: ignore[return-value]
+
+
+def becomes_nan(setup: Setup) -> list[str]:
+    """Train a model with one weight that is not a number, stock and split; return what each raises."""
+    from dynaflow_serving.integrations.megatron import enable
+
+    said = []
+    for split in (False, True):
+        begin(setup)
+        model = make_model(setup)
+        if split:
+            enable(model, config("nanoflow"))
+        with torch.no_grad():
+            model.decoder.layers[1].mlp.linear_fc1.weight[0, 0] = torch.nan
+        try:
+            train(model, setup, 1)
+            said.append("no error")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
 
 
 def launched(script: str) -> str:

@@ -13,6 +13,7 @@ from scenarios import (
     RECOMPUTE,
     SP,
     TP,
+    becomes_nan,
     config,
     dies_in_the_backward_pass,
     fails_in_the_second_micro_batch,
@@ -39,6 +40,12 @@ DECLINED: dict[str, tuple[Setup, dict[str, Any], dict[str, Any], str]] = {
     "a graph": (TP, {}, config("nanoflow", capture="graph"), "set capture: auto"),
     "another device's executor": (TP, {}, config("nanoflow", executor="cuda"), "executor 'cuda' does not fit"),
     "comet without experts": (TP, {}, {"strategy": "comet"}, "comet cuts operators tagged experts: they send"),
+    "flux beside what splits": (
+        TP,
+        {},
+        {"strategy": "auto", "options": {"candidates": ["nanoflow", "flux"]}},
+        "give each kind a config of its own",
+    ),
     "auto, where a pass has effects": (
         TP,
         {"gradient_accumulation_fusion": True},
@@ -120,3 +127,9 @@ def test_a_micro_batch_that_runs_out_of_memory_ends_the_step_only() -> None:
     said, losses = on_two_ranks(fails_in_the_second_micro_batch, TP)[0]
     assert said == "CUDA out of memory"
     assert len(losses) == 1
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_as_stock_does() -> None:
+    for stock, split in on_two_ranks(becomes_nan, replace(TP, ddp={"check_for_nan_in_grad": True})):
+        assert "NaN" in stock or "nan" in stock, stock
+        assert split == stock

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenarios import EP, RECOMPUTE, SP, TP, compare, config
+from scenarios import EP, RECOMPUTE, SP, TP, compare, config, in_one_kernel
 from training import Setup
 from two_ranks import on_ranks, on_two_ranks
 
@@ -100,11 +100,26 @@ def test_losses_and_gradients_equal(name: str) -> None:
     assert found["programs"] == 2  # the forward pass and the backward pass
 
 
-@pytest.mark.parametrize("setup", [TP, EP], ids=["tp", "ep"])
-def test_auto_decides_in_the_first_step(setup: Setup, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{"add_bias_linear": True}, RECOMPUTE], ids=["biases", "recomputed"])
+def test_flux_takes_products_that_are_one_kernel_with_their_collective(settings: dict[str, Any]) -> None:
+    """Symmetric memory needs GPUs: torch's own fallbacks of its operators run on gloo here."""
+    for found in on_two_ranks(in_one_kernel, more(SP, **settings), FLUX):
+        assert found["loss"] <= LOSS and found["gradient"] <= GRADIENT and found["same_set"], found
+        assert found["compared"] == 1
+        # Two layers of two products each way: recorded twice, then run forward; the gradient of one is the other.
+        backward = 0 if settings is RECOMPUTE else 2 * 4
+        assert found["called"] == dict.fromkeys(found["called"], 2 * 4 + 2 * 4 + backward), found
+
+
+@pytest.mark.parametrize(
+    ("setup", "candidates"),
+    [(TP, [{"strategy": "flux", "options": {"chunks": n}} for n in (2, 3)]), (EP, ["nanoflow"])],
+    ids=["tp, flux", "ep"],
+)
+def test_auto_decides_in_the_first_step(setup: Setup, candidates: list[Any], tmp_path: Path) -> None:
     """Whatever it decides here, training goes on as it would have: trials change no gradient and no logged loss."""
     options = {
-        "candidates": ["nanoflow"], "micro_batches": [2], "pairs": 3, "budget_seconds": 20, "min_gain": 0.0,
+        "candidates": candidates, "micro_batches": [2], "pairs": 3, "budget_seconds": 20, "min_gain": 0.0,
         "table": str(tmp_path / "table.json"),
     }  # fmt: skip
     cases = {"auto": (setup, {"strategy": "auto", "options": options})}
@@ -113,7 +128,8 @@ def test_auto_decides_in_the_first_step(setup: Setup, tmp_path: Path) -> None:
         assert found["loss"] <= LOSS and found["auxiliary"] <= LOSS and found["gradient"] <= GRADIENT, found
         assert found["split"] + sum(found["unsplit"].values()) == 3
     assert (one["split"], one["unsplit"]) == (other["split"], other["unsplit"])
-    assert json.loads((tmp_path / "table.json").read_text())["decisions"]
+    (decision,) = json.loads((tmp_path / "table.json").read_text())["decisions"]
+    assert len(decision["trials"]) == len(candidates)
 
 
 @pytest.mark.alone

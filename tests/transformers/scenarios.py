@@ -144,9 +144,11 @@ def auto(path: str, folder: str) -> dict[str, Any]:
     return found
 
 
-def gradients_apart(path: str, micro_batches: int) -> tuple[dict[str, Any], Session]:
-    """Train stock, then under a strategy; return how far the gradients are apart, and the session."""
+def gradients_apart(path: str, config: dict[str, Any], checkpoints: bool = False) -> tuple[dict[str, Any], Session]:
+    """Train stock, then under `config`; return how far the gradients are apart, and the session."""
     model = load(path).train()
+    if checkpoints:
+        model.gradient_checkpointing_enable()
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
@@ -155,7 +157,7 @@ def gradients_apart(path: str, micro_batches: int) -> tuple[dict[str, Any], Sess
         return [g.to_local().clone() if hasattr(g, "to_local") else g.clone() for g in found]
 
     expected = gradients()
-    enable(model, strategy("comm_overlap", micro_batches))
+    enable(model, config)
     found = [gradients() for _ in range(3)][-1]
     session = Body.installed_in(model).session
     return {
@@ -166,21 +168,11 @@ def gradients_apart(path: str, micro_batches: int) -> tuple[dict[str, Any], Sess
 
 
 def training_of_experts(path: str) -> dict[str, Any]:
-    return gradients_apart(path, 2)[0]
+    return gradients_apart(path, strategy("comm_overlap", 2))[0]
 
 
-def checkpoints_declined(path: str) -> str:
-    model = load(path).train()
-    model.gradient_checkpointing_enable()
-    try:
-        enable(model, strategy("comm_overlap", 2))
-    except InactiveError as error:
-        return str(error)
-    return ""
-
-
-def training(path: str, micro_batches: int) -> dict[str, Any]:
-    found, session = gradients_apart(path, micro_batches)
+def training(path: str, micro_batches: int, checkpoints: bool) -> dict[str, Any]:
+    found, session = gradients_apart(path, strategy("comm_overlap", micro_batches), checkpoints)
     _, backward_run = session.plan_caches
     plan = next(p for p in backward_run.plans if p.micro_batches == micro_batches)
     by_name = backward_run.captured.program.by_name
@@ -200,6 +192,20 @@ def training(path: str, micro_batches: int) -> dict[str, Any]:
         "collectives": len(network),
         "overlapping": sum(map(overlaps, network)),
     }
+
+
+def products_in_chunks(path: str) -> dict[str, Any]:
+    """Logits and gradients under `flux`, and how many products of each graph run in chunks."""
+    flux = {"strategy": "flux", "options": {"chunks": 3}}
+    model = load(path)
+    with torch.no_grad():
+        expected = {size: model(input_ids=ids(size, 12)).logits for size in (8, 2)}
+        enable(model, flux)
+        equal = [same(model(input_ids=ids(size, 12)).logits, logits) for size, logits in expected.items()]
+    found, session = gradients_apart(path, flux)
+    graphs = [*Body.installed_in(model).session.plan_caches, *session.plan_caches]
+    replaced = [sum(a.kind is ActionKind.REPLACE for p in graph.plans for a in p.actions) for graph in graphs]
+    return found | {"equal": equal, "replaced": replaced}
 
 
 @torch.no_grad()

@@ -42,3 +42,18 @@ def test_wrong_uses_are_named(models: dict[str, str]) -> None:
             tune(model, [wrong])
     with pytest.raises(ConfigError, match="nothing to tune with"):
         tune(model, [])
+
+
+def test_candidates_that_never_split_are_tuned_too(models: dict[str, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32).eval()
+    ids = torch.arange(3, 27).view(4, 6)
+    candidates = [{"strategy": "flux", "options": {"chunks": n}} for n in (2, 3)]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        options = {"candidates": candidates, "table": str(tmp_path / "table.json")}
+        enable(model, {"strategy": "auto", "options": options})
+        (decision,) = tune(model, [{"input_ids": ids}]).decisions
+        assert len(decision.trials) == 2 and decision.trials[0].ratios, decision
+        assert torch.equal(model(input_ids=ids).logits, expected)

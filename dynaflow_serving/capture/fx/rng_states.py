@@ -1,64 +1,56 @@
-"""Random states around operators that draw nothing, as AOT autograd leaves them where a layer is recomputed.
+"""The forward and the backward graph of AOT autograd, without random states around operators that draw nothing.
 
 Contract
-- Gradient checkpointing runs operators again in the backward pass, under the random state of the forward pass:
-  `run_and_save_rng_state` there, `run_with_rng_state` here. Attention is among them, even with a dropout of 0.
-- An operator that draws nothing is called as it is. The forward graph then saves an empty tensor in place of the state,
-  and nothing reads it. An operator that draws stays as it is: it is refused.
-- Source: `torch._functorch.partitioners.functionalize_rng_ops` puts the states there.
+- Gradient checkpointing runs operators again in the backward pass. Torch's partitioner saves the random state for each
+  that may draw, and attention is among them, even with a dropout of 0.
+- An operator that draws nothing is called as it is. One that draws stays as torch leaves it: it is refused later.
+- Source: `torch._functorch.partitioners.default_partition` and `functionalize_rng_ops`. Torch 2.13 puts the states
+  behind the device mesh that tensor parallelism saves, where its own runtime expects none.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
-from torch.utils._pytree import tree_leaves
+from torch._functorch.partitioners import default_partition
 
-from dynaflow_serving.capture.fx.symbols import fake_value
 from dynaflow_serving.capture.independence.prove import draws_nothing
 
 
-def drop_idle_rng_states(gm: fx.GraphModule) -> None:
-    """Call operators that draw nothing without their random states; `gm` is changed."""
-    for node in list(gm.graph.nodes):
-        if node.target is run_with_rng_state and _is_idle(node.args[1], node.args[2:], node.kwargs):
-            node.replace_all_uses_with(_call(node, node.args[1], node.args[2:], node.kwargs))
-            gm.graph.erase_node(node)
-        elif node.target is run_and_save_rng_state and _is_idle(node.args[0], node.args[1:], node.kwargs):
-            _replace_saved(node)
-    gm.recompile()
+class _Idle:
+    """An operator that draws nothing, without the tags by which torch knows those that may."""
+
+    def __init__(self, operator: torch._ops.OpOverload) -> None:
+        self.operator = operator
+        self.__name__, self.__module__ = operator.__name__, operator.__module__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.operator(*args, **kwargs)
 
 
-def _is_idle(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if not isinstance(function, torch._ops.OpOverload):
+def partition_joint_graph(
+    joint: fx.GraphModule, inputs: Sequence[Any], **options: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a joint graph into its forward and its backward graph, as `default_partition` does."""
+    for node in joint.graph.nodes:
+        if _is_idle(node):
+            node.target = _Idle(node.target)
+    parts: tuple[fx.GraphModule, fx.GraphModule] = default_partition(joint, inputs, **options)
+    for part in parts:
+        for node in part.graph.nodes:
+            if isinstance(node.target, _Idle):
+                node.target = node.target.operator
+        part.recompile()
+    return parts
+
+
+def _is_idle(node: fx.Node) -> bool:
+    operator = node.target
+    if not isinstance(operator, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in operator.tags:
         return False
-    schema = function._schema.arguments
+    schema = operator._schema.arguments
     given = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return draws_nothing(given | dict(zip((a.name for a in schema), args)) | kwargs)
-
-
-def _call(before: fx.Node, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """Put a call of `function` before a node. AOT autograd leaves no values on the nodes that this replaces."""
-    with before.graph.inserting_before(before):
-        call = before.graph.call_function(function, args, kwargs)
-    values = fx.map_arg((args, kwargs), fake_value)
-    with detect_fake_mode(tree_leaves(values)) or nullcontext():
-        call.meta = {**before.meta, "val": function(*values[0], **values[1])}
-    return call
-
-
-def _replace_saved(node: fx.Node) -> None:
-    """Put a call in the place of one that returns the random state before it, too."""
-    call = _call(node, node.args[0], node.args[1:], node.kwargs)
-    for part in list(node.users):
-        instead = call
-        if part.args[1] == 0:  # the state
-            instead = _call(node, torch.ops.aten.empty.memory_format, ([0],), {"dtype": torch.uint8})
-        part.replace_all_uses_with(instead)
-        node.graph.erase_node(part)
-    node.graph.erase_node(node)
+    return draws_nothing(given | dict(zip((a.name for a in schema), node.args)) | node.kwargs)
