@@ -134,13 +134,12 @@ def losses_kept() -> Iterator[None]:
     """Keep what Megatron has logged of the routers' losses, whatever this block adds."""
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-    tracker = get_moe_layer_wise_logging_tracker()
-    kept = {name: {**entry, "values": entry["values"].clone()} for name, entry in tracker.items()}
+    kept = {name: entry["values"].clone() for name, entry in get_moe_layer_wise_logging_tracker().items()}
     try:
         yield
     finally:
-        tracker.clear()
-        tracker.update(kept)
+        for name, entry in get_moe_layer_wise_logging_tracker().items():
+            entry["values"].copy_(kept[name]) if name in kept else entry["values"].zero_()
 
 
 def drop_losses() -> None:
