@@ -88,8 +88,10 @@ class BothPasses:
         self._clock, self._told = clock, told
         self._forward = 0.0
         self._started: Any = None
-        output.register_hook(self._begin)  # type: ignore[no-untyped-call]
-        given.register_hook(self._end)  # type: ignore[no-untyped-call]
+        self._hooks = [
+            output.register_hook(self._begin),  # type: ignore[no-untyped-call]
+            given.register_hook(self._end),  # type: ignore[no-untyped-call]
+        ]
 
     def forward_took(self, seconds: float) -> None:
         self._forward = seconds
@@ -98,9 +100,10 @@ class BothPasses:
         self._started = self._clock.start()
 
     def _end(self, _: torch.Tensor) -> None:
-        if self._started is not None:
+        if self._started is not None:  # else another path than through the output has led here
             self._clock.stop(self._started, self._backward_took)
-            self._started = None
+        for hook in self._hooks:  # the input may be one that lives on
+            hook.remove()
 
     def _backward_took(self, seconds: float) -> None:
         self._told(self._forward + seconds)

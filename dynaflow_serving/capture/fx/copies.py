@@ -7,10 +7,12 @@ Contract
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
-from dynaflow_serving.capture.fx.symbols import fake_value
+from dynaflow_serving.capture.fx.symbols import expression, fake_value
 
 
 def drop_copies_of_collectives(gm: fx.GraphModule) -> None:
@@ -19,7 +21,12 @@ def drop_copies_of_collectives(gm: fx.GraphModule) -> None:
         into, source = node.args[:2]
         if source.target is torch.ops._c10d_functional.wait_tensor.default and len(source.users) == 1:
             old, new = fake_value(into), fake_value(source)
-            if (old.dtype, old.shape, old.stride()) == (new.dtype, new.shape, new.stride()):
+            if _layout(old) == _layout(new):
                 node.replace_all_uses_with(source)
                 gm.graph.erase_node(node)
     gm.recompile()
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what two tensors with the same memory layout have in common; no size is guarded on."""
+    return tensor.dtype, *map(expression, (*tensor.shape, *tensor.stride()))

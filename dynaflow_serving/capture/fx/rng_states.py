@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.partitioners import default_partition
 
 from dynaflow_serving.capture.independence.prove import draws_nothing
 
@@ -35,6 +34,8 @@ def partition_joint_graph(
     joint: fx.GraphModule, inputs: Sequence[Any], **options: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a joint graph into its forward and its backward graph, as `default_partition` does."""
+    from torch._functorch.partitioners import default_partition  # seconds, which inference need not pay
+
     for node in joint.graph.nodes:
         if _is_idle(node):
             node.target = _Idle(node.target)
