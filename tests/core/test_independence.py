@@ -57,6 +57,7 @@ RIGHT: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], Any]] = {
     "no rows": (lambda x: x[:0], (X,), Whole()),
     "all rows": (lambda x: x[:], (X,), Cut(0)),
     "bytes": (lambda x: x.view(torch.int32), (X,), Cut(0)),
+    "bytes of as many numbers": (lambda x: x.t().flatten().view(torch.int32), (X,), Cut(0, copies=4)),
     "gradient of columns": (lambda x: aten.slice_backward(x, [x.shape[0], 9], 1, 2, 6, 1), (X,), Cut(0)),
     "gradient of all rows": (lambda x: aten.slice_backward(x, [x.shape[0], 4], 0, 0, 1 << 62, 1), (X,), Cut(0)),
     "gradient of one column": (lambda x: aten.select_backward(x, [x.shape[0], 3, 4], 1, 2), (X,), Cut(0)),
@@ -101,6 +102,7 @@ RIGHT: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], Any]] = {
     "mean of sums": (lambda x: x.sum(1).mean(), (X,), Total(mean=True)),
 }
 WRONG: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
+    "bytes of tokens": (lambda x: x[:, 0].clone().view(torch.int16), (X,), "regroups the bytes of tokens"),
     # views
     "pairs of tokens": (lambda x: x.view(-1, 8), (X,), "reshapes across the token axis"),
     "halves": (lambda x: x.view(2, -1, 4), (X,), "reshapes across the token axis"),
