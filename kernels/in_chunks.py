@@ -51,8 +51,8 @@ class InChunks(Composed):
             rows = inputs[0].shape[self.dim]
             if rows < self.chunks:
                 return function(*inputs)
-            edges = [rows * i // self.chunks for i in range(self.chunks + 1)]
-            parts = [tuple(self._part(x, c, rows, a, b) for x, c in zip(inputs, cut)) for a, b in pairwise(edges)]
+            ranges = chunks_of(rows, self.chunks)
+            parts = [tuple(self._part(x, c, rows, a, b) for x, c in zip(inputs, cut)) for a, b in ranges]
             return _together(run_in_turn(function, parts), self.dim)
 
         return call
@@ -61,6 +61,11 @@ class InChunks(Composed):
         if cut and isinstance(value, torch.Tensor) and value.dim() > self.dim and value.shape[self.dim] == rows:
             return value.narrow(self.dim, start, stop - start)
         return value
+
+
+def chunks_of(rows: int, chunks: int) -> list[tuple[int, int]]:
+    """Return the first row of each chunk, and the one behind its last; with fewer rows than chunks, some are empty."""
+    return list(pairwise(rows * i // chunks for i in range(chunks + 1)))
 
 
 def _together(results: Sequence[Any], dim: int) -> Any:

@@ -16,7 +16,6 @@ Contract
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from dynaflow_serving.core.plan import Action, Plan
 from dynaflow_serving.errors import ScheduleError
 from dynaflow_serving.kernels import Composed
 from dynaflow_serving.kernels.collectives import group_of_sum
+from dynaflow_serving.kernels.in_chunks import chunks_of
 from dynaflow_serving.strategy.rules import function_names
 
 _VIEWS = {"view", "_unsafe_view", "reshape"}
@@ -58,7 +58,7 @@ class ReducedProduct(Composed):
             rows = inputs[x]
             result = rows.new_empty(rows.shape[0], inputs[weight].shape[1])
             sent = []
-            for start, stop in pairwise(rows.shape[0] * i // chunks for i in range(chunks + 1)):
+            for start, stop in chunks_of(rows.shape[0], chunks):
                 if start < stop:
                     part = torch.mm(rows[start:stop], inputs[weight], out=result[start:stop])
                     sent.append(dist.all_reduce(part, group=group, async_op=True))

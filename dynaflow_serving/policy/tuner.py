@@ -84,7 +84,8 @@ class Tuner:
     def __init__(self, session: Session, selector: AutoSelector, trials: Trials, facts: Facts, ranks: Ranks) -> None:
         self.session, self.selector, self.trials, self.facts, self.ranks = session, selector, trials, facts, ranks
         self.options = selector.options
-        self._started = time.perf_counter()
+        self._started = 0.0  # when tuning began
+        self._used_up = f"the budget of {self.options.budget_seconds:g} s was used up"
 
     def tune(self, progress: Progress = lambda done, of, what: None) -> Table:
         """Decide for every bucket that the trials can produce, and return the table of the decisions."""
@@ -95,9 +96,9 @@ class Tuner:
         for done, (bucket, batch) in enumerate(work):
             progress(done, len(work), str(bucket))
             decision = Decision(kind=bucket.kind, tokens=bucket.tokens, requests=bucket.requests)
-            if self._elapsed() > self.options.budget_seconds:
+            if self._over_budget():
                 decision.decided = False
-                decision.reason = f"not tuned: the budget of {self.options.budget_seconds:g} s was used up"
+                decision.reason = f"not tuned: {self._used_up}"
             elif lost := _lost_before(bucket, decisions):
                 decision.reason = lost
             else:
@@ -110,6 +111,9 @@ class Tuner:
         """Return the seconds of tuning so far, on the slowest rank."""
         (seconds,) = self.ranks.greatest([time.perf_counter() - self._started])
         return seconds
+
+    def _over_budget(self) -> bool:
+        return self._elapsed() > self.options.budget_seconds
 
     # -- one bucket ----------------------------------------------------------------------------------
     def _decide(self, decision: Decision, batch: Batch, refused: dict[str, str]) -> None:
@@ -154,8 +158,8 @@ class Tuner:
         for trial in promising[TIMED:]:
             trial.verdict = f"predicted to be no faster than {', '.join(t.candidate for t in promising[:TIMED])}"
         for number, trial in enumerate((*timed, *promising[:TIMED])):
-            if number and self._elapsed() > self.options.budget_seconds:
-                trial.verdict = f"not timed: the budget of {self.options.budget_seconds:g} s was used up"
+            if number and self._over_budget():
+                trial.verdict = f"not timed: {self._used_up}"
                 continue
             before = self._graph_mib()
             plain += self._race(trial, batch)
@@ -182,7 +186,7 @@ class Tuner:
             self._seconds(trial.candidate, batch)
         for number in range(2 * self.options.pairs):
             if number == self.options.pairs and (
-                _lost(trial, noise(plain), self.options.min_gain) or self._elapsed() > self.options.budget_seconds
+                _lost(trial, noise(plain), self.options.min_gain) or self._over_budget()
             ):
                 break
             seconds = {label: self._seconds(label, batch) for label in in_turn((PLAIN, trial.candidate), number)}

@@ -182,6 +182,7 @@ def backward_seconds(
             bound[key] = sent.get(key, typical)
         else:
             computed[key] = 0.0 if key in sent else seconds
-    sending, computing = min(sum(bound.values()), total), sum(computed.values())
-    scales = ((bound, sending / (sum(bound.values()) or 1)), (computed, (total - sending) / (computing or 1)))
+    measured, computing = sum(bound.values()), sum(computed.values())
+    sending = min(measured, total)
+    scales = ((bound, sending / (measured or 1)), (computed, (total - sending) / (computing or 1)))
     return {(backward_name(name), mb): s * scale for part, scale in scales for (name, mb), s in part.items()}

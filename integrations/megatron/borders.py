@@ -86,14 +86,6 @@ def _products(sequence_parallel: bool, device: str) -> list[Rule]:
     ]
 
 
-def _has_border(name: str, tag: str = "") -> bool:
-    """Whether a frame runs in which a function called `name`, with that tag, is a border."""
-    frame = current_frame()
-    return frame is not None and any(
-        border.name == name and (not tag or tag in border.rule.tags) for border in frame.borders.values()
-    )
-
-
 @functools.cache
 def prepare_for_frames() -> None:
     """Replace, once per process, what must behave otherwise within a frame. Outside of frames all is as it was."""
@@ -107,15 +99,15 @@ def prepare_for_frames() -> None:
         input: Any, weight: Any, bias: Any, gradient_accumulation_fusion: bool, allreduce_dgrad: bool,
         sequence_parallel: bool, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        if current_frame() is None:
+        if (frame := current_frame()) is None:
             join_gradients()
-        elif sequence_parallel and _has_border("column_parallel", Tag.ONE_KERNEL):
+        elif sequence_parallel and frame.has_border("column_parallel", Tag.ONE_KERNEL):
             product = symmetric.gather_matmul(input, weight, kwargs["tp_group"])
             return product if bias is None else product + bias
         elif sequence_parallel:
             input = mappings.gather_from_sequence_parallel_region(input, group=kwargs.get("tp_group"))
             sequence_parallel = False
-        elif allreduce_dgrad and _has_border("copy"):
+        elif allreduce_dgrad and frame.has_border("copy"):
             input = mappings.copy_to_tensor_model_parallel_region(input, group=kwargs.get("tp_group"))
             allreduce_dgrad = False
         return linear(
@@ -152,8 +144,8 @@ def _in_one_kernel(row_parallel: Any) -> Any:
 
     @functools.wraps(row_parallel)
     def forward(self: Any, input_: Any) -> Any:
-        scatters = self.sequence_parallel and not self.explicit_expert_comm
-        if not (scatters and _has_border("row_parallel", Tag.ONE_KERNEL)):
+        frame, scatters = current_frame(), self.sequence_parallel and not self.explicit_expert_comm
+        if frame is None or not (scatters and frame.has_border("row_parallel", Tag.ONE_KERNEL)):
             return row_parallel(self, input_)
         output = symmetric.matmul_scatter(input_, self.weight, self.tp_group)
         if self.skip_bias_add or self.bias is None:

@@ -41,9 +41,8 @@ def _config_causes(device: str, config: Config, settings: Any) -> list[str]:
     if config.capture == "graph":
         causes.append("capture 'graph': Megatron-LM has no graph of its layers (set capture: auto)")
     selector = build_selector(config)
-    taken = selector.taken_whole
+    taken, tags = selector.taken_whole, ", ".join(sorted(selector.taken_whole))
     if taken and selector.max_micro_batches > 1:
-        tags = ", ".join(sorted(taken))
         causes.append(
             f"candidates that cut operators tagged {tags} beside candidates that split the batch "
             "(give each kind a config of its own)"
@@ -52,7 +51,6 @@ def _config_causes(device: str, config: Config, settings: Any) -> list[str]:
         (Tag.EXPERTS in taken and settings.expert_model_parallel_size > 1)
         or (Tag.ROW_PARALLEL in taken and settings.tensor_model_parallel_size > 1)
     ):
-        tags = ", ".join(sorted(taken))
         causes.append(f"{config.strategy} cuts operators tagged {tags}: they send nothing here")
     return causes + (_auto_causes(settings) if config.strategy == AUTO else [])
 

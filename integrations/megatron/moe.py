@@ -40,8 +40,7 @@ def prepare_for_frames() -> None:
     def forward_with_own_dispatcher(self: Any, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         if frame is not None:
-            at_once = any(border.name == "experts" for border in frame.borders.values())
-            self = _with_own_dispatcher(self, _ExchangesAtOnce if at_once else type(self))
+            self = _with_own_dispatcher(self, _ExchangesAtOnce if frame.has_border("experts") else type(self))
         return forward(self, *args, **kwargs)
 
     MoELayer.forward = forward_with_own_dispatcher

@@ -108,6 +108,10 @@ class Frame(greenlet):
             self.pending = got
         return self.pending
 
+    def has_border(self, name: str, tag: str = "") -> bool:
+        """Whether calls of something called `name`, with that tag if any, are borders here."""
+        return any(b.name == name and (not tag or tag in b.rule.tags) for b in self.borders.values())
+
     @property
     def has_own_state(self) -> bool:
         """Whether the frame is suspended in another torch state than its caller's."""
