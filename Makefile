@@ -1,7 +1,7 @@
 # Needs Python 3.11 with venv, and nothing else installed.
 #
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
-#   make test [SESSIONS=...]    lint, types, core, operators, wheel, kernels, ray, transformers, megatron, vllm, vllm_v2,
+#   make test [SESSIONS=...]    lint, types, core, operators, kernels, wheel, transformers, megatron, vllm, vllm_v2,
 #                               sglang, or those named; stops at the first failure
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json and .html: on two emulated
 #                               nodes, or where network namespaces are not allowed on this machine alone
@@ -10,11 +10,13 @@
 #   make clean                  delete environments, caches and build output
 
 PYTHON ?= python3
-ENGINES := core operators kernels ray transformers megatron vllm sglang
+ENGINES := core transformers megatron vllm sglang
 NOX_VERSION := 2026.10.20
 
 # No "Leaving directory" after the line that `make env` ends with.
 MAKEFLAGS += --no-print-directory
+# Environments are installed without compiled modules: Python compiles what it imports, and is to keep it.
+export PYTHONDONTWRITEBYTECODE :=
 ENVS := $(CURDIR)/.nox
 LONG := --requests 256 --input-len 128 --output-len 32
 NOX := $(ENVS)/bootstrap/bin/python -m nox

