@@ -56,12 +56,12 @@ def two_servers(model_path, tmp_path):
         files = tmp_path / "report.html", tmp_path / "report.json"
         dynaflow = Path(sys.executable).with_name("dynaflow")
         command = [str(dynaflow), "bench", engine, "--model", model_path("llama"), "--load", load, "--rate", "inf"]
-        command += ["--pairs", "1", "--requests", "8", "--input-len", "32", "--output-len", "16"]
+        command += ["--pairs", "2", "--requests", "8", "--input-len", "32", "--output-len", "16"]
         command += ["-o", "min_tokens=1", "--html", str(files[0]), "--json", str(files[1])]
         done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         result, page = json.loads(files[1].read_text()), files[0].read_text()
-        assert result["failures"] == [] and len(result["passes"]) == 4
+        assert result["failures"] == [] and len(result["passes"]) == 6
         assert result["steps"]["split"]["comm_overlap"] > 0
         for one in result["passes"]:
             assert (one["figures"]["completed"], one["figures"]["failed"]) == (8, 0)

@@ -12,9 +12,12 @@ pytest.importorskip("transformers", reason="needs transformers (make env ENGINE=
 
 sys.path.append(str(Path(__file__).parent))  # scenarios.py is imported by its bare name, in the ranks too
 
+from two_ranks import preload
+
 from dynaflow_serving.bench.tiny_models import make_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+preload(*(f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "mixtral", "qwen3", "qwen3_moe")))
 
 
 @pytest.fixture(scope="session")
