@@ -76,6 +76,11 @@ def digest(*parts: object, files: list[Path]) -> str:
     return text.hexdigest()
 
 
+def holds(stamp: Path, want: str) -> bool:
+    """Whether `stamp` says that exactly `want` was installed."""
+    return stamp.exists() and stamp.read_text() == want
+
+
 def install(session: nox.Session, *steps: tuple[str, ...]) -> None:
     """Run `pip install` with each of `steps`, unless exactly that was completed here before.
 
@@ -89,9 +94,9 @@ def install(session: nox.Session, *steps: tuple[str, ...]) -> None:
     want = digest(steps, files=files)
     location = Path(session.virtualenv.location)
     stamp = location / "requirements.stamp"
+    if holds(stamp, want):
+        return
     if stamp.exists():
-        if stamp.read_text() == want:
-            return
         shutil.rmtree(location)
         session.virtualenv.create()
     stamp.write_text("incomplete")
@@ -105,40 +110,39 @@ def install_project(session: nox.Session) -> None:
     """Install this checkout, editable, unless it is there and `pyproject.toml` is unchanged."""
     want = digest(PROJECT, files=[ROOT / "pyproject.toml"])
     stamp = Path(session.virtualenv.location) / "project.stamp"
-    if stamp.exists() and stamp.read_text() == want:
+    if holds(stamp, want):
         return
     session.install("--quiet", *PROJECT)
     stamp.write_text(want)
 
 
-def borrow(session: nox.Session, owner: str, triton: bool = False) -> tuple[Path, dict[str, str]]:
-    """The environment of another session, made if need be.
+def borrow(session: nox.Session, owner: str, triton: bool = False) -> Path:
+    """The programs of another session's environment, which is made if need be.
 
-    Returns:
-        Its folder of programs; and variables of the environment, for Triton where it is asked for: that lies in a
-        folder of its own, because torch and vLLM behave otherwise where they can import it.
+    Triton, if asked for, lies in a folder of its own: torch and vLLM behave otherwise where they can import it.
     """
-    session.run(sys.executable, "-m", "nox", "--session", owner, "--install-only", external=True, silent=True)
+    session.run(sys.executable, "-m", "nox", "--session", owner, "--install-only", silent=True)
     programs = ROOT / ".nox" / owner / "bin"
     if not triton:
-        return programs, {}
+        return programs
     folder = programs.with_name("triton")
     stamp, want = folder / "requirements.stamp", digest(TRITON, files=[REQUIREMENTS / "triton.txt"])
-    if not stamp.exists() or stamp.read_text() != want:
+    if not holds(stamp, want):
         shutil.rmtree(folder, ignore_errors=True)
-        pip = (str(programs / "python"), "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(folder))
-        session.run(*pip, *TRITON, external=True)
+        pip = (str(programs / "pip"), "install", "--quiet", "--no-compile")
+        session.run(*pip, "--target", str(folder), *TRITON)
         stamp.write_text(want)
-    return programs, {"PYTHONPATH": str(folder)}
+    session.env["PYTHONPATH"] = str(folder)
+    return programs
 
 
-def run_tests(session: nox.Session, pytest: str, *tests: str, env: dict[str, str], external: bool = False) -> None:
+def run_tests(session: nox.Session, *tests: str, env: dict[str, str], pytest: str = "pytest") -> None:
     """Run `tests` on two workers, then, one by one, those marked `alone`; or what the command line asks for."""
     if session.posargs:
-        session.run(pytest, *session.posargs, env=env, external=external)
+        session.run(pytest, *session.posargs, env=env)
         return
-    session.run(pytest, "-rs", *PARALLEL, "-m", "not alone", *tests, env=env | ONE_THREAD, external=external)
-    session.run(pytest, "-m", "alone", *tests, env=env, external=external)
+    session.run(pytest, "-rs", *PARALLEL, "-m", "not alone", *tests, env=env | ONE_THREAD)
+    session.run(pytest, "-m", "alone", *tests, env=env)
 
 
 def unlisted_packages() -> list[str]:
@@ -202,18 +206,17 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """mypy --strict on the package; no engine is installed in the core's environment."""
-    programs, _ = borrow(session, "core")
+    mypy = borrow(session, "core") / "mypy"
     # It looks for the package where it lies in one piece; it must not see the folders under their other names.
     session.chdir(package_tree(session))
     session.run(
-        str(programs / "mypy"),
+        str(mypy),
         "--strict",
         f"--config-file={ROOT / 'pyproject.toml'}",
         f"--cache-dir={ROOT / '.mypy_cache'}",
         "-p",
         "dynaflow_serving",
         *session.posargs,
-        external=True,
     )
 
 
@@ -222,23 +225,21 @@ def core(session: nox.Session) -> None:
     """tests/core and tests/gpu (skipped without CUDA, with the reason), with torch, Ray and no engine."""
     install(session, CORE)
     install_project(session)
-    run_tests(session, "pytest", "tests/core", "tests/gpu", env={})
+    run_tests(session, "tests/core", "tests/gpu", env={})
 
 
 @nox.session(venv_backend="none")
 def operators(session: nox.Session) -> None:
     """tests/operators: a share of PyTorch's own operator samples, stock and split."""
-    programs, _ = borrow(session, "core")
-    tests = session.posargs or ["-q", "-n", "2", "tests/operators"]
-    session.run(str(programs / "pytest"), *tests, env=ONE_THREAD, external=True)
+    pytest = borrow(session, "core") / "pytest"
+    session.run(str(pytest), *(session.posargs or ["-q", "-n", "2", "tests/operators"]), env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none")
 def kernels(session: nox.Session) -> None:
     """tests/kernels: Triton kernels under its interpreter where there is no GPU."""
-    programs, environment = borrow(session, "core", triton=True)
-    tests = session.posargs or ["-rs", *PARALLEL, "tests/kernels"]
-    session.run(str(programs / "pytest"), *tests, env=environment | ONE_THREAD, external=True)
+    pytest = borrow(session, "core", triton=True) / "pytest"
+    session.run(str(pytest), *(session.posargs or ["-rs", *PARALLEL, "tests/kernels"]), env=ONE_THREAD)
 
 
 @nox.session
@@ -276,22 +277,21 @@ def vllm(session: nox.Session) -> None:
     """tests/vllm, with vLLM's CPU build, and the tests of the tiny models, which need transformers."""
     install(session, VLLM, VLLM_METADATA)
     install_project(session)
-    run_tests(session, "pytest", "tests/core/test_tiny_models.py", "tests/vllm", env=VLLM_ENV)
+    run_tests(session, "tests/core/test_tiny_models.py", "tests/vllm", env=VLLM_ENV)
 
 
 @nox.session(venv_backend="none")
 def vllm_v2(session: nox.Session) -> None:
     """vLLM's Model Runner V2, which needs Triton, in the environment of the vllm session."""
-    programs, environment = borrow(session, "vllm", triton=True)
+    pytest = borrow(session, "vllm", triton=True) / "pytest"
     run_tests(
         session,
-        str(programs / "pytest"),
         "tests/vllm/test_runner_v2.py",
         "tests/vllm/test_hazards.py",
         "tests/vllm/test_policy.py",
         "tests/vllm/test_proof.py",
-        env=VLLM_ENV | environment,
-        external=True,
+        env=VLLM_ENV,
+        pytest=str(pytest),
     )
 
 
@@ -300,4 +300,4 @@ def sglang(session: nox.Session) -> None:
     """tests/sglang, with SGLang on plain PyTorch kernels, and the tests of the tiny models."""
     install(session, SGLANG, SGLANG_CPU)
     install_project(session)
-    run_tests(session, "pytest", "tests/core/test_tiny_models.py", "tests/sglang", env=SGLANG_ENV)
+    run_tests(session, "tests/core/test_tiny_models.py", "tests/sglang", env=SGLANG_ENV)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from one_process import COMMON  # the folder of a script is where it imports from
 
-SETTINGS = COMMON | dict(chunked_prefill_size=96, enable_mixed_chunk=True)
+SETTINGS = COMMON | dict(tp_size=2, chunked_prefill_size=96, enable_mixed_chunk=True)
 
 
 def main():

@@ -26,12 +26,12 @@ class SGLangServer(Server):
 
 
 @contextlib.contextmanager
-def serve(log, model, *options, ranks=1):
-    """A server that is up; stopped after it. Its own question for health would be a step, so it is not asked."""
+def serve(log, model, *options):
+    """A server of two ranks that is up; stopped after it. It is not asked for its health, which would be a step."""
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
-    command += [*OPTIONS, "--disable-cuda-graph", "--tp", str(ranks), *options]
-    environment = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}
+    command += [*OPTIONS, "--disable-cuda-graph", "--tp", "2", *options]
+    environment = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     server = SGLangServer("sglang", command, port, environment, log)
     try:
         server.wait(300, path="/server_info")

@@ -13,9 +13,7 @@ DYNAFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1, "micro_batches"
 
 
 def run_engine(folder, model, prompts, dynaflow):
-    options = {"tp_size": 2}
-    if dynaflow is not None:
-        options["json_model_override_args"] = json.dumps({"dynaflow": dynaflow})
+    options = {} if dynaflow is None else {"json_model_override_args": json.dumps({"dynaflow": dynaflow})}
     out = folder / f"{'stock' if dynaflow is None else 'dynaflow'}.json"
     request = json.dumps({"model": model, "prompts": prompts, "options": options})
     environment = {**os.environ, "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}

@@ -111,7 +111,7 @@ def test_server_of_two_ranks_tunes_and_then_serves_by_the_table(model_path, prom
     arguments += ("--skip-server-warmup", "--enable-metrics")
 
     file.write_text(yaml.safe_dump(config))
-    with serve(model_path("llama"), *arguments, ranks=2) as server:
+    with serve(model_path("llama"), *arguments) as server:
         tuned = Table.model_validate_json(table.read_text())
         assert tuned.key["ranks"] == "2" and all(d.reason for d in tuned.decisions)
         assert any(trial.predicted for d in tuned.decisions for trial in d.trials)
@@ -129,7 +129,7 @@ def test_server_of_two_ranks_tunes_and_then_serves_by_the_table(model_path, prom
     config["trace"] = {"folder": str(traces), "every": 2, "limit": 2}
     config["check"] = {"every": 3, "folder": str(tmp_path / "mismatch")}
     file.write_text(yaml.safe_dump(config))
-    with serve(model_path("llama"), *arguments, ranks=2) as server:
+    with serve(model_path("llama"), *arguments) as server:
         assert server.generate(prompts, 12) == first
         state, metrics = server.info["internal_states"][0]["dynaflow"], counted(server)
     assert len(state["policy"]["adopted"]) == sum(d.kind == "decode" for d in tuned.decisions) > 2

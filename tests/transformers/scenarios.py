@@ -171,10 +171,10 @@ def training_of_experts(path: str) -> dict[str, Any]:
     return gradients_apart(path, strategy("comm_overlap", 2))[0]
 
 
-def training(path: str) -> dict[str, Any]:
-    found, session = gradients_apart(path, strategy("comm_overlap", 2), checkpoints=True)
+def training(path: str, micro_batches: int, checkpoints: bool) -> dict[str, Any]:
+    found, session = gradients_apart(path, strategy("comm_overlap", micro_batches), checkpoints)
     _, backward_run = session.plan_caches
-    plan = next(p for p in backward_run.plans if p.micro_batches == 2)
+    plan = next(p for p in backward_run.plans if p.micro_batches == micro_batches)
     by_name = backward_run.captured.program.by_name
     runs = [s for s in plan.actions if s.kind is ActionKind.RUN]
     network = [i for i, s in enumerate(runs) if by_name[s.operators[0]].resource is Resource.NETWORK]

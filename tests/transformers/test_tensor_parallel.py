@@ -32,18 +32,21 @@ def test_generated_tokens_equal(models: dict[str, str], cache: str | None) -> No
         assert found["graphs"] <= 5  # prompts of one length, of any length, and the decode
 
 
-def test_gradients_equal_and_backward_collectives_overlap(models: dict[str, str]) -> None:
-    """With gradient checkpointing: the collectives of the layers that run again are in the backward plan, too.
+@pytest.mark.parametrize(("micro_batches", "checkpoints"), [(1, False), (2, True)])
+def test_gradients_equal_and_backward_collectives_overlap(
+    models: dict[str, str], micro_batches: int, checkpoints: bool
+) -> None:
+    """With gradient checkpointing, the collectives of the layers that run again are in the backward plan, too.
 
-    Training without it is in `test_bench.test_forward_and_backward`, un-split training in the test of `flux`.
+    Two micro-batches without it are in `test_bench.test_forward_and_backward`.
     """
-    for found in on_two_ranks(scenarios.training, models["llama"]):
+    for found in on_two_ranks(scenarios.training, models["llama"], micro_batches, checkpoints):
         assert found["apart"] <= TOLERANCE  # sums over the tokens in another order
         assert found["gradients"] == 21
-        assert found["steps"] == [6, 0]  # three passes forward, three backward
+        assert found["steps"] == ([6, 0] if micro_batches == 2 else [0, 6])  # three passes forward, three backward
         assert found["backward_streams"] == ["network"]
-        assert found["collectives"] == 2 * 13
-        assert found["overlapping"] >= found["collectives"] - 2 * 2
+        assert found["collectives"] == (13 if checkpoints else 10) * micro_batches
+        assert found["overlapping"] >= found["collectives"] - 2 * micro_batches
 
 
 def test_gradients_of_experts_equal(models: dict[str, str]) -> None:

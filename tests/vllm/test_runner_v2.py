@@ -16,7 +16,9 @@ NANOFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
 
 
 # Mode 3 on one rank: in the test of the warm-up.
-@pytest.mark.parametrize(("mode", "tp"), [("mode2-uncompiled", 1), ("mode2-compiled", 1), ("mode3", 2), ("none", 1)])
+@pytest.mark.parametrize(
+    ("mode", "tp"), [("mode2-uncompiled", 1), ("mode2-compiled", 1), ("mode3", 2), ("none", 1), ("none", 2)]
+)
 def test_tokens_equal_stock(generate, check_tokens, mode, tp):
     ours = generate("llama", mode, tp, NANOFLOW)
     check_tokens(ours, "llama", mode, tp)

@@ -6,7 +6,8 @@ import pytest
 NANOFLOW = {"strategy": "nanoflow", "options": {"min_tokens": 1}}
 
 
-# All modes with one kind, and two with the others. Two ranks take a minute: Mixtral's are in `test_eager.py`.
+# All modes with one kind, and two with the others. Two ranks take a minute: Mixtral's are in `test_eager.py`, and those
+# of the un-compiled mode 2 in `test_policy.py` and `test_proof.py`.
 CASES = [("llama", mode, 1) for mode in ("mode2-uncompiled", "mode2-compiled", "mode3")]
 CASES += [("llama", "mode2-compiled", 2), ("qwen3", "mode3", 2)]
 CASES += [("qwen3", "mode2-compiled", 1), ("mixtral", "mode2-compiled", 1), ("mixtral", "mode3", 1)]
