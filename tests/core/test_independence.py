@@ -98,6 +98,7 @@ RIGHT: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], Any]] = {
     "sum": (lambda x: x.sum(0), (X,), Total()),
     "mean": (lambda x: x.mean(), (X,), Total(mean=True)),
     "weight gradient": (lambda x: x.t() @ x, (X,), Total()),
+    "sum per column": (lambda x: x.sum(0, keepdim=True).expand(3, 4), (X,), Total()),
     "scaled sum": (lambda x: x.sum(0) * 2 @ WEIGHT, (X,), Total()),
     "mean of sums": (lambda x: x.sum(1).mean(), (X,), Total(mean=True)),
 }
@@ -119,6 +120,7 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
         lambda x: aten.slice_backward(x @ x.t(), [x.shape[0], 99], 1, 0, x.shape[0], 1), (X,), "mixes tokens"),
     "gradient of one token": (
         lambda x: aten.select_backward(WEIGHT[0], [x.shape[0], 4], 0, 1), (X,), "but has no token axis"),
+    "a sum per token": (lambda x: x.sum(0).expand(x.shape[0], 4), (X,), "repeats a sum over tokens"),
     # factories
     "filled with the count": (
         lambda x: torch.full((x.shape[0],), x.shape[0]), (X,), "computes with the number of tokens"),

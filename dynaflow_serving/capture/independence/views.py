@@ -45,7 +45,10 @@ def expand(case: Case) -> list[Placement]:
     source, pair = case.at("self"), case.call.results[0]
     if isinstance(source, Cut):
         return [Cut(source.dim + pair[0].dim() - case["self"].dim(), source.copies, source.numbered)]
-    return [Cut(d) for d in changed_dims(pair)[:1]] or [source]
+    dims = changed_dims(pair)
+    if dims and isinstance(source, Total):
+        raise Mixes("repeats a sum over tokens")
+    return [Cut(dims[0]) if dims else source]
 
 
 @rule("aten::repeat", sizes=("repeats",))
