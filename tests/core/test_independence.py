@@ -50,6 +50,9 @@ RIGHT: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], Any]] = {
     "copies": (lambda x: torch.cat([x, x]), (X,), Cut(0, copies=2)),
     "copies regrouped": (lambda x: torch.cat([x, x]).view(2, -1, 4), (X,), Cut(1)),
     "one copy": (lambda x: torch.cat([x, x]).chunk(2)[1], (X,), Cut(0)),
+    "written copy": (
+        lambda x: aten.slice_scatter(torch.cat([x, x, x]), torch.cat([x, x]), 0, 0, 2 * x.shape[0]), (X,),
+        Cut(0, copies=3)),
     "repeat": (lambda x: x.repeat(3, 1), (X,), Cut(0, copies=3)),
     "repeat of rows": (lambda x: x.repeat(1, 3), (X,), Cut(0)),
     "a weight per token": (lambda x: torch.ones(4).expand(x.shape[0], 4), (X,), Cut(0)),
@@ -110,6 +113,8 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
     "copies as rows": (lambda x: torch.cat([x, x]).view(-1, 2, 4), (X,), "reshapes across the token axis"),
     "every second": (lambda x: x[::2], (X,), "picks tokens by position"),
     "all but one": (lambda x: x[1:], (X,), "picks tokens by position"),
+    "written across copies": (
+        lambda x: aten.slice_scatter(torch.cat([x, x]), x, 0, 1, x.shape[0] + 1), (X,), "picks tokens by position"),
     "beside a constant": (lambda x: torch.cat([x, torch.zeros(1, 4)]), (X,), "puts what all tokens share beside"),
     "different rows": (lambda x: torch.cat([x.view(-1, 2), x[:, :2]]), (X,), "different numbers of rows"),
     "strides": (lambda x: torch.as_strided(x, (2, 2), (1, 1)), (X,), "by strides"),

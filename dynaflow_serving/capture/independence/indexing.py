@@ -15,6 +15,7 @@ import torch
 
 from dynaflow_serving.capture.independence.case import Case, dim_of, rule, taken
 from dynaflow_serving.capture.independence.placement import Cut, Mixes, Placement, Total, Whole
+from dynaflow_serving.capture.independence.views import whole_copies
 
 
 @rule("aten::index", "aten::_unsafe_index")
@@ -115,12 +116,16 @@ along("aten::glu", default=-1)
 
 @rule("aten::slice_scatter", sizes=("start", "end"))
 def slice_scatter(case: Case) -> list[Placement]:
-    cut, size = case.cut("self"), case["self"].shape
-    dim = dim_of(case["dim"], len(size))
-    if case.at("src") != cut or (case.call.changed and cut.dim != dim):
+    cut, dim = case.cut("self"), dim_of(case["dim"], case["self"].dim())
+    if cut.dim == dim:
+        ranges = [taken(a["self"].shape[dim], a) for a in (case.call.args, case.call.others)]
+        if any(r.step != 1 for r in ranges):
+            raise Mixes("writes to tokens by position")
+        written = whole_copies(cut, case, dim, [(r.start, len(r)) for r in ranges])
+    else:
+        written = cut
+    if case.at("src") != written or (case.call.changed and cut.dim != dim):
         raise Mixes("writes what is placed otherwise")
-    if cut.dim == dim and taken(size[dim], case.call.args) != range(size[dim]):
-        raise Mixes("writes to tokens by position")
     return [cut]
 
 

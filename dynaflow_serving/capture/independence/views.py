@@ -71,7 +71,7 @@ def slice_(case: Case) -> list[Placement]:
     if isinstance(source, Cut) and source.dim == dim:
         if any(r.step != 1 for r in ranges):
             raise Mixes("picks tokens by position")
-        return [_blocks(source, case, dim, [(r.start, len(r)) for r in ranges])]
+        return [whole_copies(source, case, dim, [(r.start, len(r)) for r in ranges])]
     if ranges[0] != ranges[1]:
         raise Mixes("takes as many elements as there are tokens")
     return [source]
@@ -90,7 +90,7 @@ def split(case: Case) -> list[Placement]:
     starts = [0, 0]
     for pair in case.call.results:
         lengths = [part.shape[dim] for part in pair]
-        found.append(_blocks(source, case, dim, list(zip(starts, lengths))))
+        found.append(whole_copies(source, case, dim, list(zip(starts, lengths))))
         starts = [start + length for start, length in zip(starts, lengths)]
     return found
 
@@ -123,7 +123,7 @@ def as_strided(case: Case) -> list[Placement]:
     raise Mixes("reads memory by strides")
 
 
-def _blocks(source: Cut, case: Case, dim: int, parts: list[tuple[int, int]]) -> Placement:
+def whole_copies(source: Cut, case: Case, dim: int, parts: list[tuple[int, int]]) -> Placement:
     """Return the placement of a part of the token axis, which must be empty or consist of whole copies of the batch.
 
     Args:
