@@ -68,6 +68,10 @@ class Guard(Observer):
         """Watch the adopted candidate of `bucket`, which may be slower by the share `noise`."""
         self._watches[bucket] = Watch(noise)
 
+    def forget_bucket(self, bucket: Bucket) -> None:
+        """Watch `bucket` no longer."""
+        self._watches.pop(bucket, None)
+
     def runs_plain(self, bucket: Bucket) -> bool:
         """Count a step of a watched `bucket`, and return whether it runs un-split."""
         watch = self._watches[bucket]

@@ -153,6 +153,8 @@ class AutoSelector(Selector):
     def serve_by(self, table: Table, session: Session, ranks: Ranks | None = None) -> None:
         """Look decisions up in `table` from now on, and watch them in the steps of `session`.
 
+        Decisions of earlier tables stay for buckets that this one has none of.
+
         Args:
             table: The decisions, equal on all ranks.
             session: The guard observes the steps of this session.
@@ -163,16 +165,25 @@ class AutoSelector(Selector):
         """
         if unknown := set(table.adopted.values()) - set(self._by_label):
             raise ConfigError(f"the policy table names {', '.join(sorted(unknown))}: no candidate of this config")
-        self.table = table
-        self._adopted = dict(table.adopted)
-        self._why = {d.bucket: FASTER_WHOLE for d in table.decisions if not d.candidate and d.decided}
-        switch_off = functools.partial(self._switch_off, session.metrics)
-        self.guard = Guard(self._options.guard_window, ranks or session.ranks, switch_off)
+        if self.guard is None:
+            switch_off = functools.partial(self._switch_off, session.metrics)
+            self.guard = Guard(self._options.guard_window, ranks or session.ranks, switch_off)
+            # The guard estimates what a step saved, and the metrics count it afterwards.
+            session.observe_with(self.guard, first=True)
         for decision in table.decisions:
+            bucket = decision.bucket
+            self._adopted.pop(bucket, None)
+            self._why.pop(bucket, None)
+            self.guard.forget_bucket(bucket)
             if decision.candidate:
-                self.guard.watch_bucket(decision.bucket, max(decision.noise or 0.0, self._options.min_gain))
-        # The guard estimates what a step saved, and the metrics count it afterwards.
-        session.observe_with(self.guard, first=True)
+                self._adopted[bucket] = decision.candidate
+                self.guard.watch_bucket(bucket, max(decision.noise or 0.0, self._options.min_gain))
+            elif decision.decided:
+                self._why[bucket] = FASTER_WHOLE
+        earlier = [] if self.table is None else self.table.decisions
+        new = {d.bucket for d in table.decisions}
+        kept = [d for d in earlier if d.bucket not in new]
+        self.table = table.model_copy(update={"decisions": [*table.decisions, *kept]})
 
     def split(self, batch: Batch) -> Split:
         """Split `batch` as its bucket's adopted candidate does, or leave it whole with the reason."""
