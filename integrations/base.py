@@ -137,3 +137,11 @@ class Workload(Protocol):
         Raises:
             DynaflowError: DynaFlow cannot be active.
         """
+
+
+class WorkloadWithPeers(Workload, Protocol):
+    """A system on one rank, and what its users can do without DynaFlow."""
+
+    @property
+    def peers(self) -> Mapping[str, Pass]:
+        """The same work in other ways of the stock system, by name."""

@@ -2,8 +2,8 @@
 
 Contract
 - Both come from the graphs that DynaFlow captured of a side, and both run the un-split batch. Compute runs all
-  operators but the collectives, whose input stands for their output. The network runs the collectives, one after the
-  other, on tensors of the same shapes.
+  operators but the collectives, whose input, or an earlier result, stands for their output. The network runs the
+  collectives, one after the other, on tensors of the same shapes.
 - No schedule of these operators is faster than the longer of the two: that is the limit of overlap.
 - `operator_times` are those of the same micro-batches one after the other, for the simulator.
 """
@@ -40,8 +40,10 @@ class Alone:
     def __init__(self, side: WorkloadSide) -> None:
         """Run one pass to learn the arguments. The side has run before, so that its graphs are captured."""
         self._graphs = captured_graphs(side)
-        self.compute: Run = _all([_whole(_without_network(c), args) for c, args in self._graphs])
-        self.network: Run = _all([_collectives(c, args) for c, args in self._graphs])
+        collectives = [_collectives(captured, args) for captured, args in self._graphs]
+        silent = [(_without_network(c, sent), args) for (c, args), sent in zip(self._graphs, collectives)]
+        self.compute: Run = _all([_whole(captured, args) for captured, args in silent])
+        self.network: Run = _all([_network(sent) for sent in collectives])
 
     @property
     def communicates(self) -> bool:
@@ -115,27 +117,49 @@ def _network_operators(captured: CapturedProgram) -> set[str]:
     return {o.name for o in captured.program.operators if o.resource is Resource.NETWORK}
 
 
-def _without_network(captured: CapturedProgram) -> CapturedProgram:
-    network = _network_operators(captured)
-    return _wrapped(captured, lambda name, function: (lambda x, *_: x) if name in network else function)
+@dataclasses.dataclass(frozen=True)
+class _Collective:
+    """One call of a collective: its function, arguments of the same shapes, and its result."""
+
+    function: Callable[..., Any]
+    given: tuple[Any, ...]
+    result: Any
 
 
-def _collectives(captured: CapturedProgram, args: Sequence[Any]) -> Run:
-    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+def _collectives(captured: CapturedProgram, args: Sequence[Any]) -> dict[str, _Collective]:
+    """Return the collectives of a graph by the names of their operators, in order, as one run calls them."""
+    found: dict[str, _Collective] = {}
     network = _network_operators(captured)
 
     def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
-            calls.append((function, tuple(torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in given)))
-            return function(*given)
+            kept = tuple(torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in given)
+            result = function(*given)
+            found[name] = _Collective(function, kept, result)
+            return result
 
         return call if name in network else function
 
     _whole(_wrapped(captured, noting), args)()
+    return found
 
+
+def _without_network(captured: CapturedProgram, collectives: Mapping[str, _Collective]) -> CapturedProgram:
+    """Return a graph whose collectives send nothing: their input, or a result of before, stands for their output."""
+
+    def silent(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if name not in collectives:
+            return function
+        result = collectives[name].result
+        return lambda x, *_: x if x.shape == result.shape else result
+
+    return _wrapped(captured, silent)
+
+
+def _network(collectives: Mapping[str, _Collective]) -> Run:
     def run() -> None:
-        for function, given in calls:
-            function(*given)
+        for collective in collectives.values():
+            collective.function(*collective.given)
 
     return run
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.defaults import default_dtype
-from dynaflow_serving.bench.engines import ENGINES, ONLY_TRAINS, OWN_MODELS, WORKLOADS, Engine, find_engine
+from dynaflow_serving.bench.engines import DIFFUSION, ENGINES, ONLY_TRAINS, OWN_MODELS, WORKLOADS, Engine, find_engine
 from dynaflow_serving.bench.environment import allocator, has_gpu, machine, usable_cores
 from dynaflow_serving.bench.link import NODES, Link, check_rates
 from dynaflow_serving.bench.runner.base import Runner
@@ -283,6 +283,12 @@ def least_tokens(system: str) -> int:
     The rows of a batch are the tokens of torch and transformers. Engines decode steps of few tokens un-split.
     """
     return 1 if system in WORKLOADS else ENGINE_TOKENS
+
+
+def make_traffic(system: str, requests: int | None, input_len: int | None, output_len: int, seed: int) -> Traffic:
+    """Return the requests of a pass, with what the user left open decided."""
+    usual = (2, 1280) if system in DIFFUSION else (30, 96)
+    return Traffic(requests=requests or usual[0], input_len=input_len or usual[1], output_len=output_len, seed=seed)
 
 
 def find_system(name: str) -> Engine:

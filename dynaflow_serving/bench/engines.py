@@ -76,9 +76,17 @@ WORKLOADS = {
     "torch": "dynaflow_serving.integrations.torch.workload:TorchWorkload",
     "transformers": "dynaflow_serving.integrations.transformers.workload:TransformersWorkload",
     "megatron": "dynaflow_serving.integrations.megatron.workload:MegatronWorkload",
+    "xdit": "dynaflow_serving.integrations.xdit.workload:XDiTWorkload",
+    "fastvideo": "dynaflow_serving.integrations.fastvideo.workload:FastVideoWorkload",
 }
-OWN_MODELS = ("torch", "megatron")  # their --model is no model directory
+DIFFUSION = ("xdit", "fastvideo")
+OWN_MODELS = ("torch", "megatron", *DIFFUSION)  # their --model is no model directory
 ONLY_TRAINS = ("megatron",)
+
+
+def peers_of(system: str) -> tuple[str, ...]:
+    """Return what else the ranks of a system run beside stock and strategies, as `WorkloadWithPeers` names it."""
+    return ("merged calls",) if system in DIFFUSION else ()
 
 
 def find_engine(name: str) -> Engine:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from dynaflow_serving.bench.alone import Alone
+from dynaflow_serving.bench.sides import AUTO, STOCK
 from dynaflow_serving.config import Config
-from dynaflow_serving.integrations.base import Workload, WorkloadSettings, WorkloadSide
+from dynaflow_serving.integrations.base import Pass, Workload, WorkloadSettings, WorkloadSide, WorkloadWithPeers
 from dynaflow_serving.session.difference import relative_difference
 
 RECOMPILE_LIMIT = 64  # Dynamo's cache has an entry per side
@@ -54,6 +55,7 @@ class Rank:
     def __init__(self, workload: Callable[[WorkloadSettings], Workload]) -> None:
         self._make = workload
         self._sides: dict[str, WorkloadSide] = {}
+        self._passes: dict[str, Pass] = {}  # without DynaFlow
         self._expected: list[torch.Tensor] = []
         self._alone: Alone | None = None  # what captured graphs tell of a pass
         self._parts: Mapping[str, Callable[[], object]] = {}  # of a pass, alone
@@ -65,7 +67,7 @@ class Rank:
 
         Args:
             settings: The fields of the `WorkloadSettings`.
-            sides: The content of the config of each side; None for the stock system.
+            sides: The content of the config of each side; None for stock and for peers.
             ranks: The number of ranks.
             threads: The threads that this rank computes with.
 
@@ -79,12 +81,14 @@ class Rank:
         self._workload = self._make(WorkloadSettings(**settings))
         self._expected = [t.clone() for t in finished(self._workload.stock())]
         for name, content in sides.items():
-            if content is None:
-                self._stock = name
+            if name == STOCK:
+                self._passes[name] = self._workload.stock
+            elif content is None:
+                self._passes[name] = cast(WorkloadWithPeers, self._workload).peers[name]
             else:
                 self._sides[name] = self._workload.under(Config(**content))
                 self._sides[name].run()
-        fixed = [side for name, side in self._sides.items() if sides[name]["strategy"] != "auto"]  # type: ignore[index]
+        fixed = [side for name, side in self._sides.items() if sides[name]["strategy"] != AUTO]  # type: ignore[index]
         if fixed and ranks > 1:
             self._find_parts(fixed[0])
         return {"release": self._workload.release, "communicates": bool(self._parts)}
@@ -95,7 +99,7 @@ class Rank:
 
     def run(self, side: str) -> dict[str, Any]:
         """Run one pass; return its seconds, and how far its outputs are from the stock system's."""
-        run = self._workload.stock if side == self._stock else self._sides[side].run
+        run = self._passes[side] if side in self._passes else self._sides[side].run
         seconds, outputs = self._timed(run)
         apart, equal = difference(outputs, self._expected)
         return {"seconds": seconds, "apart": apart, "equal": equal}

@@ -1,8 +1,8 @@
 """The sides of a comparison: the stock system, and the system under each strategy.
 
 Contract
-- The first side is the stock system. Then come the sequential micro-batches of the first strategy that splits, and the
-  strategies as the user gave them.
+- The first side is the stock system. Then come its peers (what users can do without DynaFlow), the sequential
+  micro-batches of the first strategy that splits, and the strategies as the user gave them.
 - `--micro-batches` and `--option` change every strategy that has such an option. One that no strategy has is an error.
 - A strategy that is given by its name alone has three micro-batches, of at least as many tokens as the system's default
   here says, instead of its own options: those are for GPUs.
@@ -35,8 +35,8 @@ class Side:
     """One of the systems that take turns.
 
     Attributes:
-        strategy: The name of the strategy, or `STOCK`.
-        config: The config of the strategy; None for the stock system.
+        strategy: The name of the strategy, `STOCK`, or the name of a peer.
+        config: The config of the strategy; None for the stock system and for peers.
         micro_batches: The greatest number of micro-batches; 1 for stock, 0 where the policy decides it.
     """
 
@@ -69,7 +69,12 @@ class Side:
 
 
 def make_sides(
-    sources: Sequence[str], micro_batches: int | None = None, options: Sequence[str] = (), *, min_tokens: int = 1
+    sources: Sequence[str],
+    micro_batches: int | None = None,
+    options: Sequence[str] = (),
+    *,
+    min_tokens: int = 1,
+    peers: Sequence[str] = (),
 ) -> list[Side]:
     """Return the sides in their order.
 
@@ -78,6 +83,7 @@ def make_sides(
         micro_batches: The value of the option of that name; None keeps what a strategy has.
         options: Items of the form NAME=VALUE, the value in YAML.
         min_tokens: The value of that option for strategies that are given by their name.
+        peers: What else runs beside the stock system and the strategies.
 
     Raises:
         ConfigError: A strategy or an option is not valid, or two strategies are the same.
@@ -99,7 +105,7 @@ def make_sides(
         sides.append(_side(config, mine, min_tokens))
     if (split := next((s for s in sides if s.micro_batches > 1), None)) is not None:
         sides = [_sequential(split), *(s for s in sides if s.strategy != SEQUENTIAL)]
-    found = [Side(STOCK, None, 1), *sides]
+    found = [*(Side(name, None, 1) for name in (STOCK, *peers)), *sides]
     name, times = Counter(side.name for side in found).most_common(1)[0]
     if times > 1:
         raise ConfigError(f"--strategy {name} is given twice, so it would be compared with itself")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 LOADS, RATES = ("random", "sharegpt"), (8.0, float("inf"))
 
 SystemArgument = Annotated[
-    str, typer.Argument(help="System to benchmark: torch, transformers, megatron, vllm or sglang.")
+    str, typer.Argument(help="System to benchmark: torch, transformers, megatron, xdit, fastvideo, vllm or sglang.")
 ]
 ModelOption = Annotated[
     str | None,
@@ -49,7 +49,7 @@ ModelOption = Annotated[
         metavar="PATH",
         help="Model directory, Hugging Face name, or model made here (llama, llama_1024, qwen3, mixtral, qwen3_moe); "
         "for torch PATH.py:FUNCTION, which returns (model, inputs); for megatron tp, tp_sp, ep, or a YAML file of "
-        "settings. Default: llama, with --link llama_1024; tp.",
+        "settings; for xdit wan, wan_ring. Default: llama, with --link llama_1024; tp; wan.",
     ),
 ]
 StrategiesOption = Annotated[
@@ -72,9 +72,23 @@ RanksOption = Annotated[
 StartsOption = Annotated[int, typer.Option(min=1, help="Starts of all sides, each with its rounds.")]
 DtypeOption = Annotated[str | None, typer.Option(help="Default: float32 on CPU, auto on GPU.")]
 RequestsOption = Annotated[
-    int, typer.Option(min=1, help="Requests of a pass; without --rate, all at once. The batch of torch, transformers.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Requests of a pass; without --rate, all at once. The batch of torch, transformers; for xdit, fastvideo "
+        "the rows of a guidance pair. Default: 30; 2.",
+        show_default=False,
+    ),
 ]
-InputLenOption = Annotated[int, typer.Option(min=1, help="Mean prompt length, tokens (half to 1.5 times).")]
+InputLenOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Mean prompt length, tokens (half to 1.5 times); for xdit, fastvideo the tokens of a video. Default: 96; "
+        "1280.",
+        show_default=False,
+    ),
+]
 OutputLenOption = Annotated[int, typer.Option(min=1, help="Mean output length, tokens (half to 1.5 times).")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the prompts and their lengths.")]
 LinkOption = Annotated[
@@ -118,8 +132,8 @@ def bench(
     tensor_parallel: RanksOption = None,
     dtype: DtypeOption = None,
     compiled: CompiledOption = None,
-    requests: RequestsOption = 30,
-    input_len: InputLenOption = 96,
+    requests: RequestsOption = None,
+    input_len: InputLenOption = None,
     output_len: OutputLenOption = 8,
     max_batched_tokens: MaxBatchedTokensOption = None,
     seed: SeedOption = 0,
@@ -132,19 +146,22 @@ def bench(
     rate: RateOption = None,
 ) -> None:
     """Compare a system with itself: stock, sequential micro-batches and each strategy, in turn, several rounds."""
-    from dynaflow_serving.bench.benchmark import Asked, Comparison, least_tokens
-    from dynaflow_serving.bench.settings import Traffic
+    from dynaflow_serving.bench.benchmark import Asked, Comparison, least_tokens, make_traffic
+    from dynaflow_serving.bench.engines import DIFFUSION, peers_of
     from dynaflow_serving.bench.sides import make_sides
 
     if tcp_defaults and not link:
         raise ConfigError("--tcp-defaults is about the emulated link: add --link MBIT")
     asked = Asked(
         system=system, model=model, pairs=pairs, tensor_parallel=tensor_parallel, dtype=dtype, compiled=compiled,
-        traffic=Traffic(requests=requests, input_len=input_len, output_len=output_len, seed=seed),
+        traffic=make_traffic(system, requests, input_len, output_len, seed),
         max_batched_tokens=max_batched_tokens, links=tuple(dict.fromkeys(link or ())), tcp_defaults=tcp_defaults,
         training=training, starts=starts, command=command_line(),
     )  # fmt: skip
-    sides = make_sides(strategy or [], micro_batches, option or [], min_tokens=least_tokens(system))
+    if system in DIFFUSION and micro_batches is None and not option:
+        micro_batches = 2  # a guidance pair has two calls
+    smallest, peers = least_tokens(system), peers_of(system)
+    sides = make_sides(strategy or [], micro_batches, option or [], min_tokens=smallest, peers=peers)
     comparison = Comparison(asked, sides)
     if load or rate:
         _compare_under_load(comparison, load or list(LOADS), rate or list(RATES), json_path, html)
@@ -211,7 +228,9 @@ def _compare_under_load(
 
 
 def _say_what_is_chosen(comparison: Comparison) -> None:
-    for side in comparison.sides[1:]:
+    for side in comparison.sides:
+        if side.config is None:
+            continue
         options = ", ".join(f"{name}={value}" for name, value in side.options.items()) or "no options"
         say_on_stderr(f"strategy {side.strategy}: {options}")
     say_on_stderr(f"model {comparison.model or 'of this command'}; {comparison.chosen}")
