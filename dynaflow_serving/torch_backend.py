@@ -66,12 +66,26 @@ class Compiled(torch.nn.Module):
     """This module runs a model under a strategy; it is called like the model."""
 
     def __init__(
-        self, model: Callable[..., Any], backend: Backend, batch_dim: int, batched: Sequence[str] | None = None
+        self,
+        model: Callable[..., Any],
+        backend: Backend,
+        batch_dim: int,
+        batched: Sequence[str] | None = None,
+        one_graph: bool = False,
     ) -> None:
+        """Prepare for the first call.
+
+        Args:
+            model: A PyTorch module or function.
+            backend: It runs the captured graphs.
+            batch_dim: The dimension of the tensor arguments that is the batch.
+            batched: The names of the arguments that hold the batch, or None to guess.
+            one_graph: Whether a model whose code breaks the graph is an `InactiveError`.
+        """
         super().__init__()
         self.model, self._backend, self._batch_dim = model, backend, batch_dim
         self._batched = BatchedArguments(model, batch_dim, batched)
-        self._compiled = torch.compile(self._same_batch, backend=backend)
+        self._compiled = torch.compile(self._same_batch, backend=backend, fullgraph=one_graph)
 
     @property
     def session(self) -> Session:
@@ -94,6 +108,9 @@ class Compiled(torch.nn.Module):
             batched: The tensors (arguments, caches) that share the batch size, which is above 1.
             args: The positional arguments of the model.
             kwargs: The keyword arguments of the model.
+
+        Raises:
+            InactiveError: The model is to be one graph, and is not.
         """
         for tensor in batched:
             torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
@@ -103,6 +120,9 @@ class Compiled(torch.nn.Module):
             if isinstance(e.inner_exception, DynaflowError):
                 raise e.inner_exception from None  # our own errors as they are
             raise
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
+            why = " ".join(str(e).partition("\n\n")[0].split())
+            raise InactiveError(f"this model is not one graph, or not for so many sizes: {why}") from e
 
     def tune(self, *inputs: tuple[Any, ...]) -> Table:
         """Have `strategy: auto` decide, by measuring, for batches like `inputs`.

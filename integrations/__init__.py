@@ -12,7 +12,9 @@ VLLM = Integration("vllm", "vllm", ("0.32.0",))
 SGLANG = Integration("sglang", "sglang", ("0.5.23",))
 TRANSFORMERS = Integration("transformers", "transformers", ("5.19.0",))
 MEGATRON = Integration("megatron", "megatron-core", ("0.16.1", "0.19.2"))
+XDIT = Integration("xdit", "xfuser", ("0.7.0",))
+FASTVIDEO = Integration("fastvideo", "fastvideo", ("0.2.1",))
 
-INTEGRATIONS = {i.name: i for i in (VLLM, SGLANG, TRANSFORMERS, MEGATRON)}
+INTEGRATIONS = {i.name: i for i in (VLLM, SGLANG, TRANSFORMERS, MEGATRON, XDIT, FASTVIDEO)}
 
-__all__ = ["INTEGRATIONS", "MEGATRON", "SGLANG", "TRANSFORMERS", "VLLM", "Integration"]
+__all__ = ["FASTVIDEO", "INTEGRATIONS", "MEGATRON", "SGLANG", "TRANSFORMERS", "VLLM", "XDIT", "Integration"]

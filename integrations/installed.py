@@ -3,16 +3,21 @@
 Contract
 - The module keeps our object as an attribute, and is called as before. A model is enabled once.
 - `fall_back` decides what becomes of a model that cannot be enabled.
+- `conclude` ends a run that was started under DynaFlow: one in which nothing was split is an error.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.policy.selector import AUTO
+from dynaflow_serving.session.session import Session
 
 ATTRIBUTE = "_dynaflow"
 
@@ -52,3 +57,18 @@ def fall_back(allowed: bool, error: Exception) -> None:
     if not allowed:
         raise error
     logging.getLogger("dynaflow_serving").warning("DynaFlow is not active (fallback: true): %s", error)
+
+
+def conclude(config: Config, sessions: Sequence[Session], steps: str, remedy: str) -> str:
+    """Return how many steps were split, in words; `steps` is what they are called.
+
+    Raises:
+        InactiveError: None was split, and the strategy should have; the message ends with the `remedy`.
+    """
+    counts = [session.report().steps for session in sessions]
+    split, unsplit = sum(c.split for c in counts), sum((Counter(c.unsplit) for c in counts), Counter())
+    told = f"{split} {steps} were split" + "".join(f", {n} not: {reason}" for reason, n in unsplit.items())
+    may_decline = config.strategy == AUTO or any(s.selector.plans_unsplit("") for s in sessions)
+    if not (split or may_decline or config.fallback):
+        raise InactiveError(f"DynaFlow was requested (strategy {config.strategy}), but {told}. {remedy}")
+    return told

@@ -6,7 +6,8 @@ Contract
 - Results go to stdout, progress and errors to stderr.
 - A command only parses its options, calls the package that does the work, and prints. It imports that package inside
   its function, so that this module is imported quickly.
-- An engine is imported in a child process only, when a command runs it. `megatron` is such a process itself.
+- An engine is imported in a child process only, when a command runs it. `megatron` and `xdit` are such processes
+  themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dynaflow_serving.cli import bench, check, doctor, explain, megatron, schema, simulate, tune
+from dynaflow_serving.cli import bench, check, diffusion, doctor, explain, megatron, schema, simulate, tune
 from dynaflow_serving.cli.output import say_on_stderr
 from dynaflow_serving.errors import DynaflowError
 
@@ -42,6 +43,8 @@ app = typer.Typer(
 app.command("bench")(bench.bench)
 app.command("tune")(tune.tune)
 app.command("megatron")(megatron.megatron)
+app.command("xdit")(diffusion.xdit)
+app.command("fastvideo")(diffusion.fastvideo)
 app.command("explain")(explain.explain)
 app.command("simulate")(simulate.simulate)
 app.command("check")(check.check)

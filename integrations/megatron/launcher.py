@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import runpy
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ import torch
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import ConfigError, InactiveError
 from dynaflow_serving.integrations import MEGATRON
-from dynaflow_serving.integrations.installed import fall_back
+from dynaflow_serving.integrations.installed import conclude, fall_back
+
+REMEDY = "Give each micro-batch more sequences, lower min_tokens, or remove DynaFlow"
 
 
 def launch(config: Config, script: Path, arguments: list[str]) -> str:
@@ -38,7 +39,7 @@ def launch(config: Config, script: Path, arguments: list[str]) -> str:
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
-    return _conclude(config, decoders)
+    return conclude(config, [decoder.session for decoder in decoders], "steps of decoders", REMEDY)
 
 
 def _hook(config: Config) -> list[Any]:
@@ -75,16 +76,3 @@ def _hook(config: Config) -> list[Any]:
 
     TransformerBlock.__init__ = init
     return decoders
-
-
-def _conclude(config: Config, decoders: list[Any]) -> str:
-    steps = [decoder.session.report().steps for decoder in decoders]
-    split, unsplit = sum(s.split for s in steps), sum((Counter(s.unsplit) for s in steps), Counter())
-    told = f"{split} steps of decoders were split" + "".join(f", {n} not: {reason}" for reason, n in unsplit.items())
-    never_splits = any(decoder.session.selector.plans_unsplit("") for decoder in decoders)
-    if not (split or never_splits or config.fallback):
-        raise InactiveError(
-            f"DynaFlow was requested (strategy {config.strategy}), but {told}. Give each micro-batch more sequences, "
-            "lower min_tokens, or remove DynaFlow"
-        )
-    return told
