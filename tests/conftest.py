@@ -91,15 +91,28 @@ def two_nodes(model_path, tmp_path):
         file = tmp_path / "result.json"
         dynaflow = Path(sys.executable).with_name("dynaflow")
         command = [str(dynaflow), "bench", engine, "--model", model_path("llama"), "--link", "50", "--pairs", "1"]
-        command += ["-n", "2", "--requests", "12", "--input-len", "64", "--output-len", "4", "--json", str(file)]
+        command += [
+            "-s",
+            "sequential",
+            "-n",
+            "2",
+            "--requests",
+            "12",
+            "--input-len",
+            "64",
+            "--output-len",
+            "4",
+            "--json",
+            str(file),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         result = json.loads(file.read_text())
         (part,) = result["parts"]
-        stock, sequential, strategy = part["rows"]
-        assert [row["strategy"] for row in part["rows"]] == ["stock", "sequential", "comm_overlap"]
+        stock, sequential = part["rows"]  # a server on two nodes takes a minute; nox -s transformers has comm_overlap
+        assert [row["strategy"] for row in part["rows"]] == ["stock", "sequential"]
         assert all(row["equal"] for row in part["rows"])  # the generated texts
-        assert stock["split_steps"] == 0 and sequential["split_steps"] > 0 and strategy["split_steps"] > 0
+        assert stock["split_steps"] == 0 and sequential["split_steps"] > 0
         # Prompts of 12 x 64 tokens, 256 floats each, all-reduced twice in each of two layers, at 50 Mbit/s.
         assert part["limit"]["network"] > 0.4 and stock["seconds"]["min"] > 0.4
         assert 0 < part["limit"]["compute"] < stock["seconds"]["min"]
