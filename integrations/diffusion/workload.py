@@ -46,6 +46,8 @@ class DiffusionWorkload(abc.ABC):
             raise ConfigError(unknown_name(f"model of {self.integration.name}", name, self.models))
         if not dist.is_initialized():
             raise ConfigError(f"{self.integration.name} needs two ranks: add --tensor-parallel 2, or --link MBIT")
+        if settings.training:
+            raise ConfigError(f"--training: {self.integration.name} serves models. Leave it out.")
         if settings.requests % 2 or settings.length % FRAME:
             raise ConfigError(
                 f"--requests {settings.requests} --input-len {settings.length}: a guidance pair has an even number of "
