@@ -44,7 +44,10 @@ def dynaflow(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "foo"], "unknown system 'foo'. Valid: fastvideo, megatron, sglang, torch, transformers, vllm, xdit."),
+        (
+            ["bench", "foo"],
+            "unknown system 'foo'. Valid: fastvideo, megatron, sglang, torch, transformers, vllm, xdit.",
+        ),
         (["bench", "sglang", "--compiled"], "--compiled and --uncompiled are not for sglang"),
         (["bench", "vllm", "--model", "no/such/model"], "model 'no/such/model' does not exist"),
         (["bench", "vllm", "--model", "lama"], "Did you mean 'llama'"),
