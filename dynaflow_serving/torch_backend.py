@@ -198,12 +198,12 @@ class Backend:
         if self.session.selector.max_micro_batches > 1:
             self._shared = shared_inputs(gm, batch_symbols(gm, self.batch_dim))
 
-    def check_active(self) -> None:
-        """Check that some graph can be split. Other graphs may run whole, with the reason counted.
+    def check_active(self, every: bool = False) -> None:
+        """Check that some graph can be split. Other graphs may run whole, with the reason counted, unless `every`.
 
         Raises:
             InactiveError: No graph has a batch.
-            PartitionError: No graph that has a batch can be split.
+            PartitionError: No graph that has a batch can be split, or one cannot and `every` is to be.
         """
         selector, plan_caches = self.session.selector, self.session.plan_caches
         if not plan_caches:
@@ -211,8 +211,9 @@ class Backend:
                 f"no graph of this model has a dynamic dimension {self.batch_dim}: DynaFlow was requested but would "
                 "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
             )
-        if all(c.captured.program.unsplittable for c in plan_caches) and selector.max_micro_batches > 1:
-            raise PartitionError(f"this model cannot be split: {plan_caches[-1].captured.program.unsplittable}")
+        reasons = [reason for c in plan_caches if (reason := c.captured.program.unsplittable)]
+        if reasons and (every or len(reasons) == len(plan_caches)) and selector.max_micro_batches > 1:
+            raise PartitionError(f"this model cannot be split: {reasons[-1]}")
 
     def _forward_runner(self, gm: fx.GraphModule, forward: list[CapturedProgram]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()

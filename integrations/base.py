@@ -139,6 +139,9 @@ class Workload(Protocol):
         """
 
 
+MERGED_CALLS = "merged calls"  # a peer: the calls of a guidance pair as one call of the stock model
+
+
 class WorkloadWithPeers(Workload, Protocol):
     """A system on one rank, and what its users can do without DynaFlow."""
 

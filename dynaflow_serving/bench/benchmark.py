@@ -285,6 +285,11 @@ def least_tokens(system: str) -> int:
     return 1 if system in WORKLOADS else ENGINE_TOKENS
 
 
+def usual_micro_batches(system: str) -> int | None:
+    """Return the micro-batches of strategies that are given by their name: a guidance pair has two calls."""
+    return 2 if system in DIFFUSION else None
+
+
 def make_traffic(system: str, requests: int | None, input_len: int | None, output_len: int, seed: int) -> Traffic:
     """Return the requests of a pass, with what the user left open decided."""
     usual = (2, 1280) if system in DIFFUSION else (30, 96)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from dynaflow_serving.bench.defaults import default_compiled
 from dynaflow_serving.bench.environment import no_environment, sglang_environment, vllm_environment
 from dynaflow_serving.errors import ConfigError, unknown_name
+from dynaflow_serving.integrations.base import MERGED_CALLS
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ ONLY_TRAINS = ("megatron",)
 
 def peers_of(system: str) -> tuple[str, ...]:
     """Return what else the ranks of a system run beside stock and strategies, as `WorkloadWithPeers` names it."""
-    return ("merged calls",) if system in DIFFUSION else ()
+    return (MERGED_CALLS,) if system in DIFFUSION else ()
 
 
 def find_engine(name: str) -> Engine:

@@ -74,6 +74,7 @@ def make_sides(
     options: Sequence[str] = (),
     *,
     min_tokens: int = 1,
+    usual: int | None = None,
     peers: Sequence[str] = (),
 ) -> list[Side]:
     """Return the sides in their order.
@@ -83,6 +84,8 @@ def make_sides(
         micro_batches: The value of the option of that name; None keeps what a strategy has.
         options: Items of the form NAME=VALUE, the value in YAML.
         min_tokens: The value of that option for strategies that are given by their name.
+        usual: The number of micro-batches of strategies that are given by their name, `auto` too; None for
+            `MICRO_BATCHES`, where `auto` keeps its own.
         peers: What else runs beside the stock system and the strategies.
 
     Raises:
@@ -102,7 +105,7 @@ def make_sides(
         mine = {name: value for name, value in changes.items() if name in valid[config.strategy]}
         if config.strategy == AUTO and isinstance(mine.get("micro_batches"), int):
             mine["micro_batches"] = [mine["micro_batches"]]  # the numbers that the policy may choose from
-        sides.append(_side(config, mine, min_tokens))
+        sides.append(_side(config, mine, min_tokens, usual))
     if (split := next((s for s in sides if s.micro_batches > 1), None)) is not None:
         sides = [_sequential(split), *(s for s in sides if s.strategy != SEQUENTIAL)]
     found = [*(Side(name, None, 1) for name in (STOCK, *peers)), *sides]
@@ -112,11 +115,11 @@ def make_sides(
     return found
 
 
-def _side(config: Config, changes: Mapping[str, Any], min_tokens: int) -> Side:
+def _side(config: Config, changes: Mapping[str, Any], min_tokens: int, usual: int | None) -> Side:
     fields = options_of(config.strategy).model_fields
-    defaults = {"micro_batches": MICRO_BATCHES, "min_tokens": min_tokens}
+    defaults: dict[str, Any] = {"micro_batches": usual or MICRO_BATCHES, "min_tokens": min_tokens}
     if config.strategy == AUTO:
-        defaults = AUTO_OPTIONS
+        defaults = AUTO_OPTIONS if usual is None else {**AUTO_OPTIONS, "micro_batches": [usual]}
     known = {} if config.options else {name: value for name, value in defaults.items() if name in fields}
     config = config.model_copy(update={"options": {**known, **config.options, **changes}})
     selector = build_selector(config)  # what is wrong with it is an error now, before anything starts

@@ -146,8 +146,8 @@ def bench(
     rate: RateOption = None,
 ) -> None:
     """Compare a system with itself: stock, sequential micro-batches and each strategy, in turn, several rounds."""
-    from dynaflow_serving.bench.benchmark import Asked, Comparison, least_tokens, make_traffic
-    from dynaflow_serving.bench.engines import DIFFUSION, peers_of
+    from dynaflow_serving.bench.benchmark import Asked, Comparison, least_tokens, make_traffic, usual_micro_batches
+    from dynaflow_serving.bench.engines import peers_of
     from dynaflow_serving.bench.sides import make_sides
 
     if tcp_defaults and not link:
@@ -158,10 +158,10 @@ def bench(
         max_batched_tokens=max_batched_tokens, links=tuple(dict.fromkeys(link or ())), tcp_defaults=tcp_defaults,
         training=training, starts=starts, command=command_line(),
     )  # fmt: skip
-    if system in DIFFUSION and micro_batches is None and not option:
-        micro_batches = 2  # a guidance pair has two calls
-    smallest, peers = least_tokens(system), peers_of(system)
-    sides = make_sides(strategy or [], micro_batches, option or [], min_tokens=smallest, peers=peers)
+    sides = make_sides(
+        strategy or [], micro_batches, option or [],
+        min_tokens=least_tokens(system), usual=usual_micro_batches(system), peers=peers_of(system),
+    )  # fmt: skip
     comparison = Comparison(asked, sides)
     if load or rate:
         _compare_under_load(comparison, load or list(LOADS), rate or list(RATES), json_path, html)

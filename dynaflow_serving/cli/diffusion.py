@@ -16,13 +16,10 @@ from typing import Annotated
 
 import typer
 
-from dynaflow_serving.cli.options import MicroBatchesOption, OptionOption, configure
-from dynaflow_serving.cli.output import say_on_stderr
+from dynaflow_serving.cli.options import ConfigOption, MicroBatchesOption, OptionOption, configure
+from dynaflow_serving.cli.output import say_on_first_rank
 from dynaflow_serving.errors import ConfigError
 
-ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", metavar="NAME|FILE", help="Strategy name, YAML config, or .py strategy file.")
-]
 RunnerArguments = Annotated[list[str], typer.Argument(metavar="-- ARGS...", help="The arguments of xDiT's runner.")]
 ScriptArguments = Annotated[
     list[str], typer.Argument(metavar="-- SCRIPT ARGS...", help="The script and its arguments.")
@@ -39,8 +36,7 @@ def xdit(
     from dynaflow_serving.integrations.xdit.launcher import launch
 
     told = launch(configure(config, micro_batches, option), arguments)
-    if os.environ.get("RANK", "0") == "0":
-        say_on_stderr(f"DynaFlow: {told}")
+    say_on_first_rank(told)
 
 
 def fastvideo(

@@ -7,18 +7,14 @@ Contract
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dynaflow_serving.cli.options import MicroBatchesOption, OptionOption, configure
-from dynaflow_serving.cli.output import say_on_stderr
+from dynaflow_serving.cli.options import ConfigOption, MicroBatchesOption, OptionOption, configure
+from dynaflow_serving.cli.output import say_on_first_rank
 
-ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", metavar="NAME|FILE", help="Strategy name, YAML config, or .py strategy file.")
-]
 ScriptArgument = Annotated[
     list[str], typer.Argument(metavar="-- SCRIPT ARGS...", help="The training script and its arguments.")
 ]
@@ -34,5 +30,4 @@ def megatron(
     from dynaflow_serving.integrations.megatron.launcher import launch
 
     told = launch(configure(config, micro_batches, option), Path(script[0]), script[1:])
-    if os.environ.get("RANK", "0") == "0":
-        say_on_stderr(f"DynaFlow: {told}")
+    say_on_first_rank(told)

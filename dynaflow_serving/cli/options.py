@@ -23,6 +23,9 @@ StrategyOption = Annotated[
     str | None,
     typer.Option("--strategy", "-s", metavar="NAME|FILE", help="Strategy name, YAML config, or .py strategy file."),
 ]
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", metavar="NAME|FILE", help="Strategy name, YAML config, or .py strategy file.")
+]
 MicroBatchesOption = Annotated[
     int | None, typer.Option("--micro-batches", "-n", help="The strategy's option micro_batches.", show_default=False)
 ]

@@ -7,6 +7,7 @@ Contract
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,12 @@ def say(text: str) -> None:
 def say_on_stderr(text: str) -> None:
     """Print a line on stderr, which is for errors and progress."""
     _print(Console(stderr=True), text)
+
+
+def say_on_first_rank(told: str) -> None:
+    """Say on stderr, once for all ranks, what became of a run under DynaFlow."""
+    if os.environ.get("RANK", "0") == "0":
+        say_on_stderr(f"DynaFlow: {told}")
 
 
 @contextmanager

@@ -21,33 +21,38 @@ class Call:
 
     Attributes:
         leaves: The arguments without the containers that hold them, in the order of the parameters.
+        spec: The containers.
+        latents: The position of the latents among the leaves; None if there is no tensor.
         rows: The size of the batch.
     """
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        """Note the arguments `given`, by the names of the parameters."""
-        leaves, self.spec = tree_flatten(dict(given))
-        self._remember(leaves)
-
-    @classmethod
-    def with_leaves(cls, leaves: Sequence[Any], spec: TreeSpec) -> Call:
-        """Return a call whose arguments are made of `leaves` as another call's are of its own."""
-        call = cls.__new__(cls)
-        call.spec = spec
-        call._remember(leaves)
-        return call
-
-    def _remember(self, leaves: Sequence[Any]) -> None:
-        self.leaves = tuple(leaves)
+    def __init__(self, leaves: Sequence[Any], spec: TreeSpec) -> None:
+        """Note the arguments of a call, as `of` gives them."""
+        self.leaves, self.spec = tuple(leaves), spec
         self._contents = [_content(leaf) for leaf in self.leaves]
         self.latents = next((i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)), None)
         self.rows = 0 if self.latents is None else self.leaves[self.latents].shape[0]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Call:
+        """Return the call with the arguments `given`, by the names of the parameters."""
+        return cls(*tree_flatten(dict(given)))
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments, by the names of the parameters."""
         given: dict[str, Any] = tree_unflatten(list(self.leaves), self.spec)
         return given
+
+    def holds_batch(self, i: int) -> bool:
+        """Return whether the `i`-th leaf is a tensor with as many rows as the latents."""
+        leaf = self.leaves[i]
+        return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.rows
+
+    @property
+    def batched(self) -> list[torch.Tensor]:
+        """The tensors that hold the batch."""
+        return [leaf for i, leaf in enumerate(self.leaves) if self.holds_batch(i)]
 
     def unchanged(self, i: int) -> bool:
         """Return whether the `i`-th leaf is what it was when the call was made."""

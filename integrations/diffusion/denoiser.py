@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.errors import InactiveError, PartitionError
+from dynaflow_serving.integrations.base import Integration
 from dynaflow_serving.integrations.diffusion.calls import Call
 from dynaflow_serving.integrations.diffusion.guidance import GuidancePairs, joined
 from dynaflow_serving.integrations.installed import fall_back, install
@@ -33,6 +34,8 @@ from dynaflow_serving.policy.bucket import Bucket, bucket_of
 from dynaflow_serving.policy.calls import tune_calls
 from dynaflow_serving.policy.selector import AutoSelector, options_of
 from dynaflow_serving.torch_backend import Compiled, Level, make_backend
+
+COMPONENTS = ("transformer", "transformer_2")  # of a pipeline
 
 
 class Denoiser:
@@ -45,7 +48,7 @@ class Denoiser:
     """
 
     def __init__(
-        self, stock: Callable[..., Any], model: torch.nn.Module, config: Config, level: Level, key: str
+        self, stock: Callable[..., Any], model: torch.nn.Module, config: Config, level: Level, integration: Integration
     ) -> None:
         """Prepare for the first call.
 
@@ -54,12 +57,13 @@ class Denoiser:
             model: The transformer whose forward is captured.
             config: The strategy and its options.
             level: How far the captured graph is lowered.
-            key: The system and its release, for tables of decisions.
+            integration: The system, for the key of tables of decisions.
 
         Raises:
             ConfigError: The strategy or one of its options is not valid.
         """
-        self.stock, self._model, self._fallback, self._key = stock, model, config.fallback, key
+        self.stock, self._model, self._fallback = stock, model, config.fallback
+        self._key = {"engine": f"{integration.name} {integration.installed_version()}", "model": type(model).__name__}
         self._backend = make_backend(_of_rows(config), level=level)
         self.session = self._backend.session
         self._compiled = Compiled(model.forward, self._backend, batch_dim=0, one_graph=True)
@@ -69,15 +73,18 @@ class Denoiser:
         self.refused = ""
 
     @classmethod
-    def install(cls, module: Any, config: Config, level: Level, key: str) -> Denoiser:
+    def install(cls, module: Any, config: Config, integration: Integration) -> Denoiser:
         """Replace the forward of `module`, a transformer or what `torch.compile` has made of one.
+
+        A module that is compiled has compiled operators under DynaFlow, too.
 
         Raises:
             ConfigError: The strategy or one of its options is not valid.
             InactiveError: The module is enabled already.
         """
         model = getattr(module, "_orig_mod", module)
-        made: Denoiser = install(module, lambda: cls(module.forward, model, config, level, key))
+        level: Level = "aot" if model is module else "inductor"
+        made: Denoiser = install(module, lambda: cls(module.forward, model, config, level, integration))
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,11 +93,10 @@ class Denoiser:
         if kept:
             return result
         second = None if self.refused else self._pairs.foresee(call)
-        joint = None if second is None else joined(call, second)
-        if second is None or joint is None:
+        if second is None:
             return self._run_alone(call, args, kwargs)
         try:
-            first_result, second_result = self._run_pair(call, second, *joint)
+            first_result, second_result = self._run_pair(call, second)
         except BaseException:
             self._pairs.forget()
             raise
@@ -104,28 +110,23 @@ class Denoiser:
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         given = self._signature.bind(*args, **kwargs).arguments
         extra: dict[str, Any] = given.pop("kwargs", {})
-        return Call({**given, **extra})
+        return Call.of({**given, **extra})
 
     def _run_alone(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reason = self._pairs.saw(call)
         if call.rows < 2 or self.refused:
             self.session.count_unsplit(Batch((1,) * max(call.rows, 1)), self.refused or reason)
             return self.stock(*args, **kwargs)
-        batched = [
-            leaf for leaf in call.leaves if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == call.rows
-        ]
-        return self._run_step(
-            call, call.rows, lambda: self.stock(*args, **kwargs), lambda: self._run_graphs(batched, call.arguments)
-        )
+        return self._run_step(call, call.rows, lambda: self.stock(*args, **kwargs), lambda: self._run_graphs(call))
 
-    def _run_pair(self, first: Call, second: Call, given: dict[str, Any], batched: list[torch.Tensor]) -> Any:
+    def _run_pair(self, first: Call, second: Call) -> Any:
         """Return the results of both calls of a pair."""
 
         def whole() -> Any:
             return self.stock(**first.arguments), self.stock(**second.arguments)
 
         def split() -> Any:
-            both = self._run_graphs(batched, given)
+            both = self._run_graphs(joined(first, second))
             return _rows(both, 0, first.rows, 2 * first.rows), _rows(both, first.rows, 2 * first.rows, 2 * first.rows)
 
         return self._run_step(first, 2 * first.rows, whole, split)
@@ -150,22 +151,19 @@ class Denoiser:
 
         if isinstance(self.session.selector, AutoSelector) and bucket_of(batch) not in self._decided:
             self._decided.add(bucket_of(batch))
-            key = {"engine": self._key, "model": type(self._model).__name__, "batch": str(bucket_of(batch))}
+            key = {**self._key, "batch": str(bucket_of(batch))}
             tune_calls(self.session, [(batch, step)], self._model.parameters(), key)
         return step()
 
-    def _run_graphs(self, batched: list[torch.Tensor], given: dict[str, Any]) -> Any:
-        """Return the result of a split forward.
+    def _run_graphs(self, call: Call) -> Any:
+        """Return the result of a `call` whose rows are split.
 
         Raises:
             InactiveError: The model is not one graph.
             PartitionError: The graph cannot be split.
         """
-        result = self._compiled.run(batched, (), given)
-        self._backend.check_active()
-        for plan_cache in self.session.plan_caches:
-            if reason := plan_cache.captured.program.unsplittable:
-                raise PartitionError(f"this model cannot be split: {reason}")
+        result = self._compiled.run(call.batched, (), call.arguments)
+        self._backend.check_active(every=True)
         return result
 
 

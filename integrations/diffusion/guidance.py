@@ -59,11 +59,12 @@ class GuidancePairs:
         if self._pair is None:
             return None
         first, second, apart = self._pair
-        if first.spec != call.spec or not all(first.agrees(call, i) and second.unchanged(i) for i in apart):
+        alike = first.spec == call.spec and first.rows == call.rows
+        if not alike or not all(first.agrees(call, i) and second.unchanged(i) for i in apart):
             self.forget()
             return None
         leaves = [second.leaves[i] if i in apart else leaf for i, leaf in enumerate(call.leaves)]
-        return Call.with_leaves(leaves, call.spec)
+        return Call(leaves, call.spec)
 
     def saw(self, call: Call) -> str:
         """Note a `call` that is run alone, and return why; it may be the second one of a pair."""
@@ -75,40 +76,28 @@ class GuidancePairs:
         apart = frozenset(i for i in range(len(call.leaves)) if not last.agrees(call, i))
         if not apart:
             return reason
-        if joined(last, call) is None:
-            return f"the two calls of a guidance pair cannot be joined: {_difference(last, call, apart)}"
+        if difference := _unjoinable(last, call, apart):
+            return f"the two calls of a guidance pair cannot be joined: {difference}"
         self._pair, self._last = (last, call, apart), None
         return reason
 
 
-def joined(first: Call, second: Call) -> tuple[dict[str, Any], list[torch.Tensor]] | None:
-    """Return the arguments of one call with the rows of both, and those among them that hold the batch.
-
-    A tensor with as many rows as the latents holds the batch. Others have to be the same in both calls. The result is
-    None if some are not.
-    """
-    leaves, batched = [], []
-    for i, (a, b) in enumerate(zip(first.leaves, second.leaves, strict=True)):
-        rows = isinstance(a, torch.Tensor) and a.dim() > 0 and a.shape[0] == first.rows
-        if rows and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype:
-            leaf = torch.cat([a, b])
-            batched.append(leaf)
-        elif first.agrees(second, i):
-            leaf = a
-        else:
-            return None
-        leaves.append(leaf)
-    return Call.with_leaves(leaves, first.spec).arguments, batched
+def joined(first: Call, second: Call) -> Call:
+    """Return one call with the rows of the two calls of a pair; what holds no batch is the same in both."""
+    leaves = [
+        torch.cat([a, b]) if first.holds_batch(i) else a for i, (a, b) in enumerate(zip(first.leaves, second.leaves))
+    ]
+    return Call(leaves, first.spec)
 
 
-def _difference(first: Call, second: Call, apart: frozenset[int]) -> str:
-    """Name an argument that keeps two calls from being joined."""
-
-    def shown(leaf: Any) -> str:
-        return f"a tensor {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
-
+def _unjoinable(first: Call, second: Call, apart: frozenset[int]) -> str:
+    """Say which argument keeps two calls that are `apart` in some leaves from being joined; "" if none does."""
     for i in sorted(apart):
-        a, b = shown(first.leaves[i]), shown(second.leaves[i])
-        if a != b:
-            return f"argument {i} is {a} in one and {b} in the other"
-    return "an argument that holds no batch differs"
+        a, b = first.leaves[i], second.leaves[i]
+        if not (first.holds_batch(i) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype):
+            return f"argument {i} is {_shown(a)} in one and {_shown(b)} in the other"
+    return ""
+
+
+def _shown(leaf: Any) -> str:
+    return f"a tensor {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)

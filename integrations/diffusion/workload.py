@@ -20,10 +20,9 @@ import torch.distributed as dist
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.integrations.base import Integration, Pass, WorkloadSettings, WorkloadSide
+from dynaflow_serving.integrations.base import MERGED_CALLS, Integration, Pass, WorkloadSettings, WorkloadSide
 from dynaflow_serving.integrations.diffusion.denoiser import Denoiser
 
-MERGED = "merged calls"
 FRAME = 256  # tokens of a frame: 32 x 32 latents in patches of 2 x 2
 CHANNELS, SIDE, TEXT_TOKENS, TEXT_WIDTH = 16, 32, 64, 64
 WAN: dict[str, Any] = {
@@ -82,10 +81,10 @@ class DiffusionWorkload(abc.ABC):
     @property
     def peers(self) -> Mapping[str, Pass]:
         """What a user would do without DynaFlow, by name."""
-        return {MERGED: self._merged}
+        return {MERGED_CALLS: self._merged}
 
     def under(self, config: Config) -> WorkloadSide:
-        denoiser = Denoiser(self.model.forward, self.model, config, "aot", f"{self.integration.name} {self.release}")
+        denoiser = Denoiser(self.model.forward, self.model, config, "aot", self.integration)
         run = partial(self._pass, denoiser)
         run()  # the pair is seen for the first time
         return WorkloadSide(run=run, session=denoiser.session, tune=partial(self._tune, denoiser))

@@ -16,12 +16,11 @@ from typing import Any
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations import FASTVIDEO
-from dynaflow_serving.integrations.diffusion.denoiser import Denoiser
+from dynaflow_serving.integrations.diffusion.denoiser import COMPONENTS, Denoiser
 from dynaflow_serving.integrations.fastvideo.limits import check_arguments, check_generation
 from dynaflow_serving.integrations.installed import conclude, fall_back
 from dynaflow_serving.policy.selector import build_selector
 
-COMPONENTS = ("transformer", "transformer_2")
 REMEDY = "Use a guidance scale above 1, lower min_tokens, or remove DynaFlow"
 _HOOKED, _DENOISERS = "_dynaflow_hooked", "_dynaflow_denoisers"
 
@@ -89,10 +88,8 @@ def _complete(pipeline: Any, stock: Any, config: Config) -> None:
 
 
 def _install(module: Any, config: Config) -> Denoiser:
-    compiled = hasattr(module, "_orig_mod")
     see_attention(getattr(module, "_orig_mod", module))
-    key = f"fastvideo {FASTVIDEO.installed_version()}"
-    return Denoiser.install(module, config, "inductor" if compiled else "aot", key)
+    return Denoiser.install(module, config, FASTVIDEO)
 
 
 def see_attention(transformer: Any) -> None:

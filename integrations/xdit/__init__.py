@@ -15,13 +15,11 @@ from typing import Any, TypeVar
 from dynaflow_serving.config import Config, load
 from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.integrations import XDIT
-from dynaflow_serving.integrations.diffusion.denoiser import Denoiser
+from dynaflow_serving.integrations.diffusion.denoiser import COMPONENTS, Denoiser
 from dynaflow_serving.integrations.installed import fall_back, installed_in
 from dynaflow_serving.session.report import WorkerReport
 
 Pipeline = TypeVar("Pipeline")
-
-COMPONENTS = ("transformer", "transformer_2")
 
 
 def enable(pipe: Pipeline, source: str | Mapping[str, Any] | Config = "comm_overlap") -> Pipeline:
@@ -45,8 +43,7 @@ def enable(pipe: Pipeline, source: str | Mapping[str, Any] | Config = "comm_over
 
         check_pipeline(pipe, config)
         for module in transformers_of(pipe):
-            compiled = hasattr(module, "_orig_mod")
-            Denoiser.install(module, config, "inductor" if compiled else "aot", f"xfuser {XDIT.installed_version()}")
+            Denoiser.install(module, config, XDIT)
     except InactiveError as error:
         fall_back(config.fallback, error)
     return pipe

@@ -10,8 +10,11 @@ import torch
 
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import InactiveError, PartitionError
+from dynaflow_serving.integrations.base import Integration
 from dynaflow_serving.integrations.diffusion.denoiser import Denoiser
 from dynaflow_serving.integrations.diffusion.guidance import NO_PAIR, WASTED
+
+TEST = Integration("test", "no such package", ())
 
 
 class Model(torch.nn.Module):
@@ -36,7 +39,7 @@ def make(strategy: str = "comm_overlap") -> tuple[Model, Denoiser]:
     torch._dynamo.reset()
     model = Model()
     config = load({"strategy": strategy})
-    return model, Denoiser(model.forward, model, config, "aot", "test")
+    return model, Denoiser(model.forward, model, config, "aot", TEST)
 
 
 def expected(model: Model, *args: Any) -> torch.Tensor:
@@ -171,7 +174,7 @@ def test_what_is_not_proved_to_keep_calls_apart_is_an_error_and_with_fallback_th
     torch._dynamo.reset()
     model = kind()
     config = load({"strategy": "comm_overlap", "fallback": fallback})
-    denoiser = Denoiser(model.forward, model, config, "aot", "test")
+    denoiser = Denoiser(model.forward, model, config, "aot", TEST)
     texts = [integers(1, 3, 4) for _ in range(2)]
 
     def run() -> None:
@@ -194,7 +197,7 @@ def test_auto_decides_in_the_first_pair_and_keeps_decisions_of_other_sizes() -> 
     torch._dynamo.reset()
     model = Model()
     options = {"candidates": ["comm_overlap"], "micro_batches": [2], "retune": True, "pairs": 3}
-    denoiser = Denoiser(model.forward, model, load({"strategy": "auto", "options": options}), "aot", "test")
+    denoiser = Denoiser(model.forward, model, load({"strategy": "auto", "options": options}), "aot", TEST)
     texts = [integers(1, 3, 4) for _ in range(2)]
     with torch.no_grad():
         for size in (5, 9, 50, 5):
