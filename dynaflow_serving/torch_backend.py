@@ -60,6 +60,10 @@ from dynaflow_serving.strategy.selector import FixedStrategy
 
 Level = Literal["dynamo", "aot", "inductor"]
 LEVELS = get_args(Level)
+# What Dynamo raises where a model is not one graph: code it cannot trace, shapes that depend on data, too many sizes.
+_NO_GRAPH = (
+    torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError, torch._dynamo.exc.FailOnRecompileLimitHit
+)  # fmt: skip
 
 
 class Compiled(torch.nn.Module):
@@ -94,8 +98,8 @@ class Compiled(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._batched.of_call(args, kwargs)
-        if tensors and tensors[0].shape[self._batch_dim] < 2:
-            return self.model(*args, **kwargs)  # Dynamo specialises on 0 and 1; there is nothing to split
+        if tensors and tensors[0].shape[self._batch_dim] < self.session.selector.fewest_rows:
+            return self.model(*args, **kwargs)  # there is nothing to plan
         result = self.run(tensors, args, kwargs)
         if not self._batched.share(self._backend.take_shared(), args, kwargs):
             self._backend.check_active()
@@ -105,13 +109,14 @@ class Compiled(torch.nn.Module):
         """Call the model, without checking that anything could be split (`Backend.check_active` does).
 
         Args:
-            batched: The tensors (arguments, caches) that share the batch size, which is above 1.
+            batched: The tensors (arguments, caches) that share the batch size.
             args: The positional arguments of the model.
             kwargs: The keyword arguments of the model.
 
         Raises:
             InactiveError: The model is to be one graph, and is not.
         """
+        self._backend.one_row = bool(batched) and batched[0].shape[self._batch_dim] == 1
         for tensor in batched:
             torch._dynamo.maybe_mark_dynamic(tensor, self._batch_dim)
         try:
@@ -120,7 +125,7 @@ class Compiled(torch.nn.Module):
             if isinstance(e.inner_exception, DynaflowError):
                 raise e.inner_exception from None  # our own errors as they are
             raise
-        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
+        except _NO_GRAPH as e:
             why = " ".join(str(e).partition("\n\n")[0].split())
             raise InactiveError(f"this model is not one graph, or not for so many sizes: {why}") from e
 
@@ -139,7 +144,7 @@ class Compiled(torch.nn.Module):
         calls = []
         for given in inputs:
             tensors = self._batched.of_call(given, {})
-            if tensors and (size := tensors[0].shape[self._batch_dim]) > 1:
+            if tensors and (size := tensors[0].shape[self._batch_dim]) >= self.session.selector.fewest_rows:
                 calls.append((Batch((1,) * size), functools.partial(self, *given)))
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
         return tune_calls(self.session, calls, parameters, {"engine": "torch", "level": self._backend.level})
@@ -160,6 +165,7 @@ class Backend:
     def __init__(self, session: Session, batch_dim: int, level: Level) -> None:
         self.session, self.batch_dim, self.level = session, batch_dim, level
         self.width = 1  # the positions per row of the batch (`Batch.width`), set anew for each call
+        self.one_row = False  # whether the batch of the call has one row, on which Dynamo specialises
         self._shared: tuple[int, ...] = ()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -189,14 +195,20 @@ class Backend:
     def _lowered_rules(self) -> list[Rule]:
         return [rule for rule in self.session.selector.annotations if rule.lowered and self.level != "dynamo"]
 
+    def _tokens(self, gm: fx.GraphModule) -> set[Any]:
+        """Return the token symbols of a graph; one for a batch of one row has none."""
+        return set() if self.one_row else batch_symbols(gm, self.batch_dim)
+
     def take_shared(self) -> tuple[int, ...]:
         """Return which of the batched tensors must be shared for the graphs captured since to be split."""
         found, self._shared = self._shared, ()
         return found
 
     def _look_for_shared(self, gm: fx.GraphModule) -> None:
-        if self.session.selector.max_micro_batches > 1:
+        if self.session.selector.max_micro_batches > 1 and not self.one_row:
             self._shared = shared_inputs(gm, batch_symbols(gm, self.batch_dim))
+        if self._shared:
+            self.session.plan_caches.pop()  # calls that share these are captured anew
 
     def check_active(self, every: bool = False) -> None:
         """Check that some graph can be split. Other graphs may run whole, with the reason counted, unless `every`.
@@ -211,15 +223,16 @@ class Backend:
                 f"no graph of this model has a dynamic dimension {self.batch_dim}: DynaFlow was requested but would "
                 "not be active; pass batch_dim, or inputs that share a batch size at that dimension"
             )
-        reasons = [reason for c in plan_caches if (reason := c.captured.program.unsplittable)]
-        if reasons and (every or len(reasons) == len(plan_caches)) and selector.max_micro_batches > 1:
+        batched = [c.captured.program.unsplittable for c in plan_caches if not c.captured.one_row]
+        reasons = [reason for reason in batched if reason]
+        if reasons and (every or len(reasons) == len(batched)) and selector.max_micro_batches > 1:
             raise PartitionError(f"this model cannot be split: {reasons[-1]}")
 
     def _forward_runner(self, gm: fx.GraphModule, forward: list[CapturedProgram]) -> Callable[..., Any]:
         gm.graph.eliminate_dead_code()
         drop_copies_of_collectives(gm)
         reason = view_of_a_written_input(gm)
-        positions = settle_input_writes(gm, batch_symbols(gm, self.batch_dim))
+        positions = settle_input_writes(gm, self._tokens(gm))
         run = self._runner(gm, forward, reason)
         if not positions:
             return run
@@ -234,7 +247,7 @@ class Backend:
 
     def _backward_runner(self, gm: fx.GraphModule, forward: list[CapturedProgram]) -> Callable[..., Any]:
         tokens = batch_symbols(gm, self.batch_dim)
-        if not tokens:
+        if not tokens or any(captured.one_row for captured in forward):
             return gm
         gm.graph.eliminate_dead_code()
         drop_copies_of_collectives(gm)
@@ -244,15 +257,17 @@ class Backend:
 
     def _runner(self, gm: fx.GraphModule, captures: list[CapturedProgram], reason: str = "") -> Callable[..., Any]:
         """Capture the graph, which cannot be split for `reason`, if any, and return what runs it."""
-        tokens = batch_symbols(gm, self.batch_dim)
-        if not tokens:
+        tokens = self._tokens(gm)
+        if not tokens and not self.one_row:
             return gm  # the set-up between graph breaks has no batch, so there is nothing to split
         capture = partition(gm, rules=self._lowered_rules, tokens=tokens)
+        capture.one_row = self.one_row
         program = capture.program
         written = [v for v in program.inputs if program.values[v].storage in program.written_storages]
         if written and torch.is_grad_enabled() and self.level == "dynamo":
             # Views of one tensor share its version: a write to one would invalidate what others have saved.
             reason = f"input {written[0]} is written in place while autograd records: use torch.no_grad()"
+        reason = "the batch has one row" if self.one_row else reason
         if reason and not program.unsplittable:
             capture.program = replace(program, unsplittable=reason)
         captures.append(capture)

@@ -140,6 +140,7 @@ class Workload(Protocol):
 
 
 MERGED_CALLS = "merged calls"  # a peer: the calls of a guidance pair as one call of the stock model
+WITHOUT_GUIDANCE = ("flux",)  # models of the bench that make one call per denoising step
 
 
 class WorkloadWithPeers(Workload, Protocol):

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.defaults import default_dtype
-from dynaflow_serving.bench.engines import DIFFUSION, ENGINES, ONLY_TRAINS, OWN_MODELS, WORKLOADS, Engine, find_engine
+from dynaflow_serving.bench.engines import (
+    DIFFUSION,
+    ENGINES,
+    ONLY_TRAINS,
+    OWN_MODELS,
+    WORKLOADS,
+    Engine,
+    find_engine,
+    has_pairs,
+)
 from dynaflow_serving.bench.environment import allocator, has_gpu, machine, usable_cores
 from dynaflow_serving.bench.link import NODES, Link, check_rates
 from dynaflow_serving.bench.runner.base import Runner
@@ -115,7 +124,7 @@ class Comparison:
             raise ConfigError(f"--compiled and --uncompiled choose nothing for {asked.system}. Leave them out.")
         if asked.max_batched_tokens is not None:
             raise ConfigError(f"--max-batched-tokens: {asked.system} has no scheduler. Give --requests.")
-        if asked.traffic.requests < 2:
+        if asked.traffic.requests < 2 and any(side.micro_batches > 1 for side in self.sides):
             raise ConfigError("--requests 1: a batch of one request cannot be split; give 2 or more")
 
     @property
@@ -285,15 +294,22 @@ def least_tokens(system: str) -> int:
     return 1 if system in WORKLOADS else ENGINE_TOKENS
 
 
-def usual_micro_batches(system: str) -> int | None:
+def usual_micro_batches(system: str, model: str | None) -> int | None:
     """Return the micro-batches of strategies that are given by their name: a guidance pair has two calls."""
-    return 2 if system in DIFFUSION else None
+    return _usual_rows(system, model) if system in DIFFUSION else None
 
 
-def make_traffic(system: str, requests: int | None, input_len: int | None, output_len: int, seed: int) -> Traffic:
+def make_traffic(
+    system: str, model: str | None, requests: int | None, input_len: int | None, output_len: int, seed: int
+) -> Traffic:
     """Return the requests of a pass, with what the user left open decided."""
-    usual = (2, 1280) if system in DIFFUSION else (30, 96)
+    usual = (_usual_rows(system, model), 1280) if system in DIFFUSION else (30, 96)
     return Traffic(requests=requests or usual[0], input_len=input_len or usual[1], output_len=output_len, seed=seed)
+
+
+def _usual_rows(system: str, model: str | None) -> int:
+    """Return the rows of one video or image in a pass of a diffusion model."""
+    return 2 if has_pairs(system, model) else 1
 
 
 def find_system(name: str) -> Engine:

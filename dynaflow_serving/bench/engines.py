@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dynaflow_serving.bench.defaults import default_compiled
 from dynaflow_serving.bench.environment import no_environment, sglang_environment, vllm_environment
 from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.integrations.base import MERGED_CALLS
+from dynaflow_serving.integrations.base import MERGED_CALLS, WITHOUT_GUIDANCE
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,14 @@ OWN_MODELS = ("torch", "megatron", *DIFFUSION)  # their --model is no model dire
 ONLY_TRAINS = ("megatron",)
 
 
-def peers_of(system: str) -> tuple[str, ...]:
+def has_pairs(system: str, model: str | None) -> bool:
+    """Return whether a pass of a system's model is the two calls of a guidance pair."""
+    return system in DIFFUSION and model not in WITHOUT_GUIDANCE
+
+
+def peers_of(system: str, model: str | None) -> tuple[str, ...]:
     """Return what else the ranks of a system run beside stock and strategies, as `WorkloadWithPeers` names it."""
-    return (MERGED_CALLS,) if system in DIFFUSION else ()
+    return (MERGED_CALLS,) if has_pairs(system, model) else ()
 
 
 def find_engine(name: str) -> Engine:

@@ -43,6 +43,7 @@ class CapturedProgram:
         mirrored: whether autograd runs a split step's plan backwards (`planning.mirror`).
         in_turn: what runs parts of an operator that communicates within; None where there is a graph.
         static_context: whether the integration promises that context keeps its addresses and host values over steps.
+        one_row: whether the graph is of batches of one row. It has no token axis, and runs in un-split steps only.
     """
 
     program: Program
@@ -58,9 +59,12 @@ class CapturedProgram:
     mirrored: bool = False
     in_turn: Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]] | None = None
     static_context: bool = False
+    one_row: bool = False
 
     def token_counter(self) -> Callable[[Sequence[Any]], int]:
         """Return a function arguments -> number of tokens. Raises `PartitionError` if no input has a token axis."""
+        if self.one_row:
+            return lambda args: 1
         for i, v in enumerate(self.program.inputs):
             value = self.program.values[v]
             if value.axis is not None:

@@ -49,7 +49,7 @@ ModelOption = Annotated[
         metavar="PATH",
         help="Model directory, Hugging Face name, or model made here (llama, llama_1024, qwen3, mixtral, qwen3_moe); "
         "for torch PATH.py:FUNCTION, which returns (model, inputs); for megatron tp, tp_sp, ep, or a YAML file of "
-        "settings; for xdit wan, wan_ring. Default: llama, with --link llama_1024; tp; wan.",
+        "settings; for xdit wan, wan_ring, flux. Default: llama, with --link llama_1024; tp; wan.",
     ),
 ]
 StrategiesOption = Annotated[
@@ -76,7 +76,7 @@ RequestsOption = Annotated[
     typer.Option(
         min=1,
         help="Requests of a pass; without --rate, all at once. The batch of torch, transformers; for xdit, fastvideo "
-        "the rows of a guidance pair. Default: 30; 2.",
+        "the rows of a guidance pair, or of flux's call. Default: 30; 2; 1.",
         show_default=False,
     ),
 ]
@@ -154,13 +154,13 @@ def bench(
         raise ConfigError("--tcp-defaults is about the emulated link: add --link MBIT")
     asked = Asked(
         system=system, model=model, pairs=pairs, tensor_parallel=tensor_parallel, dtype=dtype, compiled=compiled,
-        traffic=make_traffic(system, requests, input_len, output_len, seed),
+        traffic=make_traffic(system, model, requests, input_len, output_len, seed),
         max_batched_tokens=max_batched_tokens, links=tuple(dict.fromkeys(link or ())), tcp_defaults=tcp_defaults,
         training=training, starts=starts, command=command_line(),
     )  # fmt: skip
     sides = make_sides(
         strategy or [], micro_batches, option or [],
-        min_tokens=least_tokens(system), usual=usual_micro_batches(system), peers=peers_of(system),
+        min_tokens=least_tokens(system), usual=usual_micro_batches(system, model), peers=peers_of(system, model),
     )  # fmt: skip
     comparison = Comparison(asked, sides)
     if load or rate:

@@ -67,9 +67,9 @@ def tune_calls(
     trials = CallTrials(calls)
     if not trials.batches():
         raise ConfigError("nothing to tune with: give inputs like those that will come, each of two requests at least")
-    capturing = f"{Sequential.name} x2" if selector.max_micro_batches > 1 else selector.candidates[0]
-    with session.trial(capturing):
-        for batch in trials.batches():  # the first call captures the graphs
+    for batch in trials.batches():  # the first call captures the graphs
+        splits = selector.max_micro_batches > 1 and len(batch.tokens) > 1
+        with session.trial(f"{Sequential.name} x2" if splits else selector.whole_planners[0]):
             trials.run_step(batch)
     weights = list(parameters)
     device = weights[0].device if weights else torch.device("cpu")

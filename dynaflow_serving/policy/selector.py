@@ -54,7 +54,10 @@ class AutoOptions(Options):
         "and 'options'.",
     )
     micro_batches: list[int] = Field(
-        default=[2, 3], min_length=1, description="Each candidate is tried with each of these numbers of micro-batches."
+        default=[2, 3],
+        min_length=1,
+        description="Each candidate is tried with each of these numbers of micro-batches. With 1, those that order "
+        "un-split steps do so.",
     )
     only: list[str] = Field(
         default=[],
@@ -90,9 +93,9 @@ class AutoOptions(Options):
 
     @field_validator("micro_batches")
     @classmethod
-    def _split(cls, values: list[int]) -> list[int]:
-        if min(values) < 2:
-            raise ValueError("each at least 2: the policy compares with the un-split step anyway")
+    def _sorted(cls, values: list[int]) -> list[int]:
+        if min(values) < 1:
+            raise ValueError("each at least 1")
         return sorted(set(values))
 
 
@@ -271,6 +274,8 @@ def _candidates(options: AutoOptions) -> dict[str, OpScheduler]:
         fields = cls.Options.model_fields
         fixed = "micro_batches" in given or "micro_batches" not in fields
         for n in [None] if fixed else options.micro_batches:
+            if n == 1 and not cls.schedules_unsplit:
+                continue
             values = {"min_tokens": 1} if "min_tokens" in fields else {}
             values |= {} if n is None else {"micro_batches": n}
             strategy = build_strategy(name, {**values, **given})

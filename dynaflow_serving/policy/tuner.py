@@ -248,8 +248,11 @@ class Tuner:
 
     def _replaces(self, signature: Signature) -> bool:
         """Return whether a plan of `signature` has replacement kernels, whose times no profile knows."""
-        plans = [c.prepare(signature).plan for c in self.session.plan_caches]
+        plans = [c.prepare(signature).plan for c in self._running(signature)]
         return any(action.kind is ActionKind.REPLACE for plan in plans for action in plan.actions)
+
+    def _running(self, signature: Signature) -> list[PlanCache]:
+        return [c for c in self.session.plan_caches if c.runs_in(signature.micro_batches)]
 
     def _refused(self) -> dict[str, str]:
         """Return the reason for each candidate that cannot schedule this model, or that has an earlier one's plan."""
@@ -258,7 +261,7 @@ class Tuner:
         for label in self.selector.candidates:
             signature = Signature(self.selector.strategy(label).max_micro_batches, (), label)
             try:
-                plan = tuple(r.prepare(signature).plan.actions for r in self.session.plan_caches)
+                plan = tuple(c.prepare(signature).plan.actions for c in self._running(signature))
             except (ScheduleError, PlanError) as error:
                 found[label] = f"cannot schedule this model: {error}"
                 continue

@@ -70,6 +70,10 @@ class PlanCache:
         self.refused: dict[str, str] = {}
         self.backward: dict[Signature, tuple[Program, Plan]] = {}
 
+    def runs_in(self, micro_batches: int) -> bool:
+        """Return whether steps of so many micro-batches can run this program; those of one row cannot be split."""
+        return micro_batches == 1 or not self.captured.one_row
+
     def decide(self, batch: Batch) -> Split:
         """Return the selector's split, or the whole batch with the reason why it cannot be split."""
         return self.allowed_split(batch, self.selector.split(batch))
@@ -82,6 +86,8 @@ class PlanCache:
         Raises:
             PlanError, ScheduleError: The strategy makes no correct plan even without the dependences.
         """
+        if not self.runs_in(len(split.micro_batches)):
+            return split
         if self.captured.program.unsplittable and len(split.micro_batches) > 1:
             return whole(batch, f"program: {self.captured.program.unsplittable}")
         if split.candidate in self.refused and (split.candidate or len(split.micro_batches) > 1):

@@ -80,6 +80,16 @@ class Selector(abc.ABC):
         strategy = self.strategy(candidate)
         return strategy.schedules_unsplit and strategy.max_micro_batches == 1
 
+    @property
+    def whole_planners(self) -> tuple[str, ...]:
+        """These candidates order un-split steps, and split none."""
+        return tuple(candidate for candidate in self.candidates if self.plans_unsplit(candidate))
+
+    @property
+    def fewest_rows(self) -> int:
+        """A batch of fewer rows is left as it is: one row can be ordered, not split."""
+        return 1 if self.whole_planners else 2
+
     def cut(self, batch: Batch, candidate: str) -> Split:
         """`batch` as `candidate` splits it."""
         split = self.strategy(candidate).split(batch)

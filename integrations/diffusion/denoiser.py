@@ -4,9 +4,11 @@ Contract
 - A step is a guidance pair, foreseen at its first call (`guidance`), or a single call with several videos or images.
   The batch of a step are the rows of its calls, and its width the values of one row's latents.
 - A pair that is not split makes the two calls one after the other, as stock. So does a single call.
+- A strategy that orders un-split steps (`comm_overlap` with one micro-batch) orders each call by itself. A call
+  with one row, as guidance-distilled models make, can be run so.
 - The split forward is the model's own forward, which Dynamo captures. Each micro-batch computes what a call with its
   rows alone would compute.
-- A call with one row and no expected pair runs as stock, and is counted with that reason.
+- A call with one row, no expected pair and no such strategy runs as stock, and is counted with that reason.
 - A row is a whole video or image, so `min_tokens` is 1 unless the config says otherwise.
 - `strategy: auto` decides in the first step of each kind, by repeating that step.
 - A model that is not one graph, or whose graph cannot be split, ends the first step with an error. With
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +73,7 @@ class Denoiser:
         self._signature = inspect.signature(model.forward)
         self._pairs = GuidancePairs()
         self._decided: set[Bucket] = set()  # the kinds of steps for which `auto` has decided
+        self._shared: frozenset[int] = frozenset()  # leaves of a call without which the rows can be proved independent
         self.refused = ""
 
     @classmethod
@@ -110,14 +114,18 @@ class Denoiser:
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         given = self._signature.bind(*args, **kwargs).arguments
         extra: dict[str, Any] = given.pop("kwargs", {})
-        return Call.of({**given, **extra})
+        return Call.of({**given, **extra}, self._shared)
 
     def _run_alone(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reason = self._pairs.saw(call)
-        if call.rows < 2 or self.refused:
+        if call.rows < self.session.selector.fewest_rows or self.refused:
             self.session.count_unsplit(Batch((1,) * max(call.rows, 1)), self.refused or reason)
             return self.stock(*args, **kwargs)
-        return self._run_step(call, call.rows, lambda: self.stock(*args, **kwargs), lambda: self._run_graphs(call))
+
+        def planned(split: bool) -> Any:
+            return self._run_graphs(partial(self._sharing, call))
+
+        return self._run_step(call, call.rows, lambda: self.stock(*args, **kwargs), planned)
 
     def _run_pair(self, first: Call, second: Call) -> Any:
         """Return the results of both calls of a pair."""
@@ -125,24 +133,26 @@ class Denoiser:
         def whole() -> Any:
             return self.stock(**first.arguments), self.stock(**second.arguments)
 
-        def split() -> Any:
-            both = self._run_graphs(joined(first, second))
+        def planned(split: bool) -> Any:
+            if not split:
+                return tuple(self._run_graphs(partial(self._sharing, call)) for call in (first, second))
+            both = self._run_graphs(lambda: joined(self._sharing(first), self._sharing(second)))
             return _rows(both, 0, first.rows, 2 * first.rows), _rows(both, first.rows, 2 * first.rows, 2 * first.rows)
 
-        return self._run_step(first, 2 * first.rows, whole, split)
+        return self._run_step(first, 2 * first.rows, whole, planned)
 
-    def _run_step(self, call: Call, rows: int, whole: Callable[[], Any], split: Callable[[], Any]) -> Any:
-        """Run one step, `whole` or `split` as the strategy says; return its result."""
+    def _run_step(self, call: Call, rows: int, whole: Callable[[], Any], planned: Callable[[bool], Any]) -> Any:
+        """Run one step, `whole` as stock or `planned` (split or not) as the strategy says; return its result."""
         assert call.latents is not None
         width = self._backend.width = call.leaves[call.latents][0].numel()
         batch = Batch((1,) * rows, width=width)
 
         def step() -> Any:
             with self.session.step(batch) as live:
-                if not live.micro_batches:
+                if not live.planned:
                     return whole()
                 try:
-                    return split()
+                    return planned(bool(live.micro_batches))
                 except (PartitionError, InactiveError) as error:
                     fall_back(self._fallback, error)
                     self.refused = f"fallback: {error}"
@@ -155,14 +165,24 @@ class Denoiser:
             tune_calls(self.session, [(batch, step)], self._model.parameters(), key)
         return step()
 
-    def _run_graphs(self, call: Call) -> Any:
-        """Return the result of a `call` whose rows are split.
+    def _sharing(self, call: Call) -> Call:
+        """Return `call` with what is known to be shared by now."""
+        return call if call.shared == self._shared else Call(call.leaves, call.spec, self._shared)
+
+    def _run_graphs(self, make: Callable[[], Call]) -> Any:
+        """Return the result of a call that runs under a plan; it is made anew where more turns out to be shared.
 
         Raises:
             InactiveError: The model is not one graph.
             PartitionError: The graph cannot be split.
         """
-        result = self._compiled.run(call.batched, (), call.arguments)
+        call = make()
+        result = self._compiled.run([call.leaves[i] for i in call.batched], (), call.arguments)
+        if found := self._backend.take_shared():
+            self._shared |= {call.batched[i] for i in found}
+            for i in self._shared:
+                torch._dynamo.mark_static(call.leaves[i], 0)
+            return self._run_graphs(make)
         self._backend.check_active(every=True)
         return result
 

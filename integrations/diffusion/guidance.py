@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dynaflow_serving.errors import PartitionError
 from dynaflow_serving.integrations.diffusion.calls import Call
 
 NO_PAIR = "no guidance pair is expected: the two calls of a step have not been seen yet, or there is only one"
@@ -64,7 +65,7 @@ class GuidancePairs:
             self.forget()
             return None
         leaves = [second.leaves[i] if i in apart else leaf for i, leaf in enumerate(call.leaves)]
-        return Call(leaves, call.spec)
+        return Call(leaves, call.spec, call.shared)
 
     def saw(self, call: Call) -> str:
         """Note a `call` that is run alone, and return why; it may be the second one of a pair."""
@@ -73,7 +74,8 @@ class GuidancePairs:
         reason = WASTED if wasted else NO_PAIR
         if last is None or call.latents is None or last.spec != call.spec or not last.agrees(call, call.latents):
             return reason
-        apart = frozenset(i for i in range(len(call.leaves)) if not last.agrees(call, i))
+        leaves = range(len(call.leaves))
+        apart = frozenset(i for i in leaves if not last.agrees(call, i) and not last.alike(call, i))
         if not apart:
             return reason
         if difference := _unjoinable(last, call, apart):
@@ -83,11 +85,20 @@ class GuidancePairs:
 
 
 def joined(first: Call, second: Call) -> Call:
-    """Return one call with the rows of the two calls of a pair; what holds no batch is the same in both."""
+    """Return one call with the rows of the two calls of a pair; what holds no batch is the same in both.
+
+    Raises:
+        PartitionError: Something that all rows share differs.
+    """
+    for i, (a, b) in enumerate(zip(first.leaves, second.leaves)):
+        if i in first.shared and a is not b:
+            raise PartitionError(
+                f"the calls of a guidance pair differ in argument {i}, which the model takes once for all rows"
+            )
     leaves = [
         torch.cat([a, b]) if first.holds_batch(i) else a for i, (a, b) in enumerate(zip(first.leaves, second.leaves))
     ]
-    return Call(leaves, first.spec)
+    return Call(leaves, first.spec, first.shared)
 
 
 def _unjoinable(first: Call, second: Call, apart: frozenset[int]) -> str:

@@ -3,6 +3,7 @@
 Contract
 - A pass is the two calls of a guidance pair, with new latents each time. `--requests` counts the rows of both calls:
   2 is one video. `--input-len` is the number of tokens of a video, a multiple of `FRAME`.
+- Models of `WITHOUT_GUIDANCE` make one call per pass. There, `--requests` counts the rows of that call.
 - The peer "merged calls" is the stock model called once, with the rows of both calls.
 - A subclass makes the model of its system, with random weights, on ranks that share the sequence.
 """
@@ -20,7 +21,14 @@ import torch.distributed as dist
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import ConfigError, unknown_name
-from dynaflow_serving.integrations.base import MERGED_CALLS, Integration, Pass, WorkloadSettings, WorkloadSide
+from dynaflow_serving.integrations.base import (
+    MERGED_CALLS,
+    WITHOUT_GUIDANCE,
+    Integration,
+    Pass,
+    WorkloadSettings,
+    WorkloadSide,
+)
 from dynaflow_serving.integrations.diffusion.denoiser import Denoiser
 
 FRAME = 256  # tokens of a frame: 32 x 32 latents in patches of 2 x 2
@@ -31,8 +39,12 @@ WAN: dict[str, Any] = {
 }  # fmt: skip
 
 
+Random = Callable[..., torch.Tensor]  # random numbers of a shape
+Calls = list[dict[str, Any]]  # the arguments of each call of a pass
+
+
 class DiffusionWorkload(abc.ABC):
-    """A video transformer on one rank."""
+    """A video or image transformer on one rank."""
 
     integration: Integration
     models: Mapping[str, Any]  # what `--model` may name
@@ -47,10 +59,11 @@ class DiffusionWorkload(abc.ABC):
             raise ConfigError(f"{self.integration.name} needs two ranks: add --tensor-parallel 2, or --link MBIT")
         if settings.training:
             raise ConfigError(f"--training: {self.integration.name} serves models. Leave it out.")
-        if settings.requests % 2 or settings.length % FRAME:
+        calls = 1 if name in WITHOUT_GUIDANCE else 2
+        if settings.requests % calls or settings.length % FRAME:
             raise ConfigError(
                 f"--requests {settings.requests} --input-len {settings.length}: a guidance pair has an even number of "
-                f"rows, and a video a multiple of {FRAME} tokens"
+                f"rows, and a video or image a multiple of {FRAME} tokens"
             )
         if settings.dtype not in ("auto", "float32"):
             raise ConfigError(f"--dtype {settings.dtype}: the models made here are float32. Leave it out.")
@@ -60,15 +73,18 @@ class DiffusionWorkload(abc.ABC):
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-        rows = settings.requests // 2
         random = partial(torch.randn, generator=generator)
-        self.latents = random(rows, CHANNELS, settings.length // FRAME, SIDE, SIDE)
-        self.timestep = torch.full((rows,), 500.0)
-        self.prompts = [random(rows, TEXT_TOKENS, TEXT_WIDTH) for _ in ("conditional", "unconditional")]
+        self.calls = self.make_calls(name, settings.requests // calls, settings.length, random)
 
     @abc.abstractmethod
     def make_model(self, name: str) -> torch.nn.Module:
         """Prepare the ranks, and make a model of `models`."""
+
+    def make_calls(self, name: str, rows: int, tokens: int, random: Random) -> Calls:
+        """Return the arguments of the calls of a pass of a model, each with so many rows of so many tokens."""
+        latents, timestep = random(rows, CHANNELS, tokens // FRAME, SIDE, SIDE), torch.full((rows,), 500.0)
+        prompts = [random(rows, TEXT_TOKENS, TEXT_WIDTH) for _ in ("conditional", "unconditional")]
+        return [{"hidden_states": latents, "encoder_hidden_states": text, "timestep": timestep} for text in prompts]
 
     def context(self) -> AbstractContextManager[Any]:
         """Return what the system enters around each call."""
@@ -81,7 +97,7 @@ class DiffusionWorkload(abc.ABC):
     @property
     def peers(self) -> Mapping[str, Pass]:
         """What a user would do without DynaFlow, by name."""
-        return {MERGED_CALLS: self._merged}
+        return {MERGED_CALLS: self._merged} if len(self.calls) > 1 else {}
 
     def under(self, config: Config) -> WorkloadSide:
         denoiser = Denoiser(self.model.forward, self.model, config, "aot", self.integration)
@@ -93,18 +109,15 @@ class DiffusionWorkload(abc.ABC):
         denoiser.forget_decisions()
         self._pass(denoiser)
 
-    def _call(
-        self, model: Callable[..., Any], latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
-    ) -> Any:
+    def _call(self, model: Callable[..., Any], arguments: Mapping[str, torch.Tensor]) -> Any:
         with torch.no_grad(), self.context():
-            result = model(hidden_states=latents, encoder_hidden_states=text, timestep=timestep)
+            result = model(**arguments)
         return result if isinstance(result, torch.Tensor) else result[0]
 
     def _pass(self, model: Callable[..., Any]) -> list[torch.Tensor]:
-        latents = self.latents.clone()
-        return [self._call(model, latents, self.timestep, text) for text in self.prompts]
+        latents = self.calls[0]["hidden_states"].clone()
+        return [self._call(model, {**arguments, "hidden_states": latents}) for arguments in self.calls]
 
     def _merged(self) -> list[torch.Tensor]:
-        latents, timestep = (torch.cat([value, value]) for value in (self.latents, self.timestep))
-        result = self._call(self.model.forward, latents, timestep, torch.cat(self.prompts))
-        return list(result.chunk(2))
+        both = {name: torch.cat([arguments[name] for arguments in self.calls]) for name in self.calls[0]}
+        return list(self._call(self.model.forward, both).chunk(2))

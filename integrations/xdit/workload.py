@@ -1,7 +1,8 @@
-"""`XDiTWorkload` is a denoising step of xDiT's Wan in `dynaflow bench xdit`.
+"""`XDiTWorkload` is a denoising step of xDiT's Wan or FLUX.1 in `dynaflow bench xdit`.
 
 Contract
-- All ranks share the sequence: `wan` by Ulysses (all-to-alls), `wan_ring` by a ring.
+- All ranks share the sequence: `wan` and `flux` by Ulysses (all-to-alls), `wan_ring` by a ring.
+- FLUX.1 is distilled: guidance is an argument, and a step is one call.
 - On a machine without CUDA, `cuda_stand_in` answers what xDiT asks of CUDA.
 """
 
@@ -14,14 +15,27 @@ import torch
 import torch.distributed as dist
 
 from dynaflow_serving.integrations import XDIT
-from dynaflow_serving.integrations.diffusion.workload import WAN, DiffusionWorkload
+from dynaflow_serving.integrations.diffusion.workload import (
+    TEXT_TOKENS,
+    TEXT_WIDTH,
+    WAN,
+    Calls,
+    DiffusionWorkload,
+    Random,
+)
+
+FLUX: dict[str, Any] = {
+    "patch_size": 1, "in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 64,
+    "num_attention_heads": 8, "joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": TEXT_WIDTH,
+    "guidance_embeds": True, "axes_dims_rope": (16, 24, 24),
+}  # fmt: skip
 
 
 class XDiTWorkload(DiffusionWorkload):
-    """xDiT's Wan on one rank."""
+    """A transformer of xDiT on one rank."""
 
     integration = XDIT
-    models = {"wan": "ulysses_degree", "wan_ring": "ring_degree"}
+    models = {"wan": "ulysses_degree", "wan_ring": "ring_degree", "flux": "ulysses_degree"}
 
     def make_model(self, name: str) -> torch.nn.Module:
         os.environ.setdefault("XDIT_LOGGING_LEVEL", "ERROR")
@@ -30,10 +44,30 @@ class XDiTWorkload(DiffusionWorkload):
 
             cuda_stand_in.install()
         initialize(**{self.models[name]: dist.get_world_size()})
-        from xfuser.model_executor.models.transformers.transformer_wan import xFuserWanTransformer3DWrapper
+        model: torch.nn.Module
+        if name == "flux":
+            from xfuser.core.distributed import get_runtime_state
+            from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper
 
-        model: torch.nn.Module = xFuserWanTransformer3DWrapper(**WAN)
+            get_runtime_state().max_condition_sequence_length = TEXT_TOKENS
+            model = xFuserFlux1Transformer2DWrapper(**FLUX)
+        else:
+            from xfuser.model_executor.models.transformers.transformer_wan import xFuserWanTransformer3DWrapper
+
+            model = xFuserWanTransformer3DWrapper(**WAN)
         return model
+
+    def make_calls(self, name: str, rows: int, tokens: int, random: Random) -> Calls:
+        if name != "flux":
+            return super().make_calls(name, rows, tokens, random)
+        call = {
+            "hidden_states": random(rows, tokens, FLUX["in_channels"]),
+            "encoder_hidden_states": random(rows, TEXT_TOKENS, TEXT_WIDTH),
+            "pooled_projections": random(rows, TEXT_WIDTH), "timestep": torch.full((rows,), 0.5),
+            "guidance": torch.full((rows,), 3.5), "img_ids": torch.arange(tokens * 3.0).view(tokens, 3) // 3,
+            "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+        }  # fmt: skip
+        return [call]
 
 
 def initialize(pipe: Any = None, **degrees: int) -> None:

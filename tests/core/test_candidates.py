@@ -19,6 +19,10 @@ def test_candidates_of_one_strategy_are_told_apart_by_their_options() -> None:
     options = {"candidates": ["comet", "nanoflow", *candidates], "micro_batches": [2]}
     selector = build_selector(load({"strategy": "auto", "options": options}))
     assert selector.candidates == ("comet", "nanoflow x2", "comet chunks=4", "nanoflow x2 cut=token")
+    options = {"candidates": ["comm_overlap", "nanoflow"], "micro_batches": [1, 2]}  # nanoflow orders no un-split step
+    selector = build_selector(load({"strategy": "auto", "options": options}))
+    assert selector.candidates == ("comm_overlap", "comm_overlap x2", "nanoflow x2")
+    assert selector.whole_planners == ("comm_overlap",)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +30,7 @@ def test_candidates_of_one_strategy_are_told_apart_by_their_options() -> None:
     [
         ({"candidates": ["nanoflo"]}, "unknown strategy 'nanoflo'. Did you mean 'nanoflow'"),
         ({"candidates": ["auto"]}, "'auto' itself is none"),
-        ({"candidates": ["sequential"], "micro_batches": [1]}, "each at least 2"),
+        ({"micro_batches": [0, 2]}, "each at least 1"),
         ({"candidates": [{"strategy": "sequential", "options": {"micro_batches": 1}}]}, "nothing to choose"),
         ({"candidates": ["nanoflow", {"strategy": "nanoflow"}]}, "nanoflow x2 is given twice"),
         ({"candidates": [{"name": "nanoflow"}]}, "is not {strategy: NAME, options: {...}}"),

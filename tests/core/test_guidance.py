@@ -13,6 +13,7 @@ from dynaflow_serving.errors import InactiveError, PartitionError
 from dynaflow_serving.integrations.base import Integration
 from dynaflow_serving.integrations.diffusion.denoiser import Denoiser
 from dynaflow_serving.integrations.diffusion.guidance import NO_PAIR, WASTED
+from dynaflow_serving.policy.selector import AutoSelector
 
 TEST = Integration("test", "no such package", ())
 
@@ -80,6 +81,57 @@ def test_a_pair_works_in_inference_mode_where_pytorch_counts_no_writes() -> None
     assert denoiser.session.counts.unsplit[WASTED] == 1
 
 
+def test_a_timestep_that_is_made_anew_for_each_call_is_the_same() -> None:
+    model, denoiser = make()
+    texts = [integers(1, 3, 4) for _ in range(2)]
+    with torch.no_grad():
+        for number in range(4):
+            latents = integers(1, 5, 4)
+            for text in texts:
+                check_step(denoiser, model, latents, torch.full((1,), float(number)), text)
+        latents, time = integers(1, 5, 4), torch.ones(1)
+        check_step(denoiser, model, latents, time, texts[0])
+        time += 1  # what the kept result was made with is not what it was
+        check_step(denoiser, model, latents, torch.full((1,), 2.0), texts[1])
+    assert denoiser.session.counts.split == 3 + 1
+    assert denoiser.session.counts.unsplit == {NO_PAIR: 2, WASTED: 1}
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_strategy_that_orders_unsplit_steps_orders_each_call(texts: int) -> None:
+    torch._dynamo.reset()
+    model = Model()
+    config = load({"strategy": "comm_overlap", "options": {"micro_batches": 1}})
+    denoiser = Denoiser(model.forward, model, config, "aot", TEST)
+    given = [integers(1, 3, 4) for _ in range(texts)]
+    with torch.no_grad():
+        for number in range(4):
+            check_step(denoiser, model, integers(1, 5, 4), torch.full((1,), float(number)), *given)
+    steps, check = denoiser.session.report().steps, denoiser.session.report().check
+    assert steps.split == 0 and check is not None and check.steps == 1
+    assert steps.unsplit == {"comm_overlap with one micro-batch": 4 if texts == 1 else 2 + 3}  # a pair is one step
+    assert [plan.strategy for cache in denoiser.session.plan_caches for plan in cache.plans] == ["comm_overlap"]
+
+
+def test_auto_orders_single_calls_and_splits_pairs_of_one_model() -> None:
+    torch._dynamo.reset()
+    model = Model()
+    options = {"candidates": ["comm_overlap"], "micro_batches": [1, 2], "retune": True, "pairs": 3}
+    denoiser = Denoiser(model.forward, model, load({"strategy": "auto", "options": options}), "aot", TEST)
+    texts = [integers(1, 3, 4) for _ in range(2)]
+    with torch.no_grad():
+        for number in range(3):
+            check_step(denoiser, model, integers(1, 5, 4), torch.full((1,), float(number)), texts[0])
+        for number in range(3):
+            check_step(denoiser, model, integers(1, 5, 4), torch.full((1,), float(number)), *texts)
+    selector = denoiser.session.selector
+    assert isinstance(selector, AutoSelector) and selector.table is not None
+    single, pair = sorted(selector.table.decisions, key=lambda decision: decision.requests)
+    timed = {trial.candidate: bool(trial.ratios) for trial in single.trials}
+    assert timed == {"comm_overlap": True, "comm_overlap x2": False}
+    assert all(t.ratios or t.predicted for t in pair.trials), pair
+
+
 def changed_latents(latents: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, ...]:
     latents.add_(1)
     return latents, text, time
@@ -108,8 +160,8 @@ def test_a_call_with_other_arguments_than_foreseen_is_computed_anew(change: Call
     texts = [integers(1, 3, 4) for _ in range(2)]
     with torch.no_grad():
         for number in range(2):
-            check_step(denoiser, model, integers(1, 5, 4), torch.full((1,), float(number)), *texts)
-        latents, time = integers(1, 5, 4), torch.ones(1)
+            check_step(denoiser, model, integers(1, 20, 4), torch.full((1,), float(number)), *texts)
+        latents, time = integers(1, 20, 4), torch.ones(1)
         (first,) = denoiser(hidden_states=latents, text=texts[0], timestep=time)
         assert torch.equal(first, expected(model, latents, texts[0], time))
         given = change(latents, time, texts[1])
@@ -117,7 +169,7 @@ def test_a_call_with_other_arguments_than_foreseen_is_computed_anew(change: Call
         assert torch.equal(second, expected(model, *given))
         assert denoiser.session.counts.unsplit[WASTED] == 1
         for number in range(3):  # a pair is learned anew
-            check_step(denoiser, model, integers(1, 5, 4), torch.full((1,), float(number)), *texts)
+            check_step(denoiser, model, integers(1, 20, 4), torch.full((1,), float(number)), *texts)
     assert denoiser.session.counts.split == 4
 
 
@@ -142,6 +194,44 @@ def test_calls_that_cannot_be_joined_say_so() -> None:
     reason = "argument 1 is a tensor [1, 3, 4] in one and a tensor [1, 2, 4] in the other"
     assert denoiser.session.counts.split == 0
     assert any(reason in why for why in denoiser.session.counts.unsplit)
+
+
+class FirstRow(Model):
+    """It reads the positions of all rows from the first one."""
+
+    def forward(
+        self, hidden_states: Any, text: Any, timestep: Any, positions: Any = None, return_dict: bool = False
+    ) -> Any:
+        (result,) = super().forward(hidden_states, text, timestep)
+        return (result + positions[0],)
+
+
+@pytest.mark.parametrize("differ", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_a_model_reads_once_for_all_rows_is_shared(rows: int, differ: bool) -> None:
+    torch._dynamo.reset()
+    model = FirstRow()
+    denoiser = Denoiser(model.forward, model, load({"strategy": "comm_overlap"}), "aot", TEST)
+    texts = [integers(rows, 3, 4) for _ in range(2)]
+    places = [integers(rows, 5, 4)] * 2
+    if differ:
+        places[1] = places[0] + 1
+
+    def run() -> None:
+        for number in range(3):
+            latents, time = integers(rows, 5, 4), torch.full((rows,), float(number))
+            for text, place in zip(texts, places):
+                (found,) = denoiser(hidden_states=latents, text=text, timestep=time, positions=place)
+                assert torch.equal(found, model(latents, text, time, place)[0])
+
+    with torch.no_grad():
+        if differ:
+            with pytest.raises(PartitionError, match=r"differ in argument 3|cannot be split"):
+                run()
+            return
+        run()
+    assert denoiser.session.counts.split == (2 if rows == 1 else 4)
+    assert not any(c.captured.program.unsplittable for c in denoiser.session.plan_caches)
 
 
 class Mixing(Model):

@@ -128,7 +128,7 @@ def test_an_example_is_tuned_in_a_process_of_its_own(tmp_path: Path) -> None:
         (["lama"], "not an embedded example (llama, moe, dit). For a model, say which engine"),
         (["llama", "-c", "nanoflw"], "Did you mean 'nanoflow'?"),
         (["llama", "-s", "nanoflow"], "strategy 'nanoflow' decides nothing"),
-        (["llama", "-n", "1"], "each at least 2"),
+        (["llama", "-n", "0"], "each at least 1"),
         (["llama", "--dtype", "float16", "-tp", "2"], "--tensor-parallel, --dtype: for models"),
         (["llama", "--engine", "vlm"], "Did you mean 'vllm'?"),
         (["llama", "--engine", "sglang", "--compiled"], "Leave --compiled and --uncompiled out"),

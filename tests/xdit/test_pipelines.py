@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import images
 import pytest
 from scenarios import CALL_RAISES, LATENTS_CHANGE, compared, dies
 from two_ranks import on_two_ranks, where_one_dies
@@ -60,6 +61,21 @@ def test_both_transformers_of_wan_2_under_the_policy(wan_2: Path) -> None:
     steps = {"num_inference_steps": 8}
     found = check(on_two_ranks(compared, str(wan_2), {"ulysses_degree": 2}, config, {"8 steps": steps}))
     assert len(found["split"]) == 2
+
+
+def test_flux_orders_a_single_image_and_splits_two() -> None:
+    """One image: its MLP runs beside the exchange for attention. Two images are rows."""
+    one = {"strategy": "comm_overlap", "options": {"micro_batches": 1}}
+    found = check(on_two_ranks(images.compared, "flux", one, (1,)))
+    assert (found["split"], found["unsplit"]) == (0, {"comm_overlap with one micro-batch": 3})
+    assert found["network"] == [2 + 2 + 1]  # an exchange before and one after each attention; the last gathers
+    found = check(on_two_ranks(images.compared, "flux", {"strategy": "comm_overlap"}, (1, 2)))
+    assert (found["split"], found["unsplit"]) == (3, {NO_PAIR: 3})
+
+
+def test_qwen_image_pairs_calls_that_make_their_own_timesteps() -> None:
+    found = check(on_two_ranks(images.compared, "qwen_image", {"strategy": "comm_overlap"}, (1,)))
+    assert (found["split"], found["unsplit"]) == (2, {NO_PAIR: 2})
 
 
 def test_a_rank_that_dies_ends_the_others_generation(wan: Path) -> None:
