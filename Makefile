@@ -2,7 +2,8 @@
 #
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
 #   make test [SESSIONS=...]    lint, types, core, operators, kernels, wheel, transformers, megatron, xdit, fastvideo,
-#                               vllm, vllm_v2, sglang, or those named; stops at the first failure
+#                               vllm, vllm_v2, sglang, or those named; stops at the first failure. LONG=1 adds the
+#                               tests that take minutes
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json and .html: on two emulated
 #                               nodes, or where network namespaces are not allowed on this machine alone
 #   make never-slower           what the policy decides in vLLM, SGLang and, over an emulated link, in Transformers, and
@@ -34,8 +35,13 @@ env:
 	@$(NOX) --session $(ENGINE) --install-only >&2
 	@echo "$(ENVS)/$(ENGINE)/bin/python"
 
+# pip takes one core: two environments are installed side by side.
 test: $(BOOTSTRAP)
+	$(if $(strip $(SESSIONS)),,@$(MAKE) -j 2 $(ENGINES:%=install-%))
 	$(NOX) $(if $(strip $(SESSIONS)),--session $(SESSIONS))
+
+install-%: $(BOOTSTRAP)
+	@$(NOX) --session $* --install-only
 
 bench:
 	@$(MAKE) env ENGINE=vllm

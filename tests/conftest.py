@@ -21,8 +21,11 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):
-    """A test whose engine has several ranks has the machine for itself."""
+    """A test whose engine has several ranks has the machine for itself; a long one runs only if it is asked for."""
+    long = pytest.mark.skip(reason="takes minutes; LONG=1 runs it, as CI does every night")
     for item in items:
+        if item.get_closest_marker("long") and not os.environ.get("LONG"):
+            item.add_marker(long)
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if max(parameters.get("tp", 1), parameters.get("ranks", 1)) > 1:
             item.add_marker("alone")

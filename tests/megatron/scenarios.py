@@ -56,12 +56,15 @@ class Compared:
     last: float
 
 
-def compare(cases: Mapping[str, tuple[Setup, dict[str, Any]]], iterations: int) -> dict[str, dict[str, Any]]:
-    """Train each setup stock and under its config; all setups have the same parallel sizes."""
+def compare(
+    cases: Mapping[str, tuple[Setup, dict[str, Any]]], iterations: int | Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Train each setup stock and under its config, all or each so long; all setups have the same parallel sizes."""
     found = {}
     for name, (setup, options) in cases.items():
         begin(setup)
-        found[name] = vars(_compare(setup, options, iterations))
+        count = iterations if isinstance(iterations, int) else iterations[name]
+        found[name] = vars(_compare(setup, options, count))
     return found
 
 

@@ -10,6 +10,7 @@ def test_two_servers_and_a_report(two_servers):
     assert "json-model-override-args" in result["servers"]["dynaflow"]
 
 
+@pytest.mark.long  # two nodes are tested with vLLM
 @pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_two_emulated_nodes(two_nodes):

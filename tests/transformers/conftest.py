@@ -22,5 +22,7 @@ preload(*(f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "m
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Models of one layer, for tracing takes most of the time; `two_layers` is a Llama of two."""
     folder = tmp_path_factory.mktemp("models")
-    return {kind: str(make_tiny_model(kind, folder)) for kind in ("llama", "qwen3", "qwen3_moe", "mixtral")}
+    made = {kind: make_tiny_model(kind, folder, layers=1) for kind in ("llama", "qwen3", "qwen3_moe", "mixtral")}
+    return {kind: str(path) for kind, path in made.items()} | {"two_layers": str(make_tiny_model("llama", folder))}

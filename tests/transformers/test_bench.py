@@ -21,6 +21,7 @@ def run(file: Path, model: str, *arguments: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.long  # ranks of the bench on two nodes are tested with torch
 @pytest.mark.skipif(bool(why_no_link()), reason=why_no_link())
 def test_two_nodes(tmp_path: Path, models: dict[str, str]) -> None:
     content = run(

@@ -40,7 +40,7 @@ def test_gradients_equal_and_backward_collectives_overlap(
 
     Two micro-batches without it are in `test_bench.test_forward_and_backward`.
     """
-    for found in on_two_ranks(scenarios.training, models["llama"], micro_batches, checkpoints):
+    for found in on_two_ranks(scenarios.training, models["two_layers"], micro_batches, checkpoints):
         assert found["apart"] <= TOLERANCE  # sums over the tokens in another order
         assert found["gradients"] == 21
         assert found["steps"] == ([6, 0] if micro_batches == 2 else [0, 6])  # three passes forward, three backward
@@ -56,7 +56,7 @@ def test_gradients_of_experts_equal(models: dict[str, str]) -> None:
 
 
 def test_flux_runs_products_in_chunks_forward_and_backward(models: dict[str, str]) -> None:
-    for found in on_two_ranks(scenarios.products_in_chunks, models["llama"]):
+    for found in on_two_ranks(scenarios.products_in_chunks, models["two_layers"]):
         assert all(found["equal"]) and found["apart"] <= TOLERANCE
         assert found["steps"] == [0, 6]
         # Two products with sharded rows per layer forward; five with sharded columns per layer backward.

@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.long  # two servers are tested with SGLang
 @pytest.mark.timeout(900)
 def test_two_servers_and_a_report(two_servers):
     result, page = two_servers("vllm", "random", least_tokens=8, TEST_MODE3="")
