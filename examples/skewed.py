@@ -1,4 +1,4 @@
-"""`skewed`: micro-batch k trails micro-batch k - 1 by `skew` operators (docs/strategies.md)."""
+"""`skewed`: micro-batch k trails micro-batch k - 1 by `skew` operators (docs/strategies/write-your-own.md)."""
 
 from pydantic import Field
 

@@ -7,7 +7,7 @@ With A = attention and gate, D = dispatch, E = experts, C = combine:
 
 A micro-batch runs until it has issued a dispatch or combine, then the other one has its turn. In a model
 without dispatch and combine (tensor parallelism), the turn ends at every network operator. Of the integrations, only
-Megatron-LM's tags operators dispatch and combine (docs/strategies.md).
+Megatron-LM's tags operators dispatch and combine (docs/strategies/tags-and-streams.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Contract
 - The rules of every integration, and of torch's own collectives, give operators these tags. A tag says what an operator
-  does; its name may differ from system to system. docs/strategies.md has the table.
+  does; its name may differ from system to system. docs/strategies/tags-and-streams.md has the table.
 - A rule or a `mark` may give any other word as a tag, too.
 - A strategy says which tags it looks for with `TagUse`, so that a Program without them is no silent surprise.
 """

@@ -4,7 +4,7 @@ Contract
 - `check` sees the resolved arguments, and raises `InactiveError` with all causes and their remedies.
 - `reason_to_run_whole` looks at features of single requests. A step with such a request runs un-split, and is counted
   with the reason.
-- The support matrix in the README is this list.
+- docs/user-guide/refusals.md is made from this file.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Contract
   all causes and their remedies.
 - `check_annotations` raises `AnnotationError` for a class or function that does not exist in vLLM and torch. If it
   exists, but is not part of the model's graph, capturing the graph finds that out.
-- The support matrix in the README is this list.
+- docs/user-guide/refusals.md is made from this file.
 """
 
 from __future__ import annotations
