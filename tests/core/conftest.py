@@ -32,4 +32,8 @@ def no_grad() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/core/golden from what is computed")
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="rewrite tests/core/golden, and generated pages of docs/, from what is computed",
+    )
