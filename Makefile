@@ -1,9 +1,10 @@
 # Needs Python 3.11 with venv, and nothing else installed.
 #
 #   make env ENGINE=NAME        build that environment if need be (ENGINES below); the last line is its interpreter
-#   make test [SESSIONS=...]    lint, types, core, operators, kernels, wheel, transformers, megatron, xdit, fastvideo,
-#                               vllm, vllm_v2, sglang, or those named; stops at the first failure. LONG=1 adds the
-#                               tests that take minutes
+#   make test [SESSIONS=...]    lint, docs, types, core, operators, kernels, wheel, transformers, megatron, xdit,
+#                               fastvideo, vllm, vllm_v2, sglang, or those named; stops at the first failure. LONG=1
+#                               adds the tests that take minutes
+#   make docs                   the documentation as a site, in site/index.html
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json and .html: on two emulated
 #                               nodes, or where network namespaces are not allowed on this machine alone
 #   make never-slower           what the policy decides in vLLM, SGLang and, over an emulated link, in Transformers, and
@@ -23,7 +24,7 @@ LONG := --requests 256 --input-len 128 --output-len 32
 NOX := $(ENVS)/bootstrap/bin/python -m nox
 BOOTSTRAP := $(ENVS)/bootstrap/nox-$(NOX_VERSION)
 
-.PHONY: help env test bench never-slower clean
+.PHONY: help env test docs bench never-slower clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
@@ -43,6 +44,9 @@ test: $(BOOTSTRAP)
 install-%: $(BOOTSTRAP)
 	@$(NOX) --session $* --install-only
 
+docs: $(BOOTSTRAP)
+	$(NOX) --session docs
+
 bench:
 	@$(MAKE) env ENGINE=vllm
 	@LINK=; unshare -rn true 2>/dev/null && command -v tc nstat >/dev/null && LINK="--link 300" || \
@@ -58,7 +62,7 @@ never-slower:
 	|| failed=1; done; exit $${failed:-0}
 
 clean:
-	rm -rf .nox .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .nox .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site *.egg-info
 	rm -rf requirements/vllm_metadata/build requirements/vllm_metadata/*.egg-info tests/sglang/cpu_support/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

