@@ -216,7 +216,7 @@ def docs(session: nox.Session) -> None:
     session.env["DYNAFLOW_PACKAGE_TREE"] = str(package_tree(session))
     session.env["NO_MKDOCS_2_WARNING"] = "1"  # an advertisement of the theme's
     session.run("mkdocs", "build", "--strict", "--site-dir", "site", *session.posargs)
-    session.log(f"open {ROOT / 'site' / 'index.html'}")
+    session.log(f"open {ROOT / 'site' / 'index.html'}, or, to search, serve it: python -m http.server -d site")
 
 
 @nox.session(venv_backend="none")

@@ -33,7 +33,7 @@ def pages() -> dict[str, str]:
         ((f"[`dynaflow {name}`](#dynaflow-{name})", sub.get_short_help_str(200)) for name, sub in commands.items()),
     )
     sections = [_section(name, sub, context) for name, sub in commands.items()]
-    return {PAGE: generated_by("command_line.py") + "\n".join([INTRODUCTION, overview, *sections])}
+    return {PAGE: "\n".join([INTRODUCTION, overview, *sections]) + generated_by("command_line.py")}
 
 
 def _section(name: str, command: Any, parent: Any) -> str:

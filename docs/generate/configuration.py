@@ -24,6 +24,14 @@ One YAML file configures DynaFlow. The name of a strategy in its place means the
 mapping works where the file does. `dynaflow schema` prints the JSON Schema for editors, `dynaflow check FILE` verifies
 a file. Each folder of `configs/` has commented files for one system. This is `configs/vllm/nanoflow.yaml`:
 """
+FOR_CUDA = """A stream may have a share of the multiprocessors or a priority. `graph: whole` makes one CUDA graph of all
+streams; vLLM, SGLang, Megatron-LM, xDiT and FastVideo refuse it. All of it is unmeasured.
+
+```yaml
+streams: {network: {sm_share: 0.1}}     # or {priority: -1}
+graph: whole
+```
+"""
 
 
 def pages() -> dict[str, str]:
@@ -34,12 +42,13 @@ def pages() -> dict[str, str]:
     for setting, name in PARTS.items():
         part = schema["$defs"][name]
         parts += [f"### {setting}\n", f"{part['description']}\n", _table(part)]
+    parts += ["### For CUDA\n", FOR_CUDA]
     parts += ["## Options of `strategy: auto`\n", "[How it decides](auto.md).\n", _table(_options(AUTO))]
     parts.append("## Options of the strategies\n")
     for name in strategy_names():
         if name != AUTO:
             parts += [f"### {name}\n", f"[What it does](../strategies/{name}.md).\n", options_table(name)]
-    return {PAGE: generated_by("configuration.py") + "\n".join(parts)}
+    return {PAGE: "\n".join(parts) + generated_by("configuration.py")}
 
 
 def _options(strategy: str) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def write(pages: Mapping[str, str]) -> None:
 
 
 def generated_by(script: str) -> str:
-    """Return the comment that begins a page which `script` makes."""
-    return f"<!-- Made by docs/generate/{script}: change the code, then run it. -->\n\n"
+    """Return the comment that ends a page which `script` makes."""
+    return f"\n<!-- Made by docs/generate/{script}: change the code, then run it. -->\n"
 
 
 def with_part(page: str, name: str, text: str) -> str:

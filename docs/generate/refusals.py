@@ -47,7 +47,7 @@ def pages() -> dict[str, str]:
         file = ROOT / "integrations" / name / "limits.py"
         parts += [f"## {title}\n", _section(file)]
     parts += ["## While capturing and serving\n", _elsewhere()]
-    return {PAGE: generated_by("refusals.py") + "\n".join(parts)}
+    return {PAGE: "\n".join(parts) + generated_by("refusals.py")}
 
 
 def _section(file: Path) -> str:
@@ -75,9 +75,10 @@ def _elsewhere() -> str:
     found: list[tuple[str, str]] = []
     for folder in ("dynaflow_serving", "integrations"):
         for file in sorted((ROOT / folder).rglob("*.py")):
-            if file.name != "limits.py" and str(file.relative_to(ROOT)) not in SHARED:
-                raised = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Raise)]
-                found += [(m, str(file.relative_to(ROOT))) for n in raised for m in _raised(n, {})]
+            path, text = str(file.relative_to(ROOT)), file.read_text()
+            if file.name != "limits.py" and path not in SHARED and any(f"raise {name}(" in text for name in MESSAGES):
+                raised = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Raise)]
+                found += [(message, path) for node in raised for message in _raised(node, {})]
     return table(("message", "raised in"), ((message, f"`{file}`") for message, file in dict(found).items()))
 
 

@@ -74,7 +74,7 @@ def _page(name: str) -> str:
             "\n".join(found),
             "[Which system gives which tags](tags-and-streams.md).",
         ]
-    return generated_by("strategy_pages.py") + "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n" + generated_by("strategy_pages.py")
 
 
 def _timeline(name: str) -> str:

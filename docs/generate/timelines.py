@@ -42,7 +42,9 @@ def draw(title: str, panels: Sequence[tuple[str, Timeline]]) -> str:
             *_panel(timeline, y + GAP, until),
         ]
         y += GAP + ROW * len(timeline.plan.streams)
-    note = f"{until * 1e6:,.0f} us wide; hatched: network; all times are simulated (a roofline model), none is measured"
+    kinds = sorted({_kind(span) for _, timeline in panels for span in timeline.spans})
+    short = "".join(f"; {_initials(kind)}: {kind}" for kind in kinds if "_" in kind)
+    note = f"Simulated by a roofline model, not measured; {until * 1e6:,.0f} us wide; hatched: network{short}"
     return "\n".join([*parts, _text(12, y + 20, note, QUIET), "</svg>"]) + "\n"
 
 
@@ -76,9 +78,19 @@ def _names(span: Span) -> list[str]:
     action = span.action
     if action.kind is ActionKind.MERGE:
         return ["merge"]
-    name = action.operators[0]
-    kind = [part for part in name.split(".") if not part.isdigit()][-1]
-    return [f"{name.removeprefix('layers.')} @{action.start}", kind, kind[:4]]
+    kind = _kind(span)
+    short = _initials(kind) if "_" in kind else kind[:4]
+    return [f"{action.operators[0].removeprefix('layers.')} @{action.start}", kind, short]
+
+
+def _kind(span: Span) -> str:
+    """Return the last word of the name of a bar's operator; "" for a merge."""
+    parts = span.action.operators[0].split(".") if span.action.operators else [""]
+    return [part for part in parts if not part.isdigit()][-1]
+
+
+def _initials(kind: str) -> str:
+    return "".join(word[0] for word in kind.split("_"))
 
 
 def _text(x: float, y: float, text: str, ink: str, middle: bool = False) -> str:

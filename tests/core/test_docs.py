@@ -1,8 +1,9 @@
-"""Pages that are made from code are those that the code makes; every name of the API is on its page."""
+"""Pages that are made from code are those that the code makes, and links of the documentation lead somewhere."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ def test_generated_pages_are_current(
         importlib.import_module("pages").write(pages)
     for page, text in pages.items():
         assert (DOCS / page).read_text() == text, f"if the change is right: python docs/generate/{name}.py"
+
+
+def test_the_readme_takes_five_minutes() -> None:
+    lines = (DOCS.parent / "README.md").read_text().splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+
+
+def test_links_of_the_repository_lead_somewhere() -> None:
+    root = DOCS.parent
+    for page in [*root.glob("*.md"), *DOCS.rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s:]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(root)}: {target}"
 
 
 def test_every_generator_is_tested() -> None:
