@@ -32,7 +32,7 @@ def unsplit_causes(engine: str, selector: Selector) -> list[str]:
     if len(selector.candidates) == 1:
         return []
     found = [candidate for candidate in selector.candidates if selector.plans_unsplit(candidate)]
-    return [f"candidate {c!r} never splits, and un-split steps run as {engine} runs them" for c in found]
+    return [f"candidate {c!r} never splits, and un-split steps run as {engine} runs them (leave it out)" for c in found]
 
 
 def unsupported(found: Mapping[str, object], verb: str = "is") -> list[str]:
@@ -45,7 +45,7 @@ def executor_causes(engine: str, config: Config, device: str) -> list[str]:
     if device not in ("cpu", "cuda"):
         return [f"device {device!r} is not supported (cpu and cuda are)"]
     if config.executor not in ("auto", "sequential", device):
-        return [f"executor {config.executor!r} does not fit device {device!r}"]
+        return [f"executor {config.executor!r} does not fit device {device!r} (set executor: auto)"]
     if config.graph != "off":
         return [f"graph {config.graph!r}: attention reads metadata that {engine} makes anew each step (set graph: off)"]
     return []

@@ -4,8 +4,8 @@ Contract
 - `python docs/generate/refusals.py` writes the page; `pages` has the rest of the contract.
 - The code is read, not run, so no system has to be installed. A message is text that a function of limits.py returns,
   yields, collects or raises; a value in it is shown by its name in capitals.
-- A message ends with its remedy in brackets, as `integrations/limits.py` asks. Features that are merely not supported
-  yet are listed by name.
+- A message ends with its remedy in brackets, as `integrations/limits.py` asks, or in sentences of its own. Features
+  that are merely not supported yet are listed by name.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ that exists, but not in this model, is found when the graph is captured, before 
 `fallback: true` in the YAML turns "cannot be active" into a warning, and the stock system runs. `dynaflow doctor` shows
 what is installed and supported, and `dynaflow check FILE` verifies a plan, a config or a strategy file.
 
-Words in capitals stand for values. All causes of a start are named together. Where no remedy stands, leave the feature
-out, or run the system without DynaFlow.
+Words in capitals stand for values. All causes of a start are named together.
 """
 SHARED = {"integrations/limits.py": "All systems", "integrations/base.py": "Releases"}
 MESSAGES = ("InactiveError", "AnnotationError")  # what limits.py raises
+NO_REMEDY = "change this, or run without DynaFlow"
 SAYING = (ast.Return, ast.Yield, ast.YieldFrom, ast.Assign, ast.AugAssign, ast.Expr)
 _REMEDY = re.compile(r"^(?P<cause>.+) \((?P<remedy>[^()]*(?:\([^()]*\)[^()]*)*)\)$", re.DOTALL)
 _LISTED = re.compile(" (is|are) not supported yet$")
@@ -55,7 +55,7 @@ def _section(file: Path) -> str:
     messages = list(dict.fromkeys(_messages(ast.parse(file.read_text()))))
     listed = [_LISTED.sub("", m) for m in messages if _LISTED.search(m)]
     told = table(("cause", "remedy"), (_split(m) for m in messages if not _LISTED.search(m)))
-    told += f"\nNot supported yet: {'; '.join(listed)}.\n" if listed else ""
+    told += f"\nNot supported yet, to be left out or run without DynaFlow: {'; '.join(listed)}.\n" if listed else ""
     if whole := _run_whole(ast.parse(file.read_text())):
         told += f"\nA step with a request of these kinds runs un-split, and is counted with the reason: {whole}.\n"
     return told
@@ -83,8 +83,10 @@ def _elsewhere() -> str:
 
 
 def _split(message: str) -> tuple[str, str]:
-    found = _REMEDY.match(message)
-    return (found["cause"], found["remedy"]) if found else (message, "-")
+    if found := _REMEDY.match(message):
+        return found["cause"], found["remedy"]
+    cause, _, remedy = message.partition(". ")
+    return cause, remedy or NO_REMEDY
 
 
 def _messages(tree: ast.Module) -> Iterator[str]:
