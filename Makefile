@@ -20,7 +20,7 @@ MAKEFLAGS += --no-print-directory
 # Environments are installed without compiled modules: Python compiles what it imports, and is to keep it.
 export PYTHONDONTWRITEBYTECODE :=
 ENVS := $(CURDIR)/.nox
-LONG := --requests 256 --input-len 128 --output-len 32
+TRAFFIC := --requests 256 --input-len 128 --output-len 32
 NOX := $(ENVS)/bootstrap/bin/python -m nox
 BOOTSTRAP := $(ENVS)/bootstrap/nox-$(NOX_VERSION)
 
@@ -56,7 +56,7 @@ bench:
 
 never-slower:
 	@for system in vllm sglang transformers; do $(MAKE) env ENGINE=$$system; done
-	@for system in "vllm $(LONG)" "sglang $(LONG)" "transformers --link 200 --link 0 --strategy comm_overlap --requests 12 --input-len 64 \
+	@for system in "vllm $(TRAFFIC)" "sglang $(TRAFFIC)" "transformers --link 200 --link 0 --strategy comm_overlap --requests 12 --input-len 64 \
 	--pairs 12 --starts 1"; do set -- $$system; echo "dynaflow bench $$system --strategy auto"; \
 	$(ENVS)/$$1/bin/dynaflow bench --starts 3 --pairs 5 --json bench-results/never_slower_$$1.json --strategy auto "$$@" \
 	|| failed=1; done; exit $${failed:-0}
