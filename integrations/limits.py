@@ -27,6 +27,29 @@ def refuse(engine: str, config: Config, causes: Iterable[str]) -> None:
         )
 
 
+def rank_causes(selector: Selector, ranks: int) -> list[str]:
+    """Return a cause if the strategy needs more tensor-parallel ranks. A policy refuses candidates when it decides."""
+    if len(selector.candidates) > 1 or ranks >= (least := selector.strategy(selector.candidates[0]).fewest_ranks):
+        return []
+    return [
+        f"strategy {selector.name!r} needs {least} tensor-parallel ranks or more, and there is {ranks} (add ranks, or "
+        "choose another strategy)"
+    ]
+
+
+def context_causes(config: Config, selector: Selector, device: str) -> list[str]:
+    """Return a cause if the strategy needs streams for operators with context, and the executor has threads."""
+    threads = device == "cpu" and config.executor != "sequential"
+    if len(selector.candidates) > 1 or not threads:
+        return []
+    if not selector.strategy(selector.candidates[0]).context_on_streams:
+        return []
+    return [
+        f"strategy {selector.name!r} runs attention on a stream of its own, which the worker threads of a CPU cannot "
+        "(choose another strategy; executor: sequential runs its order on one stream)"
+    ]
+
+
 def unsplit_causes(engine: str, selector: Selector) -> list[str]:
     """Return a cause for each candidate of `strategy: auto` that only orders un-split steps."""
     if len(selector.candidates) == 1:

@@ -47,6 +47,7 @@ class PrefillDecodeOptions(Options):
 
 @register_strategy("prefill_decode")
 class PrefillDecode(OpScheduler[PrefillDecodeOptions]):
+    context_on_streams = True
     looks_for = (TagUse((Tag.ATTENTION,), "only operators that cannot be merged run beside one another"),)
 
     def split(self, batch: Batch) -> Split:

@@ -94,6 +94,7 @@ class TokenWeaveOptions(Options):
 @register_strategy("token_weave")
 class TokenWeave(OpScheduler[TokenWeaveOptions]):
     annotations = (AfterAllReduce("_c10d_functional::all_reduce", "add_norm", Resource.MEMORY, (Tag.REPLICATED,)),)
+    fewest_ranks = 2
     looks_for = (TagUse((Tag.REPLICATED,), "no all-reduce is woven, and its schedule is that of nanoflow"),)
 
     def split(self, batch: Batch) -> Split:

@@ -30,7 +30,7 @@ from dynaflow_serving.session.session import Session
 def start_policy(session: Session, trials: Trials, facts: Callable[[], Facts], ranks: Ranks | None = None) -> None:
     """Tune, or read the decisions of an earlier tuning, and serve by them; check the splits that are in use.
 
-    Steps are counted from here on.
+    Steps are counted from here on. A session that has retired decides nothing.
 
     Args:
         session: All ranks have confirmed its programs. If its selector is not `auto`, nothing is decided.
@@ -41,6 +41,9 @@ def start_policy(session: Session, trials: Trials, facts: Callable[[], Facts], r
     Raises:
         InactiveError: The ranks have different decisions.
     """
+    if session.retired:
+        session.reset()
+        return
     ranks = ranks or session.ranks
     session.agree_over(ranks)
     table = None

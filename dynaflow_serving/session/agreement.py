@@ -4,6 +4,7 @@ Contract
 - Ranks with different plans would wait for each other's collectives for ever, or mix up their data.
 - Plans are compared as text. If they differ, every rank raises, with the difference between rank 0's plans and the
   first other rank's.
+- `problem_of` also finds what keeps a rank from having plans at all, and no rank waits for one that has none.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 from torch import fx
 
 from dynaflow_serving.capture.fx.matching import calls
-from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.errors import DynaflowError, InactiveError
 from dynaflow_serving.kernels.collectives import process_group
+from dynaflow_serving.session.plan_cache import PlanCache
 from dynaflow_serving.session.ranks import Ranks
 
 SHOWN_LINES = 40
@@ -30,6 +32,50 @@ def agree(texts: list[str], group: Any) -> None:
     """
     if found := differences(Ranks(group).gather("\n".join(texts))):
         raise InactiveError("the ranks would run different plans:\n" + found)
+
+
+def problem_of(
+    plan_caches: Sequence[PlanCache], micro_batches: int, group: Any, known: str = ""
+) -> DynaflowError | None:
+    """Return what keeps an engine's programs from being run by plans, on this rank or between the ranks, if anything.
+
+    All ranks hear of a problem of any, so they decide alike.
+
+    Args:
+        plan_caches: The plans of each program.
+        micro_batches: A step has so many at most.
+        group: As for `agree`.
+        known: What this rank knows already to keep it from running plans.
+    """
+    problem: DynaflowError | None = None
+    try:
+        texts = [known] if known else _texts(plan_caches, micro_batches)
+    except DynaflowError as error:
+        problem, texts = error, [f"no plan: {error}"]
+    try:
+        agree(texts, group)
+    except InactiveError as error:
+        return problem or error
+    return problem
+
+
+def _texts(plan_caches: Sequence[PlanCache], micro_batches: int) -> list[str]:
+    """Return the plans of each program as text.
+
+    Raises:
+        InactiveError: There is no program, or one cannot be split.
+        PlanError, ScheduleError: The strategy makes no correct plan.
+    """
+    if not plan_caches:
+        raise InactiveError(
+            "DynaFlow was requested, but the engine compiled no graph of this model: it has no torch.compile support "
+            "in the engine, or warm-up was skipped; remove the dynaflow option for this model"
+        )
+    texts = [plan_cache.texts() for plan_cache in plan_caches]
+    for plan_cache in plan_caches:
+        if (reason := plan_cache.captured.program.unsplittable) and micro_batches > 1:
+            raise InactiveError(f"this model cannot be split: {reason}")
+    return texts
 
 
 def differences(texts: Sequence[str]) -> str:

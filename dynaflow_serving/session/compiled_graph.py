@@ -15,6 +15,7 @@ import torch
 
 from dynaflow_serving.capture.fx.views import ViewResults
 from dynaflow_serving.core.batch import Batch, Split
+from dynaflow_serving.errors import DynaflowError
 from dynaflow_serving.session.agreement import agree
 from dynaflow_serving.session.forward import SplitForward
 from dynaflow_serving.session.graph_check import run_checked
@@ -57,8 +58,12 @@ class CompiledGraph(SplitForward):
         if self.session.in_flight is not None:  # the caller that began the step ends it, too
             return super().__call__(*args)
         batch = Batch((1,) * self._count(args), width=self._width())
-        with self.session.step(batch, [self.plan_cache]):
-            return super().__call__(*args)
+        with self.session.step(batch, [self.plan_cache]) as step:
+            try:
+                return super().__call__(*args)
+            except DynaflowError as error:  # there is no plan: nothing has run
+                step.withdraw(str(error))
+                raise
 
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._whole is not None:

@@ -191,6 +191,8 @@ class EagerForward(SplitForward):
                 return self.eager.run(plan.run, bounds, args, kwargs, *contexts, apart=apart)
             except Diverged as error:
                 step.withdraw(str(error))
+                self.session.plan_caches.clear()
+                self.session.logger.warning("DynaFlow: a step left its plan, the model is recorded anew: %s", error)
                 return self.eager.run_apart(bounds, args, kwargs, *contexts)
 
     def _calls_apart(self, plan_cache: PlanCache, plan: Plan) -> Sequence[Mapping[int, Submit]]:

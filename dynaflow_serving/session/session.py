@@ -13,6 +13,7 @@ Contract
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +28,9 @@ from dynaflow_serving.capture.program import CapturedProgram
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch, MicroBatch, Split
 from dynaflow_serving.core.timeline import Timeline
-from dynaflow_serving.errors import InactiveError, ScheduleError
+from dynaflow_serving.errors import DynaflowError, InactiveError, ScheduleError
 from dynaflow_serving.executor import Executor, get_executor
-from dynaflow_serving.session.agreement import agree
+from dynaflow_serving.session.agreement import agree, problem_of
 from dynaflow_serving.session.check import CHECKING, Check, Comparison, describe_step
 from dynaflow_serving.session.clock import BothPasses, clock_of
 from dynaflow_serving.session.difference import difference, tensors
@@ -104,10 +105,11 @@ class LiveStep(Step):
             self.split, self.planned, self.comparing = split, planned, False
 
     def withdraw(self, reason: str) -> None:
-        """Count the step as un-split and drop the recorded programs: the step could not follow its plan."""
-        self.split = whole(self.batch, reason)
+        """Count the step as un-split: it could not follow its plan."""
+        split, self.split = self.split, whole(self.batch, reason)
         self.to_trace = self.planned = False
-        self.session.withdraw(self, reason)
+        if len(split.micro_batches) > 1 and self.trial is None:
+            self.session.withdraw(self, reason)
 
 
 class Session:
@@ -160,6 +162,7 @@ class Session:
         self.plan_caches: list[PlanCache] = []
         self.eager: EagerCapture | None = None
         self.in_flight: LiveStep | None = None
+        self.retired = ""  # why all steps run whole (`retire`)
         self.timelines: list[tuple[PlanCache, Timeline]] = []
         self.clock = clock_of(device_type or "cpu")
         self._device_type = device_type
@@ -210,28 +213,28 @@ class Session:
         return self._executors[device_type]
 
     def confirm(self, group: Any) -> None:
-        """Check that there is a program, that it can be split, and that all ranks have the same plans for it.
-
-        Args:
-            group: A process group for CPU objects, or None for one rank.
+        """Check that there are programs, that they can be split, and that all ranks of `group` have the same plans.
 
         Raises:
-            InactiveError: One of these does not hold.
+            DynaflowError: One of these does not hold, and the config does not let the engine fall back.
         """
-        if not self.plan_caches:
-            raise InactiveError(
-                "DynaFlow was requested, but the engine compiled no graph of this model: it has no torch.compile "
-                "support in the engine, or warm-up was skipped; remove the dynaflow option for this model"
-            )
         self._group = group
-        agree([plan_cache.texts() for plan_cache in self.plan_caches], group)
-        for plan_cache in self.plan_caches:
-            program = plan_cache.captured.program
-            if program.unsplittable and self._most_micro_batches > 1:
-                raise InactiveError(f"this model cannot be split: {program.unsplittable}")
-            self.logger.info("DynaFlow: program %s, %d operators", program.digest, len(program.operators))
-        for missing in self.selector.missing_tags(c.captured.program for c in self.plan_caches):
-            self.logger.warning("DynaFlow: %s", missing)
+        if (problem := problem_of(self.plan_caches, self._most_micro_batches, group, self.retired)) is not None:
+            self.retire(problem)
+        if not self.retired:
+            programs = [c.captured.program for c in self.plan_caches]
+            self.logger.info("DynaFlow: programs %s", ", ".join(p.digest for p in programs))
+            for missing in self.selector.missing_tags(programs):
+                self.logger.warning("DynaFlow: %s", missing)
+
+    def retire(self, error: DynaflowError) -> None:
+        """Run all steps whole from now on, because of `error`; raise it where `fallback: true` does not allow that."""
+        if not self.config.fallback:
+            raise error
+        self.retired = f"fallback: {error}"
+        self.logger.warning("DynaFlow is NOT active, the engine runs as it is (fallback: true): %s", error)
+        for plan_cache, candidate in itertools.product(self.plan_caches, self.selector.candidates):
+            plan_cache.refuse(candidate, self.retired)
 
     @property
     def ranks(self) -> Ranks:
@@ -279,7 +282,7 @@ class Session:
             step.planned = True
             step.to_trace = step.trial is not None and step.trial.profiled
         elif step.plan_caches or self._device_type is None:  # else the step runs as the engine's own
-            step.planned = self.selector.plans_unsplit(step.split.candidate)
+            step.planned = not self.retired and self.selector.plans_unsplit(step.split.candidate)
         if step.trial is None:
             if step.planned:
                 self._number(step)
@@ -290,6 +293,8 @@ class Session:
 
     def _decide(self, step: Step) -> Split:
         batch, selector = step.batch, self.selector
+        if self.retired:
+            return whole(batch, self.retired)
         if not step.plan_caches and self.eager is not None:
             return whole(batch, self.eager.waiting)
         if not step.plan_caches and self._device_type is not None:  # else the step itself captures its graphs
@@ -328,18 +333,18 @@ class Session:
         """Tell the observers how long `step` took; a clock calls this."""
         if step.trial is not None:
             step.trial.seconds += seconds
-            return
-        for timed in self._on_timed:
-            timed(step, seconds)
+        else:
+            for timed in self._on_timed:
+                timed(step, seconds)
 
     def _read_timelines(self, step: Step) -> None:
         found = [(c, t) for c in step.plan_caches if (t := c.timeline(step.split.signature))]
         if step.trial is not None:
             step.trial.timelines += found
-            return
-        self.timelines = found
-        for traced in self._on_traced:
-            traced(step, [timeline for _, timeline in found])
+        else:
+            self.timelines = found
+            for traced in self._on_traced:
+                traced(step, [timeline for _, timeline in found])
 
     def conclude(
         self, step: Step, plan_caches: Sequence[PlanCache], split: Split, found: Comparison, groups: Sequence[Any] = ()
@@ -355,14 +360,10 @@ class Session:
         return equal
 
     def withdraw(self, step: Step, reason: str) -> None:
-        """Forget the programs, which do not hold any more; `LiveStep.withdraw` calls this."""
-        self.plan_caches.clear()
-        if step.trial is None:
-            for withdrew in self._on_withdrew:
-                withdrew(step, reason)
-        self.logger.warning("DynaFlow: a step ran without its plan, the model is recorded anew: %s", reason)
+        """Tell the observers that a split step ran whole; `LiveStep.withdraw` calls this."""
+        for withdrew in self._on_withdrew:
+            withdrew(step, reason)
 
-    # -- trials and reports ------------------------------------------------------------------------------
     @contextmanager
     def trial(self, candidate: str, profiled: bool = False) -> Iterator[Trial]:
         """Run the steps in this block as `candidate` of the selector splits them; trace split ones if `profiled`."""

@@ -59,6 +59,9 @@ class OpScheduler(abc.ABC, Generic[OptionsT]):
         looks_for: The tags that `schedule` looks for, and what it does without them.
         row_wise: Custom operators that treat each token on its own, such as `mylib::rotate`.
         takes_whole: Operators with these tags have their communication within, because `schedule` cuts them itself.
+        fewest_ranks: With fewer tensor-parallel ranks, `schedule` has nothing to do. Engines decline that at start.
+        context_on_streams: Whether operators that read an engine's context run on other streams than COMPUTE, which
+            the worker threads of executor `cpu` cannot.
     """
 
     name: ClassVar[str] = ""
@@ -68,6 +71,8 @@ class OpScheduler(abc.ABC, Generic[OptionsT]):
     looks_for: ClassVar[tuple[TagUse, ...]] = ()
     row_wise: ClassVar[tuple[str, ...]] = ()
     takes_whole: ClassVar[tuple[str, ...]] = ()
+    fewest_ranks: ClassVar[int] = 1
+    context_on_streams: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

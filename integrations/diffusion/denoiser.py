@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
-from dynaflow_serving.errors import InactiveError, PartitionError
+from dynaflow_serving.errors import DynaflowError, PartitionError
 from dynaflow_serving.integrations.base import Integration
 from dynaflow_serving.integrations.diffusion.calls import Call
 from dynaflow_serving.integrations.diffusion.guidance import GuidancePairs, joined
@@ -153,7 +153,7 @@ class Denoiser:
                     return whole()
                 try:
                     return planned(bool(live.micro_batches))
-                except (PartitionError, InactiveError) as error:
+                except DynaflowError as error:
                     fall_back(self._fallback, error)
                     self.refused = f"fallback: {error}"
                     live.withdraw(self.refused)

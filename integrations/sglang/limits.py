@@ -12,7 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 from dynaflow_serving.config import Config
-from dynaflow_serving.integrations.limits import executor_causes, refuse, unsplit_causes, unsupported
+from dynaflow_serving.integrations.limits import (
+    context_causes,
+    executor_causes,
+    rank_causes,
+    refuse,
+    unsplit_causes,
+    unsupported,
+)
 from dynaflow_serving.strategy.selector import Selector
 
 # Only some requests set these fields of ForwardBatch, of which each micro-batch would need its own part.
@@ -51,13 +58,15 @@ def reason_to_run_whole(forward_batch: Any) -> str:
 
 def _device(view: Any, config: Config, selector: Selector) -> list[str]:
     """Return the causes in the device, the executor, the kind of capture and the strategy."""
-    if causes := executor_causes("SGLang", config, str(view.device).partition(":")[0]):
+    device = str(view.device).partition(":")[0]
+    if causes := executor_causes("SGLang", config, device):
         return causes
     if config.capture == "graph":
         return ["capture: graph: SGLang makes no graph of its models (set capture: auto, or eager)"]
     if selector.max_micro_batches < 2:
         return [f"strategy {config.strategy!r} never splits, and un-split steps run as SGLang runs them"]
-    return unsplit_causes("SGLang", selector)
+    needs = [*rank_causes(selector, view.tp_size), *context_causes(config, selector, device)]
+    return [*needs, *unsplit_causes("SGLang", selector)]
 
 
 def _graphs(view: Any) -> list[str]:

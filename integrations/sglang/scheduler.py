@@ -19,8 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dynaflow_serving.config import Config
-from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.errors import DynaflowError, InactiveError
 from dynaflow_serving.integrations.base import KEY
 from dynaflow_serving.integrations.sglang.server_args import active_config
 
@@ -68,8 +67,10 @@ def _loaded(_: None, runner: Any) -> None:
         return
     try:
         DynaflowRunner(runner, config).install()
-    except InactiveError as error:
-        _give_up(config, error)
+    except DynaflowError as error:
+        if not config.fallback:
+            raise
+        logger.warning("DynaFlow is NOT active, SGLang runs as it is (fallback: true): %s", error)
 
 
 def _ready(info: dict[str, Any], scheduler: Any) -> None:
@@ -81,21 +82,12 @@ def _ready(info: dict[str, Any], scheduler: Any) -> None:
         if ours is not None:
             ours.check(scheduler.tp_cpu_group)
             ours.start(scheduler.tree_cache)
-    except InactiveError as error:
-        _give_up(config, error)
+    except DynaflowError as error:
+        ours.session.retire(error)
+    if ours is not None and ours.session.retired:
         ours.remove()
         ours = None
     info[KEY] = "" if ours is None else config.strategy
-
-
-def _give_up(config: Config, error: InactiveError) -> None:
-    """Raise the `error`, or log it if the config lets the engine fall back.
-
-    All ranks call this alike, because the error depends on the model, and on plans that all have compared.
-    """
-    if not config.fallback:
-        raise error
-    logger.warning("DynaFlow is NOT active, SGLang runs as it is (fallback: true): %s", error)
 
 
 def _runner_of(scheduler: Any) -> Any:

@@ -21,11 +21,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.core.batch import Batch
-from dynaflow_serving.errors import ConfigError, InactiveError, PartitionError
+from dynaflow_serving.errors import ConfigError, DynaflowError
 from dynaflow_serving.integrations.installed import fall_back, install, installed_in
+from dynaflow_serving.integrations.limits import rank_causes, refuse
 from dynaflow_serving.policy.calls import tune_calls
 from dynaflow_serving.policy.selector import AutoSelector
 from dynaflow_serving.policy.table import Table
@@ -56,10 +58,12 @@ class Body(SplitForward):
 
         Raises:
             ConfigError: The strategy or one of its options is not valid.
-            InactiveError: The model is enabled already.
+            InactiveError: The model is enabled already, or the strategy needs more ranks.
         """
-        module = model.base_model
-        install(module, lambda: cls(module, make_backend(config, level="aot"), config.fallback))
+        module, backend = model.base_model, make_backend(config, level="aot")
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        refuse("transformers", config, rank_causes(backend.session.selector, ranks))
+        install(module, lambda: cls(module, backend, config.fallback))
 
     @classmethod
     def installed_in(cls, model: Any) -> Body:
@@ -114,14 +118,25 @@ class Body(SplitForward):
                     # A static address would make the whole shape static; we capture no graph that needs it.
                     tensor.__dict__.pop("_dynamo_static_input_type", None)
                     batched.append(tensor)
-        result = self.compiled.run(batched, args, kwargs)
+        cache = given.get("past_key_values")
+        length = cache.get_seq_length() if cache is not None else 0
+        try:
+            result = self.compiled.run(batched, args, kwargs)
+        except DynaflowError as error:
+            if cache is not None and cache.get_seq_length() != length:
+                raise  # an earlier graph of this call has written the cache: stock code would write it again
+            self._refuse(error)
+            return self.original(*args, **kwargs)
         try:
             self.backend.check_active()
-        except (PartitionError, InactiveError) as error:
-            fall_back(self.fallback, error)
-            # The result is right, and the caches are written, so stock code runs from the next call on.
-            self.refused = f"fallback: {error}"
+        except DynaflowError as error:
+            self._refuse(error)  # the result is right, and the caches are written: stock code runs from the next call
         return result
+
+    def _refuse(self, error: DynaflowError) -> None:
+        """Run stock code from now on, or raise `error` where `fallback: true` does not allow that."""
+        fall_back(self.fallback, error)
+        self.refused = f"fallback: {error}"
 
     def tune(self, inputs: Sequence[Mapping[str, Any]], key: Mapping[str, str]) -> Table:
         """Decide by calling the body with each of `inputs`.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dynaflow_serving.core.program import Resource
-from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.errors import DynaflowError, InactiveError
 from dynaflow_serving.integrations.vllm.state import WorkerState
 from dynaflow_serving.session.forward import EagerForward
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
@@ -51,7 +51,10 @@ def has_graph(vllm_config: Any, model: torch.nn.Module) -> bool:
 
 
 def attach(worker: WorkerState, runner: Any) -> EagerForward | None:
-    """Put the model's forward under DynaFlow, if vLLM compiles no graph of it; otherwise return None.
+    """Put the model's forward under DynaFlow, if vLLM compiles no graph of it.
+
+    Returns:
+        The forward; None if there is a graph, or if it cannot be done and `fallback: true` allows that.
 
     Raises:
         AnnotationError: An annotation of the strategy matches nothing.
@@ -60,13 +63,17 @@ def attach(worker: WorkerState, runner: Any) -> EagerForward | None:
     model, session = runner.get_model(), worker.session
     if has_graph(worker.vllm_config, model):
         return None
-    if session.config.capture == "graph":
-        raise InactiveError(
-            f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
-        )
     session.mode = "eager (no graph)," + session.mode.partition(",")[2]
     stock = model.forward
-    forward = EagerForward(session, stock, model, rules(), {"attention": "kv"}, worker.contexts.entering)
+    try:
+        if session.config.capture == "graph":
+            raise InactiveError(
+                f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
+            )
+        forward = EagerForward(session, stock, model, rules(), {"attention": "kv"}, worker.contexts.entering)
+    except DynaflowError as error:
+        session.retire(error)
+        return None
     model.forward = functools.wraps(stock)(lambda *args, **kwargs: forward(*args, **kwargs))
     return forward
 
@@ -78,6 +85,11 @@ def record(forward: EagerForward, runner: Any) -> None:
         InactiveError: The runs give no Program.
     """
     most = runner.vllm_config.scheduler_config.max_num_batched_tokens
-    with forward.recording():
-        for tokens in (min(RECORDED_TOKENS, most - 1), min(2 * RECORDED_TOKENS, most)):
-            runner._dummy_run(tokens)
+    try:
+        with forward.recording():
+            for tokens in (min(RECORDED_TOKENS, most - 1), min(2 * RECORDED_TOKENS, most)):
+                runner._dummy_run(tokens)
+    except DynaflowError as error:
+        forward.session.retire(error)
+        forward.eager.detach()
+        runner.get_model().forward = forward.eager.forward

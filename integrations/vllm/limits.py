@@ -20,7 +20,14 @@ import torch
 
 from dynaflow_serving.config import Config
 from dynaflow_serving.errors import AnnotationError
-from dynaflow_serving.integrations.limits import executor_causes, refuse, unsplit_causes, unsupported
+from dynaflow_serving.integrations.limits import (
+    context_causes,
+    executor_causes,
+    rank_causes,
+    refuse,
+    unsplit_causes,
+    unsupported,
+)
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 from dynaflow_serving.strategy.selector import Selector
 
@@ -35,7 +42,9 @@ def check(vllm_config: Any, config: Config, selector: Selector) -> None:
 
     causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, selector.annotations)]
     causes += [*_unsplit(vllm_config, selector), *unsplit_causes("vLLM", selector)]
-    causes += [*_features(vllm_config), *executor_causes("vLLM", config, current_platform.device_type)]
+    device, ranks = current_platform.device_type, vllm_config.parallel_config.tensor_parallel_size
+    causes += [*_features(vllm_config), *executor_causes("vLLM", config, device)]
+    causes += [*rank_causes(selector, ranks), *context_causes(config, selector, device)]
     refuse("vLLM", config, causes)
 
 

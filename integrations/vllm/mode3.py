@@ -6,6 +6,7 @@ Contract
   everything it does, and is asked for its pieces afterwards.
 - vLLM cuts the graph at operators (`splitting_ops`): the collectives, and the operators that the strategy's `SplitFunc`
   rules name. `limits` declines rules that it cannot cut at.
+- Where the pieces give no Program, and `fallback: true` allows it, vLLM's own stitching stays.
 - Un-split steps and capture runs call vLLM's own stitching, CUDA graphs included.
 """
 
@@ -19,6 +20,7 @@ from torch import fx
 from dynaflow_serving.capture.fx import capture_pieces
 from dynaflow_serving.capture.fx.matching import apply_rules
 from dynaflow_serving.capture.fx.symbols import input_symbols
+from dynaflow_serving.errors import DynaflowError
 from dynaflow_serving.integrations.base import KEY
 from dynaflow_serving.integrations.vllm.operators import effects, rules
 from dynaflow_serving.integrations.vllm.state import current
@@ -48,10 +50,17 @@ def attach() -> None:
 
 def _compile(backend: Any, graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     """Compile `graph` by vLLM's `backend`, and put our stitching in the place of its own."""
-    # Before the graph is cut: annotations go with the nodes into the pieces.
-    apply_rules(graph, (*current().session.selector.annotations, *rules()))
+    session = current().session
+    try:  # before the graph is cut: annotations go with the nodes into the pieces
+        apply_rules(graph, (*session.selector.annotations, *rules()))
+    except DynaflowError as error:
+        session.retire(error)
     result = backend(graph, *args, **kwargs)
-    result.optimized_call = _stitch(backend, result.optimized_call)
+    if not session.retired:
+        try:
+            result.optimized_call = _stitch(backend, result.optimized_call)
+        except DynaflowError as error:
+            session.retire(error)
     return result
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rounding import assert_same, distance
 
-from dynaflow_serving.errors import ConfigError, InactiveError
+from dynaflow_serving.errors import ConfigError, InactiveError, ScheduleError
 from dynaflow_serving.integrations.base import Integration
 from dynaflow_serving.integrations.installed import ATTRIBUTE
 from dynaflow_serving.integrations.transformers import enable, report
@@ -74,9 +74,45 @@ def test_gradients_equal_with_checkpointing(model: Any, reentrant: bool) -> None
     assert saved() < plain / 2
 
 
+HOPELESS = """
+from dynaflow_serving import OpScheduler, SplitOptions, cut_at_requests, register_strategy
+from dynaflow_serving.errors import ScheduleError
+
+@register_strategy("hopeless")
+class Hopeless(OpScheduler[SplitOptions]):
+    def split(self, batch):
+        return cut_at_requests(batch, 2, 1)
+
+    def schedule(self, s):
+        raise ScheduleError("hopeless: no operator tagged magic")
+"""
+
+
+@torch.no_grad()
+def test_what_a_strategy_cannot_schedule_is_an_error_or_falls_back(model: Any, tmp_path: Any) -> None:
+    (file := tmp_path / "hopeless.py").write_text(HOPELESS)
+
+    def generate() -> torch.Tensor:
+        return model.generate(ids(4, 9), max_new_tokens=3, do_sample=False)  # type: ignore[no-any-return]
+
+    expected = generate()
+    enable(model, {"strategy": str(file)})
+    with pytest.raises(ScheduleError, match="tagged magic"):
+        generate()
+    for name in ("forward", ATTRIBUTE):
+        model.base_model.__dict__.pop(name)
+    torch._dynamo.reset()
+    enable(model, {"strategy": str(file), "fallback": True})
+    assert torch.equal(generate(), expected)  # its cache is written once
+    assert report(model).steps.split == 0
+    assert any(reason.startswith("fallback: hopeless") for reason in report(model).steps.unsplit)
+
+
 def test_declined(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"unknown strategy 'nanoflw'. Did you mean 'nanoflow'"):
         enable(model, "nanoflw")
+    with pytest.raises(InactiveError, match="strategy 'token_weave' needs 2 tensor-parallel ranks"):
+        enable(model, "token_weave")
     with pytest.raises(InactiveError, match="takes a transformers PreTrainedModel, not Linear"):
         enable(torch.nn.Linear(2, 2), SPLIT)
     with pytest.raises(InactiveError, match="is not enabled: call"):

@@ -129,6 +129,40 @@ def test_fallback_runs_stock_with_a_warning(start, monkeypatch):
     assert "DynaFlow is NOT active" in warnings[0] and "prompt embeddings" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "cause"),
+    [("token_weave", "needs 2 tensor-parallel ranks"), ("prefill_decode", "attention on a stream of its own")],
+)
+def test_what_a_strategy_needs_is_asked_for_before_weights_load(start, strategy, cause):
+    with pytest.raises(InactiveError, match=cause):
+        start({"strategy": strategy})
+    assert "dynaflow" not in start({"strategy": strategy, "fallback": True}).additional_config
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault"),
+    [
+        ("mode2-compiled", "SplitModule matches nothing"),  # found when the graph is captured
+        ("mode3", "no operator tagged magic"),  # found when the plans are made
+        ("none", "no operator tagged magic"),
+    ],
+)
+def test_fallback_holds_for_what_only_the_graph_can_tell(generate, check_tokens, tmp_path, mode, fault):
+    file = tmp_path / "hopeless.py"
+    rule = "(SplitModule('GELU'),)" if "matches" in fault else "()"
+    file.write_text(
+        "from dynaflow_serving import OpScheduler, SplitModule, SplitOptions, cut_at_requests, register_strategy\n"
+        "from dynaflow_serving.errors import ScheduleError\n"
+        f"@register_strategy('hopeless')\nclass Hopeless(OpScheduler[SplitOptions]):\n    annotations = {rule}\n"
+        "    def split(self, batch):\n        return cut_at_requests(batch, 2, 1)\n"
+        "    def schedule(self, s):\n        raise ScheduleError('hopeless: no operator tagged magic')\n"
+    )
+    ours = generate("llama", mode, dynaflow={"strategy": str(file), "fallback": True})
+    check_tokens(ours, "llama", mode)
+    (reason,) = ours.reports[0]["steps"]["unsplit"]
+    assert ours.split == 0 and reason.startswith("fallback: ") and fault in reason
+
+
 def test_path_name_and_mapping_are_the_same(start, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"strategy": "nanoflow"}))
