@@ -9,6 +9,7 @@ Contract
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from dynaflow_serving.core.batch import Batch
 DECODE, PREFILL, MIXED = "decode", "prefill", "mixed"
 KINDS = (PREFILL, MIXED, DECODE)
 LEAST_TOKENS = 16  # smaller prefill and mixed buckets are not tuned, because a split has nothing to win there
+TYPICAL_TOKENS, TYPICAL_REQUESTS = 512, 32  # of a step with prompts; of a step that decodes
 CONTEXT = 256  # a representative decode request has so many tokens in the KV cache, where the engine has room
 
 
@@ -81,19 +83,23 @@ def bucket_of(batch: Batch) -> Bucket:
 def representatives(limits: Limits) -> Iterator[Batch]:
     """Yield the largest batch that `limits` allow, of every bucket of at least two requests.
 
-    The kinds take turns. Each goes from large to small, first in every fourth bucket, then in those between. So a
-    tuning budget that ends early has seen all sizes.
+    The kinds take turns. Each begins with what serving meets most (`TYPICAL_TOKENS`, `TYPICAL_REQUESTS`), and goes on
+    to what is larger or smaller, so that a tuning budget that ends early was spent there.
     """
     kinds = (_prompts(PREFILL, limits), _decodes(limits), _prompts(MIXED, limits))
-    for batches in zip_longest(*map(_coarse_to_fine, kinds)):
+    for batches in zip_longest(*map(_typical_first, kinds)):
         yield from (batch for batch in batches if batch is not None)
 
 
-def _coarse_to_fine(batches: Iterator[Batch]) -> list[Batch]:
-    """Order `batches` so that every fourth one comes first, then every second one, then the rest."""
-    found = list(batches)
-    order = dict.fromkeys(i for stride in (4, 2, 1) for i in range(0, len(found), stride))
-    return [found[i] for i in order]
+def _typical_first(batches: Iterator[Batch]) -> list[Batch]:
+    """Order `batches` of one kind by how near they are to what is typical, the larger of two first."""
+
+    def distance(batch: Batch) -> tuple[float, float, int]:
+        tokens, requests = sum(batch.tokens), len(batch.tokens)
+        typical = TYPICAL_REQUESTS if tokens == requests else TYPICAL_TOKENS
+        return round(abs(math.log2(tokens / typical))), abs(math.log2(requests / TYPICAL_REQUESTS)), -tokens
+
+    return sorted(batches, key=distance)
 
 
 def _most_requests(limits: Limits) -> int:

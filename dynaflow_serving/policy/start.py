@@ -4,14 +4,17 @@ Contract
 - Whatever the strategy, each kind of split that serving can meet is compared with an un-split step in a trial, unless
   tuning has done so. The first rank says what that cost.
 - A table in the file is used if its key fits this model, machine and release exactly.
-- Otherwise the tuner measures, with a progress bar on the first rank, which then writes the file.
+- Otherwise the tuner measures, with a progress bar on the first rank, or lines in its log where there is no terminal.
+  It then writes the file.
 - All ranks serve by one table. If they have read different ones, `InactiveError` shows the difference.
 - The first rank shows the table once, on its terminal and line by line in the log.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,10 +24,12 @@ from dynaflow_serving.policy.selector import AutoSelector
 from dynaflow_serving.policy.show import as_text, log_lines, progress_bar
 from dynaflow_serving.policy.side_effects import Facts
 from dynaflow_serving.policy.table import Table, default_path, read_table
-from dynaflow_serving.policy.tuner import Trials, Tuner
+from dynaflow_serving.policy.tuner import Progress, Trials, Tuner
 from dynaflow_serving.session.agreement import differences
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
+
+SECONDS_BETWEEN_LINES = 5.0  # of a tuning's progress in a log
 
 
 def start_policy(session: Session, trials: Trials, facts: Callable[[], Facts], ranks: Ranks | None = None) -> None:
@@ -98,8 +103,14 @@ def _serve_by_table(session: Session, selector: AutoSelector, trials: Trials, kn
     if (agreed := _agreed(table, ranks)) is None:
         with progress_bar(ranks.first and sys.stderr.isatty()) as bar:
             task = bar.add_task("", total=None)
-            tuner = Tuner(session, selector, trials, known, ranks)
-            agreed = tuner.tune(lambda done, of, what: bar.update(task, completed=done, total=of, description=what))
+            told = _told_in_log(session) if ranks.first and not sys.stderr.isatty() else None
+
+            def tell(done: int, of: int, what: str) -> None:
+                bar.update(task, completed=done, total=of, description=what)
+                if told is not None:
+                    told(done, of, what)
+
+            agreed = Tuner(session, selector, trials, known, ranks).tune(tell)
         _agreed(agreed, ranks)
         if ranks.first:
             agreed.save(path)
@@ -108,6 +119,19 @@ def _serve_by_table(session: Session, selector: AutoSelector, trials: Trials, kn
         session.logger.info("DynaFlow: policy table read from %s", path)
     selector.serve_by(agreed, session, ranks)
     return agreed
+
+
+def _told_in_log(session: Session) -> Progress:
+    """Return what writes the progress of a tuning into the log, every few seconds."""
+    last = -math.inf
+
+    def tell(done: int, of: int, what: str) -> None:
+        nonlocal last
+        if what and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            session.logger.info("DynaFlow tunes: %s (%d of %d kinds of batches are done)", what, done, of)
+
+    return tell
 
 
 def _agreed(table: Table | None, ranks: Ranks) -> Table | None:

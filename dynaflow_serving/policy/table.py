@@ -55,6 +55,7 @@ class Decision(_Record):
     candidate: str = ""
     reason: str = ""
     decided: bool = Field(default=True, description="This is false if the budget did not reach the bucket.")
+    inferred: bool = Field(default=False, description="It was not measured, but follows a neighbour's.")
     plain_ms: float | None = Field(default=None, description="An un-split step takes so many milliseconds (median).")
     noise: float | None = Field(default=None, description="Un-split steps spread by this share of their time.")
     trials: list[Trial] = Field(default_factory=list)

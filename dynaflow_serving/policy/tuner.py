@@ -10,17 +10,21 @@ Contract
 - A bucket is not tried if a larger one of the same kind and number of requests has lost clearly. A split costs
   relatively more in a smaller batch.
 - The first step of a candidate is compared with an un-split one, and not timed. One that differs is not adopted.
-- All times are those of the slowest rank, so that all ranks decide alike. The budget is checked between buckets and
-  between candidates.
+- All times are those of the slowest rank, so that all ranks decide alike.
+- What would take longer than the rest of the budget is not begun: a bucket, a profile, a candidate, a pair. Each kind
+  of batch has an equal share of it. Long steps are repeated less often.
+- A bucket that the budget does not reach is decided like its nearest smaller neighbour of the same kind, or one of
+  twice its size (`inferred`).
 
 Flow
     for bucket, batch in representatives: plain -> profile -> predict -> prune -> time in pairs -> decide
+    for bucket that was not reached: infer
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -29,7 +33,8 @@ from dynaflow_serving.core.batch import Batch, Signature
 from dynaflow_serving.core.measurement import in_turn, noise
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.errors import PlanError, ScheduleError
-from dynaflow_serving.policy.bucket import Bucket, bucket_of
+from dynaflow_serving.policy.bucket import bucket_of
+from dynaflow_serving.policy.neighbours import expected_seconds, infer, lost_before, too_long
 from dynaflow_serving.policy.selector import PLAIN, AutoSelector
 from dynaflow_serving.policy.side_effects import Facts, SideEffects
 from dynaflow_serving.policy.table import Decision, Table, Trial
@@ -41,9 +46,11 @@ from dynaflow_serving.simulate.cost import MeasuredCosts, backward_seconds
 from dynaflow_serving.simulate.engine import simulate
 from dynaflow_serving.strategies.sequential import Sequential
 
-LOSES_CLEARLY = 0.9  # below this speed-up, smaller buckets are not tried
 HOPELESS = 0.97  # below this predicted speed-up, a candidate is not timed
 PLAIN_STEPS = 3
+LONG_STEP = 0.3  # seconds; such steps are repeated as seldom as can be
+LEAST_STEPS = 12  # a decision about long steps takes so many: plain 2, profile 2, checked 2, pairs of 3 times 2
+LEAST_PAIRS = 3
 TIMED = 3  # at most so many candidates of a bucket are timed: the best predicted ones, besides those with kernels
 UNTIMED = 2  # the first step of a candidate makes its plan, and the second may capture it (`graph: whole`)
 
@@ -85,26 +92,34 @@ class Tuner:
         self.session, self.selector, self.trials, self.facts, self.ranks = session, selector, trials, facts, ranks
         self.options = selector.options
         self._started = 0.0  # when tuning began
+        self._until = 0.0  # the present bucket's share of the budget ends so many seconds later
         self._used_up = f"the budget of {self.options.budget_seconds:g} s was used up"
 
     def tune(self, progress: Progress = lambda done, of, what: None) -> Table:
         """Decide for every bucket that the trials can produce, and return the table of the decisions."""
         refused = self._refused()
         self._started = time.perf_counter()
-        work = list({bucket_of(batch): batch for batch in self.trials.batches()}.items())
+        work = {bucket_of(batch): batch for batch in self.trials.batches()}
         decisions: list[Decision] = []
-        for done, (bucket, batch) in enumerate(work):
+        kinds = {bucket.kind for bucket in work}  # those of which no bucket was tried yet
+        for done, (bucket, batch) in enumerate(work.items()):
             progress(done, len(work), str(bucket))
             decision = Decision(kind=bucket.kind, tokens=bucket.tokens, requests=bucket.requests)
-            if self._over_budget():
-                decision.decided = False
-                decision.reason = f"not tuned: {self._used_up}"
-            elif lost := _lost_before(bucket, decisions):
+            elapsed, budget = self._elapsed(), self.options.budget_seconds
+            self._until = elapsed + (budget - elapsed) / max(1, len(kinds))
+            kinds.discard(bucket.kind)
+            if elapsed > budget:
+                decision.decided, decision.reason = False, f"not tuned: {self._used_up}"
+            elif lost := lost_before(bucket, decisions):
                 decision.reason = lost
+            elif not self._affords(LEAST_STEPS * (expected := expected_seconds(bucket, decisions))):
+                decision.decided, decision.reason = False, too_long(expected, self._until - elapsed)
             else:
                 self._decide(decision, batch, refused)
             decisions.append(decision)
         progress(len(work), len(work), "")
+        for decision in decisions:
+            infer(decision, work[decision.bucket], decisions, self.selector, self.facts)
         return Table(key=self.facts.key, decisions=decisions, seconds=self._elapsed())
 
     def _elapsed(self) -> float:
@@ -112,13 +127,15 @@ class Tuner:
         (seconds,) = self.ranks.greatest([time.perf_counter() - self._started])
         return seconds
 
-    def _over_budget(self) -> bool:
-        return self._elapsed() > self.options.budget_seconds
+    def _affords(self, seconds: float) -> bool:
+        """Return whether so many seconds are left for the present bucket."""
+        return self._elapsed() + seconds <= self._until
 
     # -- one bucket ----------------------------------------------------------------------------------
     def _decide(self, decision: Decision, batch: Batch, refused: dict[str, str]) -> None:
         """Fill in the `decision` about batches like `batch`."""
-        plain = [self._seconds(PLAIN, batch) for _ in range(1 + PLAIN_STEPS)][1:]
+        if not (plain := self._time_plain(decision, batch)):
+            return
         profiles: dict[int, _Profile] = {}
         timed: list[Trial] = []
         promising: list[Trial] = []
@@ -143,7 +160,10 @@ class Tuner:
                 trial.verdict = veto
                 continue
             if n not in profiles:
-                profiles[n] = self._profile(n, batch)
+                if not self._affords(3 * min(plain)):
+                    trial.verdict = f"not timed: {self._used_up}"
+                    continue
+                profiles[n] = self._profile(n, batch, min(plain) > LONG_STEP)
             if reason := self._why_refused(f"{Sequential.name} x{n}"):  # so no order of these micro-batches is right
                 trial.verdict = reason
                 continue
@@ -157,12 +177,9 @@ class Tuner:
         promising.sort(key=lambda t: t.predicted or 0.0, reverse=True)
         for trial in promising[TIMED:]:
             trial.verdict = f"predicted to be no faster than {', '.join(t.candidate for t in promising[:TIMED])}"
-        for number, trial in enumerate((*timed, *promising[:TIMED])):
-            if number and self._over_budget():
-                trial.verdict = f"not timed: {self._used_up}"
-                continue
+        for trial in (*timed, *promising[:TIMED]):
             before = self._graph_mib()
-            plain += self._race(trial, batch)
+            plain += self._race(trial, batch, min(plain))
             if more := self._graph_mib() - before:
                 trial.effects.append(f"{more:,.0f} MiB of CUDA graphs")
             if reason := self._why_refused(trial.candidate):
@@ -171,28 +188,51 @@ class Tuner:
         decision.plain_ms = median(plain) * 1e3
         decision.noise = noise(plain)
         adopt_best_trial(decision, self.options.min_gain)
+        if not decision.candidate and any(self._used_up in trial.verdict for trial in decision.trials):
+            decision.decided = False
 
-    def _race(self, trial: Trial, batch: Batch) -> list[float]:
+    def _time_plain(self, decision: Decision, batch: Batch) -> list[float]:
+        """Return the seconds of some un-split steps; none, with the reason, where a decision would take too long."""
+        first = self._seconds(PLAIN, batch)
+        if self._affords((LEAST_STEPS - 1) * first):
+            return [self._seconds(PLAIN, batch) for _ in range(1 if first > LONG_STEP else PLAIN_STEPS)]
+        decision.plain_ms = first * 1e3
+        decision.decided, decision.reason = False, too_long(first, self._until - self._elapsed())
+        return []
+
+    def _race(self, trial: Trial, batch: Batch, step: float) -> list[float]:
         """Time a candidate and un-split steps in turn, and record the ratio of each pair in `trial`.
 
-        It stops early when there is clearly nothing to win. While the budget lasts, a candidate that seems to win is
-        timed as often again.
+        It stops early when there is clearly nothing to win, or when long steps have clearly won. While the budget
+        lasts, a candidate that seems to win is timed as often again.
+
+        Args:
+            trial: It names the candidate.
+            batch: The steps are of this batch.
+            step: An un-split step takes about so many seconds.
 
         Returns:
             The seconds of the un-split steps.
         """
         plain: list[float] = []
-        for _ in range(UNTIMED):
+        long, least_gain = step > LONG_STEP, self.options.min_gain
+        if not self._affords((2 + 2 * LEAST_PAIRS) * step):
+            trial.verdict = f"not timed: {self._used_up}"
+            return plain
+        for _ in range(1 if long else UNTIMED):
             self._seconds(trial.candidate, batch)
         for number in range(2 * self.options.pairs):
-            if number == self.options.pairs and (
-                _lost(trial, noise(plain), self.options.min_gain) or self._over_budget()
-            ):
+            if number >= LEAST_PAIRS and not self._affords(2 * step):
+                break
+            if number == self.options.pairs and _lost(trial, noise(plain), least_gain):
                 break
             seconds = {label: self._seconds(label, batch) for label in in_turn((PLAIN, trial.candidate), number)}
             plain.append(seconds[PLAIN])
             trial.ratios.append(seconds[PLAIN] / seconds[trial.candidate])
-            if number >= 2 and max(trial.ratios) < 1:
+            if number + 1 < LEAST_PAIRS:
+                continue
+            won = min(trial.ratios) - 1 > max(noise(plain), least_gain)
+            if max(trial.ratios) < 1 or (long and won):
                 break
         return plain
 
@@ -219,10 +259,10 @@ class Tuner:
         return trial
 
     # -- prediction ----------------------------------------------------------------------------------
-    def _profile(self, micro_batches: int, batch: Batch) -> _Profile:
-        """Trace three steps, and return the profile of the faster of the last two."""
+    def _profile(self, micro_batches: int, batch: Batch, long: bool) -> _Profile:
+        """Trace three steps, and return the profile of the faster of the last two; two of them if steps are `long`."""
         label = f"{Sequential.name} x{micro_batches}"
-        runs = [self._timed(label, batch, profiled=True) for _ in range(3)]
+        runs = [self._timed(label, batch, profiled=True) for _ in range(2 if long else 3)]
         fastest = min(runs[1:], key=lambda run: run.seconds)
         ran = []
         for plan_cache, timeline in fastest.timelines:
@@ -305,21 +345,3 @@ def _lost(trial: Trial, noise: float, min_gain: float) -> str:
     if wins <= 0.75 * pairs:
         return f"won {wins} of {pairs} pairs only"
     return ""
-
-
-def _lost_before(bucket: Bucket, decisions: list[Decision]) -> str:
-    """Return why a bucket need not be tried, or "" if it must."""
-    for larger in _larger(bucket, decisions):
-        best = larger.best
-        speed_up = (best.measured or best.predicted) if best is not None else None
-        if not larger.candidate and speed_up is not None and speed_up < LOSES_CLEARLY:
-            return f"not tried: {speed_up:.2f}x at up to {larger.tokens} tokens already"
-    return ""
-
-
-def _larger(bucket: Bucket, decisions: list[Decision]) -> Iterator[Decision]:
-    """Yield the decisions with trials about larger buckets of the same kind and, unless they decode, requests."""
-    for d in decisions:
-        same = d.kind == bucket.kind and (d.kind == "decode" or d.requests == bucket.requests)
-        if same and d.tokens > bucket.tokens and d.trials:
-            yield d

@@ -3,6 +3,7 @@
 Contract
 - `dynaflow_steps_total{strategy, reason}` counts every step. `strategy` is the candidate or strategy that ran it. An
   un-split step has strategy "none" and a `reason`.
+- All series whose labels are known are there from the start, at zero.
 - All workers of a process share one registry. An engine's integration brings it to the engine's own endpoint.
 - Only the first of the ranks that run the same steps counts them.
 - prometheus_client is imported with the first worker, not before. Engines choose how it keeps values across processes
@@ -74,16 +75,20 @@ class _Uncounted:
 class Metrics(Observer):
     """This observer counts the steps of one worker."""
 
-    def __init__(self, strategy: str, counted: bool = True) -> None:
+    def __init__(self, strategy: str, counted: bool = True, candidates: Sequence[str] = ("",)) -> None:
         """Start with the process' counters.
 
         Args:
             strategy: The name of the configured strategy.
             counted: Whether this rank is the one that counts.
+            candidates: What may run steps; "" stands for the strategy itself.
         """
         self.strategy = strategy
         self._made: Mapping[str, Any] = _instruments() if counted else defaultdict(_Uncounted)
-        self._steps: dict[tuple[str, str], Any] = {}
+        ran = [(candidate or strategy, "") for candidate in candidates]
+        self._steps: dict[tuple[str, str], Any] = {labels: self._made["steps"].labels(*labels) for labels in ran}
+        for result in ("equal", "different"):
+            self._made["checked_steps"].labels(result)
         self._seen: dict[str, float] = {}  # how far totals that are counted elsewhere have been added
 
     def timed(self, step: Step, seconds: float) -> None:

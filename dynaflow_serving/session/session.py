@@ -174,7 +174,7 @@ class Session:
         self._planned_steps = 0
         self._most_micro_batches = selector.max_micro_batches
         self.counts = StepCounts()
-        self.metrics = Metrics(selector.name, counted=rank == 0)
+        self.metrics = Metrics(selector.name, rank == 0, selector.candidates)
         self.check = Check(config.check, rank) if config.check else None
         self._observers: list[Observer] = []
         trace_writer = TraceWriter(config.trace, rank) if config.trace else None

@@ -63,10 +63,14 @@ class WorkerState:
         """
         return GraphForward(self.session, plan_cache, whole, self.contexts.entering)
 
-    def report(self) -> WorkerReport:
-        """Write the metrics, and return the session's report."""
+    def write_metrics(self) -> None:
+        """Write the metrics for vLLM's endpoint, if this worker does so; they are at zero before the first step."""
         if self._metrics_file is not None:
             self._metrics_file.write()
+
+    def report(self) -> WorkerReport:
+        """Write the metrics, and return the session's report."""
+        self.write_metrics()
         return self.session.report()
 
 

@@ -55,6 +55,7 @@ class DynaflowWorkerMixin:
         session.confirm(get_tp_group().cpu_group)
         self.dynaflow.serving = True
         start_policy(session, WorkerTrials(self), lambda: facts(self, session))
+        self.dynaflow.write_metrics()
         return result
 
     def dynaflow_report(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dynaflow_serving.policy.bucket import bucket_of
 from dynaflow_serving.policy.selector import AutoSelector, build_selector
 from dynaflow_serving.policy.side_effects import Facts
 from dynaflow_serving.policy.table import Decision, Table, Trial
+from dynaflow_serving.policy.tuner import Tuner
 from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.session import Session
 
@@ -112,3 +113,13 @@ def table_for(*decisions: Decision, **key: str) -> Table:
 def adopted(batch: Batch = BATCH, candidate: str = "nanoflow x2", noise: float = 0.05) -> Decision:
     bucket = bucket_of(batch)
     return Decision(**bucket._asdict(), candidate=candidate, noise=noise, trials=[trial(1.4, name=candidate)])
+
+
+def tune(engine: Engine) -> Table:
+    return Tuner(engine.session, engine.selector, engine, engine.facts, engine.ranks).tune()
+
+
+def tune_until_adopted(engine: Engine, attempts: int = 4) -> Table:
+    """Time is real here: on a busy machine a win may drown in noise, but not every time."""
+    found = (tune(engine) for _ in range(attempts))
+    return next((table for table in found if table.adopted), table_for())

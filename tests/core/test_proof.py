@@ -83,6 +83,12 @@ def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(f"dynaflow_{name}", labels) or 0.0
 
 
+def test_series_are_there_before_the_first_step() -> None:
+    Engine(per_token, candidates=["nanoflow"], micro_batches=[7])
+    for name, labels in (("steps", {"strategy": "nanoflow x7", "reason": ""}), ("checked_steps", {"result": "equal"})):
+        assert REGISTRY.get_sample_value(f"dynaflow_{name}_total", labels) is not None
+
+
 def test_every_step_is_counted_by_strategy_and_reason(tmp_path: Path) -> None:
     engine = traced_engine(tmp_path, every=1)
     labels = {"strategy": "nanoflow", "reason": ""}, {"strategy": "none", "reason": "one request"}

@@ -116,6 +116,7 @@ def test_a_server_answers_as_offline_stock_and_counts(server, stock_tokens, prom
     file = tmp_path / "nanoflow.yaml"
     file.write_text("{strategy: nanoflow, options: {min_tokens: 1}}")
     running = server("--dynaflow", str(file))
+    assert served(running)["dynaflow_steps_total", "", "nanoflow"] == 0  # its series are there from the first scrape
     client = OpenAI(base_url=f"{running.url}/v1", api_key="none")
     asked = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
     answer = client.completions.create(model="tiny", prompt=prompts, **asked)
