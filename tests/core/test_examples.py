@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,19 @@ def test_the_examples_pass_their_own_tests() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "examples")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["torch_compile", "own_operator", "own_kernel"])
+def test_an_example_prints_what_it_says(name: str) -> None:
+    file = ROOT / "examples" / f"{name}.py"
+    said = re.search(r"^It prints: (.*)$", file.read_text(), re.MULTILINE)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
+    assert said is not None and done.stdout.splitlines() == [said[1]], done.stderr
+
+
+def test_examples_are_short() -> None:
+    lengths = {file.name: len(file.read_text().splitlines()) for file in (ROOT / "examples").glob("*.py")}
+    assert len(lengths) >= 9 and max(lengths.values()) < 60, lengths
 
 
 def test_the_example_of_the_documentation_is_the_file() -> None:

@@ -1,0 +1,24 @@
+"""The examples of vLLM run as a reader would run them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_offline_prints_what_it_says():
+    file = EXAMPLES / "vllm_offline.py"
+    (said,) = re.findall(r"^It prints: (.*)$", file.read_text(), re.MULTILINE)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True)
+    assert said in done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.long  # a server with metrics is tested elsewhere
+def test_a_server_splits_and_counts():
+    done = subprocess.run([sys.executable, str(EXAMPLES / "serve.py"), "vllm"], capture_output=True, text=True)
+    found = re.search(r"^8 answers; dynaflow_steps_total: nanoflow (\d+), none \d+$", done.stdout, re.MULTILINE)
+    assert found is not None and int(found[1]) > 0, done.stderr
