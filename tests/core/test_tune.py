@@ -224,6 +224,7 @@ def test_two_workers_measure_the_candidates_of_one_table(cluster: str) -> None:
 
 
 @needs_ray
+@pytest.mark.long  # Ray is started for it alone
 def test_a_share_that_fails_ends_the_command_without_a_table(cluster: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text(
