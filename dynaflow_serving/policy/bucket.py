@@ -133,10 +133,14 @@ def _halving(most: int, least: int) -> Iterator[int]:
 def _batch(kind: str, tokens: int, requests: int, limits: Limits) -> Batch | None:
     """Return the batch of `kind` with so many tokens and requests, or None if `limits` allow none.
 
-    Three quarters of the requests of a mixed batch decode. Prompts share the remaining tokens as evenly as possible.
+    Three quarters of the requests of a mixed batch decode, or fewer where the prompts would be too long. Prompts share
+    the remaining tokens as evenly as possible.
     """
-    decodes = requests * 3 // 4 if kind == MIXED else 0
-    prompts = requests - decodes
+    prompts = requests
+    if kind == MIXED:
+        needed = math.ceil((tokens - requests) / max(1, limits.length - 1))
+        prompts = min(requests, max(requests - requests * 3 // 4, needed))
+    decodes = requests - prompts
     length, longer = divmod(tokens - decodes, prompts)
     if requests < 2 or length < 2 or length + (longer > 0) > limits.length or (kind == MIXED and not decodes):
         return None

@@ -67,6 +67,13 @@ def test_representatives_are_what_the_engine_can_run_one_per_bucket(
     assert far == sorted(far)  # what serving meets most comes first
 
 
+def test_many_prompts_and_few_decodes_are_a_mixed_batch_that_is_tried() -> None:
+    """The first request of a burst is served alone, and decodes in the step that has the prompts of all others."""
+    burst = bucket_of(Batch((1, *[96] * 29)))
+    found = {bucket_of(b): b for b in representatives(Limits(tokens=4096, requests=256, length=128, cached=100_000))}
+    assert burst in found and found[burst].tokens.count(1) >= 1
+
+
 # -- side effects --------------------------------------------------------------------------------------
 def test_side_effects_are_told_and_can_veto() -> None:
     facts = Facts({}, weight_bytes=3 << 20, collective_bytes=512, graphs=True)
