@@ -98,7 +98,8 @@ class Compiled(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._batched.of_call(args, kwargs)
-        if tensors and tensors[0].shape[self._batch_dim] < self.session.selector.fewest_rows:
+        size = tensors[0].shape[self._batch_dim] if tensors else 2
+        if size < 2 and size < self.session.selector.fewest_rows:  # which is asked only where it may matter
             return self.model(*args, **kwargs)  # there is nothing to plan
         result = self.run(tensors, args, kwargs)
         if not self._batched.share(self._backend.take_shared(), args, kwargs):

@@ -177,9 +177,10 @@ class Denoiser:
             PartitionError: The graph cannot be split.
         """
         call = make()
-        result = self._compiled.run([call.leaves[i] for i in call.batched], (), call.arguments)
+        batched = call.batched
+        result = self._compiled.run([call.leaves[i] for i in batched], (), call.arguments)
         if found := self._backend.take_shared():
-            self._shared |= {call.batched[i] for i in found}
+            self._shared |= {batched[i] for i in found}
             for i in self._shared:
                 torch._dynamo.mark_static(call.leaves[i], 0)
             return self._run_graphs(make)
