@@ -6,7 +6,7 @@
 #                               adds the tests that take minutes
 #   make docs                   the documentation as a site, in site/index.html
 #   make bench [ARGS=...]       benchmark the vLLM integration into bench-results/latest.json and .html: on two emulated
-#                               nodes, or where network namespaces are not allowed on this machine alone
+#                               nodes and on one; where network namespaces are not allowed, on one
 #   make never-slower           what the policy decides in vLLM, SGLang and, over an emulated link, in Transformers, and
 #                               what that does; figures into bench-results/
 #   make clean                  delete environments, caches and build output
@@ -20,6 +20,7 @@ MAKEFLAGS += --no-print-directory
 # Environments are installed without compiled modules: Python compiles what it imports, and is to keep it.
 export PYTHONDONTWRITEBYTECODE :=
 ENVS := $(CURDIR)/.nox
+SHORT := --no-sequential --requests 16 --output-len 4
 TRAFFIC := --requests 256 --input-len 128 --output-len 32
 NOX := $(ENVS)/bootstrap/bin/python -m nox
 BOOTSTRAP := $(ENVS)/bootstrap/nox-$(NOX_VERSION)
@@ -49,10 +50,10 @@ docs: $(BOOTSTRAP)
 
 bench:
 	@$(MAKE) env ENGINE=vllm
-	@LINK=; unshare -rn true 2>/dev/null && command -v tc nstat >/dev/null && LINK="--link 300" || \
+	@NODES=; unshare -rn true 2>/dev/null && command -v tc nstat >/dev/null && NODES="--link 300 --one-node" || \
 	echo "Two emulated nodes need network namespaces and iproute2, which are not here: this machine alone is measured."; \
-	set -x; $(ENVS)/vllm/bin/dynaflow bench vllm $$LINK --json bench-results/latest.json --html bench-results/latest.html \
-	$(ARGS)
+	set -x; $(ENVS)/vllm/bin/dynaflow bench vllm $$NODES $(SHORT) --strategy auto --option budget_seconds=45 \
+	--strategy comm_overlap --json bench-results/latest.json --html bench-results/latest.html $(ARGS)
 
 never-slower:
 	@for system in vllm sglang transformers; do $(MAKE) env ENGINE=$$system; done

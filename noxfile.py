@@ -236,6 +236,15 @@ def types(session: nox.Session) -> None:
     )
 
 
+@nox.session(venv_backend="none")
+def releases(session: nox.Session) -> None:
+    """What the newest release of each system, or of those given, changed of what its integration touches."""
+    dynaflow = borrow(session, "core") / "dynaflow"
+    systems = sorted(file.parent.name for file in (ROOT / "integrations").glob("*/patches.md"))
+    for system in session.posargs or systems:
+        session.run(str(dynaflow), "doctor", "--release", system)
+
+
 @nox.session
 def core(session: nox.Session) -> None:
     """tests/core and tests/gpu (skipped without CUDA, with the reason), with torch, Ray and no engine."""

@@ -35,11 +35,13 @@ class Integration:
     Attributes:
         name: The name of the system.
         package: The distribution whose version counts.
+        module: Its name for `import`.
         supported: The releases that were tested.
     """
 
     name: str
     package: str
+    module: str
     supported: tuple[str, ...]
 
     def installed_version(self) -> str | None:

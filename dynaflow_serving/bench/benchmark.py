@@ -35,7 +35,7 @@ from dynaflow_serving.bench.serving.loads import Load
 from dynaflow_serving.bench.serving.run import ServingBenchmark
 from dynaflow_serving.bench.serving.tool import load_tool
 from dynaflow_serving.bench.settings import EngineSettings, Traffic
-from dynaflow_serving.bench.sides import SEQUENTIAL, Side
+from dynaflow_serving.bench.sides import AUTO, SEQUENTIAL, STOCK, Side
 from dynaflow_serving.bench.tiny_models import find_model
 from dynaflow_serving.errors import ConfigError, unknown_name
 from dynaflow_serving.integrations.base import WorkloadSettings
@@ -90,7 +90,7 @@ class Comparison:
         Raises:
             ConfigError: The system, the model, a rate or a combination is not valid.
         """
-        self.asked, self.sides = asked, sides
+        self.asked, self.sides = asked, list(sides)
         check_rates(asked.links)
         self.gpu = has_gpu()
         if asked.links and self.gpu:
@@ -126,6 +126,19 @@ class Comparison:
             raise ConfigError(f"--max-batched-tokens: {asked.system} has no scheduler. Give --requests.")
         if asked.traffic.requests < 2 and any(side.micro_batches > 1 for side in self.sides):
             raise ConfigError("--requests 1: a batch of one request cannot be split; give 2 or more")
+
+    def on_one_node(self) -> Comparison:
+        """Return the comparison of the stock engine and `auto` on this machine alone, with one rank.
+
+        Raises:
+            ConfigError: There is nothing to compare it with, or `auto` is not a side.
+        """
+        sides = [side for side in self.sides if side.strategy in (STOCK, AUTO)]
+        if not self.asked.links or self.asked.system not in ENGINES:
+            raise ConfigError(f"--one-node stands beside two nodes of {' or '.join(ENGINES)}: add --link MBIT")
+        if len(sides) < 2:
+            raise ConfigError("--one-node shows what auto decides without a network: add --strategy auto")
+        return Comparison(replace(self.asked, links=(), tensor_parallel=1, model=self.model), sides)
 
     @property
     def dtype(self) -> str:

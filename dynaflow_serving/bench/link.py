@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dynaflow_serving.errors import ConfigError, DynaflowError
 
 NODES = 2
+ONE_NODE = None  # stands for the rate of a run on this machine alone, beside one on two nodes
 INTERFACE = "dynaflow"  # the name of the link on each node
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SEGMENT_BYTES = 16384  # what TCP hands down at a time; smaller pieces cost CPU at every arrival
@@ -32,6 +33,13 @@ QUEUE_BYTES = 256 << 20  # more than the largest message
 DEFAULT_QUEUE = "100ms"  # with `tcp_defaults`
 LEAST_MBIT, MOST_MBIT = 1.0, 40_000.0
 _INSIDE = "DYNAFLOW_BENCH_NODE"  # this variable tells the command that it runs on node 0
+
+
+def place(mbit: float | None) -> str:
+    """Return where a run is, in words: over a link of that rate, over one without a limit, or on one node."""
+    if mbit is ONE_NODE:
+        return "one node"
+    return f"{mbit:g} Mbit/s" if mbit else "no limit"
 
 
 def check_rates(rates: Sequence[float]) -> None:

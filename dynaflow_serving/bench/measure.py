@@ -1,7 +1,7 @@
 """The measurement: all sides take turns, part by part and round by round.
 
 Contract
-- A part is a rate of the link. Its first round warms up and is compared, not counted.
+- A part is a rate of the link, or `ONE_NODE`. Its first round warms up and is compared, not counted.
 - In a round each side runs one pass, and compute alone and network alone run once, where the runner can. Every second
   round is in reverse, so that a drift of the machine cancels.
 - A pass's outputs are compared with the stock system's in the same round.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dynaflow_serving.bench.environment import busy_seconds
-from dynaflow_serving.bench.link import Link
+from dynaflow_serving.bench.link import ONE_NODE, Link, place
 from dynaflow_serving.bench.runner.base import PassResult, Progress, Runner, SideSteps
 from dynaflow_serving.bench.serving.server import terminated_as_exit
 from dynaflow_serving.bench.sides import STOCK, Side
@@ -58,23 +58,23 @@ class PartResult:
     """All passes over one rate of the link.
 
     Attributes:
-        link_mbit: The rate in megabit per second; 0 if there is no limit.
+        link_mbit: The rate in megabit per second; 0 if there is no limit, `ONE_NODE` on this machine alone.
         sides: The passes of each side, the stock system's first.
         alone: The seconds of each part of a pass alone.
     """
 
-    link_mbit: float
+    link_mbit: float | None
     sides: list[SidePasses]
     alone: dict[str, list[float]]
 
 
-def stages(runner: Runner, links: Sequence[float], pairs: int) -> int:
+def stages(runner: Runner, links: Sequence[float | None], pairs: int) -> int:
     """Return how often `measure` calls its `progress`."""
-    return runner.stages + len(links) * (1 + pairs) * len(runner.sides) + 1
+    return runner.stages + len(links) * (1 + (1 + pairs) * len(runner.sides)) + 1
 
 
 def measure(
-    runner: Runner, links: Sequence[float], pairs: int, link: Link | None, progress: Progress
+    runner: Runner, links: Sequence[float | None], pairs: int, link: Link | None, progress: Progress
 ) -> list[PartResult]:
     """Run all sides in turn, and return what was found.
 
@@ -121,11 +121,12 @@ def together(one: SideSteps, other: SideSteps) -> SideSteps:
     return replace(other, split=one.split + other.split, unsplit=unsplit, problem=one.problem or other.problem)
 
 
-def _part(runner: Runner, rate: float, pairs: int, link: Link | None, progress: Progress) -> PartResult:
-    where = "" if link is None else f"{rate:g} Mbit/s: " if rate else "no limit: "
+def _part(runner: Runner, rate: float | None, pairs: int, link: Link | None, progress: Progress) -> PartResult:
+    where = f"{place(rate)}: " if link is not None or rate is ONE_NODE else ""
     if link is not None:
-        link.set_rate(rate)
-    runner.begin_part(rate)
+        link.set_rate(rate or 0.0)
+    progress(f"{where}set up{', and tune' if any(side.decides for side in runner.sides) else ''}")
+    runner.begin_part()
     part = PartResult(rate, [SidePasses(side) for side in runner.sides], {what: [] for what in runner.alone})
     before: dict[str, SideSteps] = {}
     for number in range(1 + pairs):

@@ -9,12 +9,13 @@ Contract
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynaflow_serving.bench.pages import assert_installed, svg, templates
-from dynaflow_serving.bench.report import efficiency, label, remark, row_name, spread
+from dynaflow_serving.bench.report import conclusions, efficiency, has_links, label, remark, row_name, spread
 
 COLOURS = {"stock": "#5b6472", "sequential": "#b9a27c", "limit": "#c62828", "strategy": "#1f6fb4"}
 
@@ -28,15 +29,30 @@ def assert_can_draw() -> None:
     assert_installed("--html", "jinja2", "matplotlib")
 
 
-def render(result: Mapping[str, Any]) -> str:
-    """Return the page."""
+@dataclass(frozen=True)
+class Picture:
+    """A drawing of the page, and what it shows."""
+
+    heading: str
+    svg: str
+
+
+def render(result: Mapping[str, Any], steps: Sequence[Picture] = ()) -> str:
+    """Return the page; `steps` are pictures of real steps."""
     from markupsafe import Markup
 
     environment = templates(Path(__file__).parent)
     environment.filters |= {"spread": spread, "efficiency": efficiency, "row_name": row_name, "label": label}
     template = environment.get_template("page.html.j2")
     config = json.dumps(result["config"], indent=2)
-    page: str = template.render(result=result, bars=Markup(bars(result)), remark=remark(result), config=config)
+    page: str = template.render(
+        result=result,
+        conclusions=conclusions(result),
+        bars=Markup(bars(result)),
+        steps=[(step.heading, Markup(step.svg)) for step in steps],
+        remark=remark(result),
+        config=config,
+    )
     return page
 
 
@@ -76,6 +92,7 @@ def bars(result: Mapping[str, Any]) -> str:
         panel.margins(x=0.1)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlabel("seconds of a pass (left is better)" if number == len(parts) else "")
-        if part["link_mbit"]:
-            panel.set_title(f"emulated link of {label(part)} Mbit/s", fontsize=10, loc="left")
+        if has_links(result):
+            emulated = ", emulated link" if part["link_mbit"] else ""
+            panel.set_title(label(part) + emulated, fontsize=10, loc="left")
     return svg(figure)

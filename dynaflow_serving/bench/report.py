@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from dynaflow_serving.bench.sides import side_name
+from dynaflow_serving.bench.link import place
+from dynaflow_serving.bench.sides import AUTO, SEQUENTIAL, STOCK, side_name
 
 CPU_NOTE = (
     "This is a CPU: splitting is expected to lose here, because weights are read once per micro-batch and no hardware "
@@ -20,42 +21,78 @@ LINK_NOTE = (
     "The network is emulated (a rate limit between two network namespaces of this machine); on a CPU the collectives' "
     "own work shares the cores with the compute."
 )
-HEADS = ("Mbit/s", "side", "seconds", "ratio to stock", "of the limit", "equal", "steps split")
+HEADS = ("link", "side", "seconds", "ratio to stock", "of the limit", "equal", "steps split")
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Yield the object that `result.record` returned as tables: the rows, then the facts."""
     title = f"{result['system']} {result['release']} on {result['machine']['device']}; medians (min - max)"
-    links = any(part["link_mbit"] for part in result["parts"])
+    links = has_links(result)
     limits = any(part["limit"] for part in result["parts"])
-    heads = [h for h in HEADS if (h != HEADS[0] or links) and (h != HEADS[4] or limits)]
+    heads = [h for h in HEADS if (h != "link" or links) and (h != "of the limit" or limits)]
     figures = Table(title=title, title_justify="left")
     for head in heads:
-        figures.add_column(head, justify="left" if head == "side" else "right", no_wrap=True)
-    if links:
-        figures.add_column("sent again", justify="right")
+        figures.add_column(head, justify="left" if head in ("link", "side") else "right", no_wrap=True)
     for part in result["parts"]:
-        for row in part["rows"]:
-            cells = [label(part), row_name(row), spread(row["seconds"]), spread(row["ratio"]), efficiency(row)]
-            cells += ["yes" if row["equal"] else "NO", "" if row["strategy"] == "stock" else str(row["split_steps"])]
-            shown = [cell for head, cell in zip(HEADS, cells) if head in heads]
-            figures.add_row(*shown, *([str(row["retransmissions"])] if links else []))
-        if part["limit"]:
-            compute, network = part["limit"]["compute"], part["limit"]["network"]
-            limit = f"{max(compute, network):.2f}: compute {compute:.2f}, network {network:.2f} alone"
-            figures.add_row(*([label(part)] if links else []), "limit", limit)
+        for cells in _rows(part):
+            figures.add_row(*(cells[head] for head in heads))
         figures.add_section()
     yield figures
     facts = Table(show_header=False, box=None)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     for part in result["parts"]:
+        where = f"{label(part)}, " if links else ""
         for row in part["rows"]:
             for reason, count in row["unsplit_steps"].items():
-                facts.add_row(f"{row_name(row)}, un-split", f"{count}: {reason}")
+                facts.add_row(f"{where}{row_name(row)}, un-split", f"{count}: {reason}")
+        if limit := part["limit"]:
+            alone = f"compute {number(limit['compute'])}, network {number(limit['network'])} seconds alone"
+            facts.add_row(f"{where}limit", f"the longer of {alone}")
     facts.add_row("model", result["model"])
     facts.add_row("pass", result["pass"])
     yield facts
+
+
+def _rows(part: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the cells of each row of a part by their head, the limit's at last."""
+    for row in part["rows"]:
+        cells = [label(part), row_name(row), spread(row["seconds"]), spread(row["ratio"]), efficiency(row)]
+        cells += ["yes" if row["equal"] else "NO", "" if row["strategy"] == STOCK else str(row["split_steps"])]
+        yield dict(zip(HEADS, cells))
+    if part["limit"]:
+        seconds = max(part["limit"].values())
+        most = part["rows"][0]["seconds"]["median"] / seconds
+        yield dict(zip(HEADS, [label(part), "limit", number(seconds), f"{number(most)} at most", "", "", ""]))
+
+
+def conclusions(result: Mapping[str, Any]) -> list[str]:
+    """Return in sentences what was gained, whether outputs are equal, and where the policy declined at what cost."""
+    gained, declined = [], []
+    for part in result["parts"]:
+        where = f"{label(part)}: " if has_links(result) else ""
+        limit = " of the limit max(compute, network)" if part["limit"] else ""
+        split = [row for row in part["rows"] if row["split_steps"] and row["strategy"] != SEQUENTIAL]
+        speeds = [f"{row_name(row)} at {spread(row['ratio'])} times stock's speed{_share(row)}" for row in split]
+        if speeds:
+            gained.append(f"{where}{'; '.join(speeds)}{limit}.")
+        declined += [
+            f"{where}auto split no step, and ran at {spread(row['ratio'])} times stock's speed."
+            for row in part["rows"]
+            if row["strategy"] == AUTO and not row["split_steps"]
+        ]
+    compared = [row for part in result["parts"] for row in part["rows"] if row["strategy"] != STOCK]
+    equal = sum(row["equal"] for row in compared)
+    return [*gained, f"Outputs equal stock's in {equal} of {len(compared)} rows.", *declined]
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f", {efficiency(row)}" if efficiency(row) else ""
+
+
+def has_links(result: Mapping[str, Any]) -> bool:
+    """Whether a part ran over a link with a limit."""
+    return any(part["link_mbit"] for part in result["parts"])
 
 
 def remark(result: Mapping[str, Any]) -> str:
@@ -71,8 +108,8 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 
 def label(part: Mapping[str, Any]) -> str:
-    """Return the rate of a part in words."""
-    return f"{part['link_mbit']:g}" if part["link_mbit"] else "no limit"
+    """Return where a part ran, in words."""
+    return place(part["link_mbit"])
 
 
 def number(value: float) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dynaflow_serving.bench.link import place
 from dynaflow_serving.bench.measure import PartResult
 from dynaflow_serving.bench.runner.base import COMPUTE, NETWORK
 from dynaflow_serving.core.measurement import NOISY, Spread, noise
@@ -75,8 +76,8 @@ def _part(part: PartResult) -> dict[str, Any]:
 
 
 def where(part: PartResult) -> str:
-    """Return the part in words for the begin of a sentence; "" where there is no link."""
-    return f"{part.link_mbit:g} Mbit/s, " if part.link_mbit else ""
+    """Return the part in words for the begin of a sentence; "" where there is no limit."""
+    return "" if part.link_mbit == 0 else f"{place(part.link_mbit)}, "
 
 
 def failures(part: PartResult) -> list[str]:

@@ -2,7 +2,7 @@
 
 Contract
 - The first side is the stock system. Then come its peers (what users can do without DynaFlow), the sequential
-  micro-batches of the first strategy that splits, and the strategies as the user gave them.
+  micro-batches of the first strategy that splits, unless they are left out, and the strategies as the user gave them.
 - `--micro-batches` and `--option` change every strategy that has such an option. One that no strategy has is an error.
 - A strategy that is given by its name alone has three micro-batches, of at least as many tokens as the system's default
   here says, instead of its own options: those are for GPUs.
@@ -76,6 +76,7 @@ def make_sides(
     min_tokens: int = 1,
     usual: int | None = None,
     peers: Sequence[str] = (),
+    sequential: bool = True,
 ) -> list[Side]:
     """Return the sides in their order.
 
@@ -87,6 +88,7 @@ def make_sides(
         usual: The number of micro-batches of strategies that are given by their name, `auto` too; None for
             `MICRO_BATCHES`, where `auto` keeps its own.
         peers: What else runs beside the stock system and the strategies.
+        sequential: Whether the sequential micro-batches are a side, where a strategy splits.
 
     Raises:
         ConfigError: A strategy or an option is not valid, or two strategies are the same.
@@ -106,7 +108,7 @@ def make_sides(
         if config.strategy == AUTO and isinstance(mine.get("micro_batches"), int):
             mine["micro_batches"] = [mine["micro_batches"]]  # the numbers that the policy may choose from
         sides.append(_side(config, mine, min_tokens, usual))
-    if (split := next((s for s in sides if s.micro_batches > 1), None)) is not None:
+    if sequential and (split := next((s for s in sides if s.micro_batches > 1), None)) is not None:
         sides = [_sequential(split), *(s for s in sides if s.strategy != SEQUENTIAL)]
     found = [*(Side(name, None, 1) for name in (STOCK, *peers)), *sides]
     name, times = Counter(side.name for side in found).most_common(1)[0]

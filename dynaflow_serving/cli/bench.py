@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -35,6 +35,7 @@ from dynaflow_serving.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynaflow_serving.bench.benchmark import Comparison
+    from dynaflow_serving.bench.sides import Side
 
 LOADS, RATES = ("random", "sharegpt"), (8.0, float("inf"))
 
@@ -107,6 +108,13 @@ TCPDefaultsOption = Annotated[
 TrainingOption = Annotated[
     bool, typer.Option("--training", help="torch, transformers: a pass is forward and backward (megatron: always).")
 ]
+OneNodeOption = Annotated[
+    bool,
+    typer.Option("--one-node", help="With --link: also the stock engine and auto on this machine alone, one rank."),
+]
+SequentialOption = Annotated[
+    bool, typer.Option(help="Also run the sequential micro-batches of the first strategy that splits.")
+]
 HTMLOption = Annotated[Path | None, typer.Option("--html", help="Write a page with the figures drawn to this file.")]
 LoadOption = Annotated[
     list[str] | None,
@@ -139,6 +147,8 @@ def bench(
     seed: SeedOption = 0,
     link: LinkOption = None,
     tcp_defaults: TCPDefaultsOption = False,
+    one_node: OneNodeOption = False,
+    sequential: SequentialOption = True,
     training: TrainingOption = False,
     json_path: JSONOption = None,
     html: HTMLOption = None,
@@ -161,40 +171,66 @@ def bench(
     sides = make_sides(
         strategy or [], micro_batches, option or [],
         min_tokens=least_tokens(system), usual=usual_micro_batches(system, model), peers=peers_of(system, model),
+        sequential=sequential,
     )  # fmt: skip
     comparison = Comparison(asked, sides)
+    alone = comparison.on_one_node() if one_node else None
     if load or rate:
         _compare_under_load(comparison, load or list(LOADS), rate or list(RATES), json_path, html)
     else:
-        _compare(comparison, json_path, html)
+        _compare(comparison, alone, json_path, html)
 
 
-def _compare(comparison: Comparison, json_path: Path | None, html: Path | None) -> None:
-    from dynaflow_serving.bench.link import enter, open_link
+def _compare(comparison: Comparison, alone: Comparison | None, json_path: Path | None, html: Path | None) -> None:
+    """Compare, and show it; `alone` is a comparison on one node, which comes after the other."""
+    from dynaflow_serving.bench.link import ONE_NODE, enter, open_link
     from dynaflow_serving.bench.measure import measure, merged, stages
-    from dynaflow_serving.bench.page import assert_can_draw, render
-    from dynaflow_serving.bench.report import remark, tables
+    from dynaflow_serving.bench.page import assert_can_draw
+    from dynaflow_serving.bench.report import conclusions, remark, tables
     from dynaflow_serving.bench.result import record, write_json
-    from dynaflow_serving.files import write_text
+    from dynaflow_serving.bench.traces import traced
 
-    asked = comparison.asked
     if html is not None:
         assert_can_draw()
+    asked = comparison.asked
     if asked.links:
         enter()
     _say_what_is_chosen(comparison)
-    rates = asked.links or (0.0,)
+    rates, pairs = asked.links or (0.0,), asked.pairs
     with _work_folder() as work:
+        if html is not None:
+            comparison.sides = traced(comparison.sides, work / "traces")
         with open_link(asked.tcp_defaults) if asked.links else nullcontext() as joined:
             runners = [comparison.runner(work / f"start{number}", joined) for number in range(asked.starts)]
-            with progress_bar(asked.starts * stages(runners[0], rates, asked.pairs)) as tell:
-                found = [measure(runner, rates, asked.pairs, joined, tell) for runner in runners]
-        result = record(merged(found), comparison.facts(runners[0]))
+            last = alone.runner(work / "one-node", None) if alone else None
+            ends = asked.starts * stages(runners[0], rates, pairs)
+            ends += stages(last, (ONE_NODE,), pairs) if last else 0
+            with progress_bar(ends) as tell:
+                parts = merged([measure(runner, rates, pairs, joined, tell) for runner in runners])
+                parts += measure(last, (ONE_NODE,), pairs, None, tell) if last else []
+        result = record(parts, comparison.facts(runners[0]))
         if json_path is not None:
             write_json(json_path, result)
         if html is not None:
-            write_text(html, render(result))
-        _conclude(tables(result), [remark(result), *result["notes"]], result["failures"], work)
+            _write_page(html, result, comparison.sides, work / "traces")
+        notes = [*conclusions(result), remark(result), *result["notes"]]
+        _conclude(tables(result), notes, result["failures"], work)
+
+
+def _write_page(html: Path, result: Mapping[str, Any], sides: Sequence[Side], traces: Path) -> None:
+    """Write the page, with one real step of each strategy that split one."""
+    from dynaflow_serving.bench.page import Picture, render
+    from dynaflow_serving.bench.traces import read_steps
+    from dynaflow_serving.files import write_text
+    from dynaflow_serving.picture.comparison import ShownTimeline
+    from dynaflow_serving.picture.figure import draw
+
+    steps = []
+    for step in read_steps(sides, traces):
+        drawing = draw([ShownTimeline.among("one step, measured", [step.timeline])], step.tokens)
+        steps.append(Picture(step.side, drawing))
+    write_text(html, render(result, steps))
+    say_on_stderr(f"wrote {html}")
 
 
 def _compare_under_load(

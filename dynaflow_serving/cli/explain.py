@@ -165,7 +165,10 @@ def _contents(files: Files, explanation: Explanation) -> Iterator[tuple[Path, st
     for i, comparison in enumerate(comparisons):
         suffix = f"-program{i}" if len(comparisons) > 1 else ""
         if files.svg is not None:
-            yield files.svg.with_stem(files.svg.stem + suffix), draw(comparison, caption.title, caption.text)
+            yield (
+                files.svg.with_stem(files.svg.stem + suffix),
+                draw(comparison.shown, comparison.tokens, caption.title, caption.text),
+            )
         if files.trace is not None:
             path = files.trace.with_stem(files.trace.stem + suffix)
             yield path, json.dumps(chrome_trace(comparison.measured)) + "\n"

@@ -1,10 +1,10 @@
-"""A PlanComparison as SVG: timelines one above the other on one time axis, a row per stream.
+"""Timelines as SVG, one above the other on one time axis, a row per stream.
 
 Contract
 - Each micro-batch has a colour, network operators are hatched, and a bar has its name where there is room for it.
   Every bar has a `<title>` with all details, which browsers show as a tooltip.
 - Each row says whether it was measured or simulated. Text stays text, and the picture refers to nothing outside.
-- Equal comparisons give equal files.
+- Equal timelines give equal files.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import html
 import re
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynaflow_serving.bench.pages import assert_installed, svg
 from dynaflow_serving.core.plan import ActionKind, range_text
 from dynaflow_serving.core.timeline import Span, Timeline
-from dynaflow_serving.picture.comparison import PlanComparison, ShownTimeline
+from dynaflow_serving.picture.comparison import ShownTimeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,17 +55,17 @@ def assert_can_draw(*also: str) -> None:
     assert_installed("a picture", "matplotlib", *also)
 
 
-def draw(comparison: PlanComparison, title: str = "", caption: str = "") -> str:
+def draw(panels: Sequence[ShownTimeline], tokens: Sequence[int], title: str = "", caption: str = "") -> str:
     """Return the `<svg>` element.
 
     Args:
-        comparison: The timelines.
+        panels: The timelines.
+        tokens: The tokens of each micro-batch.
         title: What is shown; not needed where a page says it.
         caption: Where it was measured, and what to know about it; likewise.
     """
     from matplotlib.figure import Figure
 
-    panels = comparison.shown
     rows = [len(p.timeline.plan.streams) for p in panels]
     busiest = max(Counter((i, s.action.stream) for i, p in enumerate(panels) for s in p.timeline.spans).values())
     width = min(max(WIDTH, LEFT + RIGHT + BAR * busiest), WIDEST)
@@ -87,7 +88,7 @@ def draw(comparison: PlanComparison, title: str = "", caption: str = "") -> str:
         above -= GAP
     if title:
         figure.text(LEFT / width, 1 - 0.2 / height, title, fontsize=12, weight="bold", color=INK, va="center")
-    _legend(figure, comparison, (LEFT / width, 1 - (top - TOP + 0.1) / height))
+    _legend(figure, panels, tokens, (LEFT / width, 1 - (top - TOP + 0.1) / height))
     for i, line in enumerate(reversed(lines)):
         figure.text(LEFT / width, (0.08 + 0.16 * i) / height, line, fontsize=8, color=QUIET, va="bottom")
     return _with_titles(svg(figure), titles)
@@ -221,15 +222,15 @@ def _names(span: Span) -> list[str]:
     return [f"{name} {range_text(action.start, action.stop)}", name.removeprefix("layers."), kind]
 
 
-def _legend(figure: Figure, comparison: PlanComparison, place: tuple[float, float]) -> None:
+def _legend(figure: Figure, panels: Sequence[ShownTimeline], tokens: Sequence[int], place: tuple[float, float]) -> None:
     from matplotlib.patches import Patch
 
     handles = []
-    for i, tokens in enumerate(comparison.tokens):
+    for i, count in enumerate(tokens):
         fill, ink = COLOURS[i % len(COLOURS)]
-        whose = f"micro-batch {i}: {tokens:,} tokens" if len(comparison.tokens) > 1 else f"{tokens:,} tokens"
+        whose = f"micro-batch {i}: {count:,} tokens" if len(tokens) > 1 else f"{count:,} tokens"
         handles.append(Patch(facecolor=fill, edgecolor=ink, linewidth=0.5, label=whose))
-    spans = [(p.timeline, s) for p in comparison.shown for s in p.timeline.spans]
+    spans = [(p.timeline, s) for p in panels for s in p.timeline.spans]
     if any(s.action.stop - s.action.start != 1 for _, s in spans):
         handles.append(Patch(facecolor=SEVERAL[0], edgecolor=SEVERAL[1], linewidth=0.5, label="several micro-batches"))
     if any(t.is_network(s) for t, s in spans):

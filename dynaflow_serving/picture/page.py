@@ -47,7 +47,7 @@ def render(comparisons: Sequence[PlanComparison], caption: Caption, command: str
     parts = [
         {
             "comparison": c,
-            "svg": Markup(draw(c)),
+            "svg": Markup(draw(c.shown, c.tokens)),
             "rows": [_figures(shown, c.unsplit) for shown in c.shown],
             "operators": _operators(c),
             "plan": c.measured.plan,

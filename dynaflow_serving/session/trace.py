@@ -2,7 +2,7 @@
 
 Contract
 - A sampled split step runs the same plan, bound with a tracer. Its Chrome trace has operator names, micro-batches and
-  streams, and the overlap that follows from the spans.
+  streams, and the overlap that follows from the spans. `Timeline.from_dict` reads its `timeline`.
 - Each rank writes traces of at most `limit` steps. A folder that cannot be made is an error at start-up.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dynaflow_serving.config import TraceOptions
 from dynaflow_serving.core.timeline import Timeline, chrome_trace
@@ -49,5 +50,9 @@ class TraceWriter(Observer):
         facts = {"tokens": tokens, "requests": len(step.batch.tokens), "rank": self.rank}
         for i, timeline in enumerate(timelines):
             name = f"step{step.number:06d}-rank{self.rank}" + (f"-graph{i}" if len(timelines) > 1 else "")
-            write_text(Path(self.options.folder, f"{name}.json"), json.dumps(chrome_trace(timeline, facts)) + "\n")
+            write_text(Path(self.options.folder, f"{name}.json"), _content(timeline, facts))
         self.written += 1
+
+
+def _content(timeline: Timeline, facts: dict[str, Any]) -> str:
+    return json.dumps(chrome_trace(timeline, {**facts, "timeline": timeline.as_dict()})) + "\n"

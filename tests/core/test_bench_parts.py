@@ -21,9 +21,10 @@ from dynaflow_serving.bench.environment import (
     usable_cores,
     vllm_environment,
 )
+from dynaflow_serving.bench.link import ONE_NODE
 from dynaflow_serving.bench.measure import PartResult, SidePasses, differs, merged, since
 from dynaflow_serving.bench.page import render
-from dynaflow_serving.bench.report import tables
+from dynaflow_serving.bench.report import conclusions, tables
 from dynaflow_serving.bench.result import failures, notes, record, write_json
 from dynaflow_serving.bench.runner.base import COMPUTE, NETWORK, PassResult, SideSteps
 from dynaflow_serving.bench.runner.ranks import steps_of
@@ -45,7 +46,7 @@ RUN: dict[str, Any] = {
 }
 
 
-def part(*overlap: float, mbit: float = 300.0, **changes: Any) -> PartResult:
+def part(*overlap: float, mbit: float | None = 300.0, **changes: Any) -> PartResult:
     """A part where stock took 2 s and `comm_overlap` what is given, in each round."""
     rounds = len(overlap)
     passes: dict[str, Any] = {"steps": SideSteps(split=9, unsplit={"one request": 1}), "load": [0.0] * rounds}
@@ -207,7 +208,22 @@ def test_the_page_and_the_table_show_all_rows() -> None:
     for table in tables(result):
         console.print(table)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "comm_overlap x3" in shown and "40%" in shown and "80%" in shown and "compute 0.50, network 0.80" in shown
+    assert "comm_overlap x3" in shown and "40%" in shown and "80%" in shown and "compute 0.500, network 0.800" in shown
+
+
+def test_conclusions_say_gain_equality_and_where_the_policy_declined() -> None:
+    (_, auto) = make_sides(["auto"])
+    alone = part(2.0, 2.0, mbit=ONE_NODE)
+    alone.alone = {}
+    alone.sides[1] = SidePasses(auto, seconds=[2.0, 1.9], load=[0.0] * 2, steps=SideSteps(0, {"declined": 4}))
+    result = record([part(1.0, 1.0), alone], RUN)
+    assert conclusions(result) == [
+        "300 Mbit/s: comm_overlap x3 at 2.00 (2.00 - 2.00) "
+        "times stock's speed, 80% of the limit max(compute, network).",
+        "Outputs equal stock's in 2 of 2 rows.",
+        "one node: auto split no step, and ran at 1.03 (1.00 - 1.05) times stock's speed.",
+    ]
+    assert result["failures"] == [] and "one node" in render(result)
 
 
 def test_json_is_complete_or_absent(tmp_path: Path) -> None:

@@ -100,6 +100,12 @@ def test_happy_path(engine: Path) -> None:
     assert "comm_overlap x3" in page.read_text()
 
 
+def test_one_node_stands_beside_two(engine: Path) -> None:
+    for words, message in (((), "add --link MBIT"), (("--link", "300"), "add --strategy auto")):
+        result, _ = bench(engine, "--one-node", *words)
+        assert result.exit_code == 2 and message in result.stderr
+
+
 def test_every_side_takes_its_turn_in_every_round(engine: Path) -> None:
     result, _ = bench(engine, "--pairs", "2")
     turns = [line for line in result.stderr.splitlines() if "warm-up" in line or "pair" in line]

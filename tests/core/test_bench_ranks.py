@@ -124,10 +124,12 @@ def test_a_users_model(folder: Path) -> None:
 @linked
 def test_two_nodes_and_the_limit(folder: Path) -> None:
     """The model ends with a collective that nobody waits for: a pass is over when its output is there."""
-    file, program = folder / "result.json", Path(sys.executable).with_name("dynaflow")
+    file, page, program = folder / "result.json", folder / "page.html", Path(sys.executable).with_name("dynaflow")
     words = [program, "bench", "torch", "--model", f"{folder / 'model.py'}:parallel", *SMALL, "--json", file]
     # Over a link the command goes on in a namespace, which this process must not enter.
-    done = subprocess.run([*words, "--link", "20"], capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(
+        [*words, "--link", "20", "--html", page], capture_output=True, text=True, check=False, timeout=240
+    )
     stdout, stderr = done.stdout, done.stderr
     assert done.returncode == 0, stderr
     content = json.loads(file.read_text())
@@ -138,6 +140,8 @@ def test_two_nodes_and_the_limit(folder: Path) -> None:
         assert row["equal"] and row["seconds"]["median"] > 0.25 and row["retransmissions"] >= 0
     assert "The network is emulated" in stdout and "20 Mbit/s: pair 2 of 2: stock" in stderr
     assert content["config"]["tcp"] == "no slow start after idle"
+    assert "of the limit max(compute, network)" in stdout and "Outputs equal stock's in 2 of 2 rows." in stdout
+    assert page.read_text().count("one step, measured: ") == 1  # of comm_overlap, traced by rank 0
     for row in part["rows"][1:]:  # what a prediction needs
         program_text, plan = parse_program(row["program"]), parse_plan(row["plan"])
         assert plan.program == program_text.digest and plan.micro_batches == 2

@@ -20,6 +20,8 @@ def test_stock_and_sequential_stand_beside_every_strategy() -> None:
     assert names("sequential", "comm_overlap", n=4) == ["stock", "sequential x4", "comm_overlap x4"]
     assert names("auto") == ["stock", "auto"]  # nobody knows before how many micro-batches it takes
     assert names("auto", "comm_overlap") == ["stock", "sequential x3", "auto", "comm_overlap x3"]
+    without = make_sides(["auto", "comm_overlap"], sequential=False)
+    assert [side.name for side in without] == ["stock", "auto", "comm_overlap x3"]
 
 
 def test_sequential_cuts_as_the_strategy_does() -> None:

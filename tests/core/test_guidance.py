@@ -15,7 +15,7 @@ from dynaflow_serving.integrations.diffusion.denoiser import Denoiser
 from dynaflow_serving.integrations.diffusion.guidance import NO_PAIR, WASTED
 from dynaflow_serving.policy.selector import AutoSelector
 
-TEST = Integration("test", "no such package", ())
+TEST = Integration("test", "no such package", "no_such_package", ())
 
 
 class Model(torch.nn.Module):

@@ -44,6 +44,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 MS = 0.03  # seconds that an operator sleeps
 
 
+def drawn(comparison: PlanComparison, title: str = "", caption: str = "") -> str:
+    return draw(comparison.shown, comparison.tokens, title, caption)
+
+
 def sleeps(x: torch.Tensor) -> torch.Tensor:
     time.sleep(MS * len(x) / 4)
     return x + 1
@@ -117,7 +121,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_every_span_is_a_bar_with_a_tooltip_and_what_was_simulated_is_called_so(comparison: PlanComparison) -> None:
-    svg = draw(comparison, "a title", "measured on <that> machine")
+    svg = drawn(comparison, "a title", "measured on <that> machine")
     shown = comparison.shown
     found = bars(svg)
     assert len(found) == sum(len(s.timeline.spans) for s in shown)
@@ -137,7 +141,7 @@ def test_every_span_is_a_bar_with_a_tooltip_and_what_was_simulated_is_called_so(
 
 def test_bars_are_where_their_spans_are(comparison: PlanComparison) -> None:
     """Widths in the SVG are proportional to seconds, on one axis for all panels."""
-    root = ET.fromstring(draw(comparison))
+    root = ET.fromstring(drawn(comparison))
     widths = {}
     for g in root.iter(f"{SVG}g"):
         if g.get("id", "").startswith("bar"):
@@ -150,8 +154,8 @@ def test_bars_are_where_their_spans_are(comparison: PlanComparison) -> None:
 
 
 def test_equal_comparisons_give_equal_files_and_nothing_outside_is_referred_to(comparison: PlanComparison) -> None:
-    svg = draw(comparison, "a title", "a caption")
-    assert svg == draw(comparison, "a title", "a caption")
+    svg = drawn(comparison, "a title", "a caption")
+    assert svg == drawn(comparison, "a title", "a caption")
     assert set(re.findall(r"(?:https?:)?//[^\s\"'<)]+", svg)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -164,8 +168,8 @@ def test_many_layers_make_a_wide_picture(comparison: PlanComparison) -> None:
     plan = parse_plan(f"plan a program=0 micro_batches=2 depends=-\n{lines}\n")
     marks = [(i, float(i), i + 1.0) for i in range(400)]
     run = dataclasses.replace(comparison.planned, timeline=Timeline(plan, spans_of(plan, marks), frozenset(), False))
-    svg = draw(dataclasses.replace(comparison, unsplit=None, planned=run, predicted=run))
-    width, narrow = (float(ET.fromstring(s).get("width", "").removesuffix("pt")) for s in (svg, draw(comparison)))
+    svg = drawn(dataclasses.replace(comparison, unsplit=None, planned=run, predicted=run))
+    width, narrow = (float(ET.fromstring(s).get("width", "").removesuffix("pt")) for s in (svg, drawn(comparison)))
     assert width > 4 * narrow
     assert sum(t == "attention" for t in texts(svg)) == 800  # so that there is room for names, across
     assert len(bars(svg)) == 800
@@ -319,7 +323,7 @@ def test_an_engine_is_measured_under_the_plan_in_turn_and_un_split(small: str, m
     assert step is not None and len(step.split) == 5 and len(step.unsplit) == 5
     assert min(step.split) >= 5 * 8 * 0.0005 and min(step.unsplit) >= 8 * 8 * 0.0005
     assert "x as fast" in str(step) and step.speed_up > 1
-    assert "plan, measured: " in draw(found)
+    assert "plan, measured: " in drawn(found)
 
 
 def test_an_engine_that_does_not_split_gives_nothing_to_draw(small: str) -> None:

@@ -104,8 +104,8 @@ class Runner(abc.ABC):
         """
         return {}
 
-    def begin_part(self, mbit: float) -> None:  # noqa: B027
-        """Prepare for passes over a link of that rate, which is set: a policy decides anew."""
+    def begin_part(self) -> None:  # noqa: B027
+        """Prepare for passes over a link whose rate has been set: a policy decides anew."""
 
     def details(self, side: Side) -> dict[str, Any]:
         """Return more about a side for the record."""

@@ -99,7 +99,7 @@ class NodeRunner(Runner):
             self._replays.append(self._child(f"network-alone-{rank}", "replay", "", rank, environment))
         ask_all(self._replays, "start")
 
-    def begin_part(self, mbit: float) -> None:
+    def begin_part(self) -> None:
         self._part += 1
         for side in self.sides:
             if side.decides:

@@ -84,7 +84,7 @@ class RankRunner(Runner):
         self.release, self.device, self._communicates = first["release"], device_name(), first["communicates"]
         self._started = True
 
-    def begin_part(self, mbit: float) -> None:
+    def begin_part(self) -> None:
         for side in self.sides:
             if side.decides:
                 self._ask("tune", side=side.name)
