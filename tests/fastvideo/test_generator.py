@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import pytest
+from readme import ROOT, command
 
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import InactiveError
@@ -32,7 +33,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         "GENERATIONS": json.dumps(GENERATIONS), "FASTVIDEO_CFG_GATE_STEP": GATE,
     }  # fmt: skip
     return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
 
 
@@ -51,6 +52,16 @@ def test_videos_are_stock_and_it_is_said_what_was_split(wan: Path, tmp_path: Pat
     # The first step of each generation shows the pair, and the first one without a second call wastes it.
     assert sorted(found) == 2 * [3 + 1] + 2 * [3 + 1 + 1 + 1], output
     assert "1 not: the second call of a guidance pair came with other arguments" in output
+
+
+@pytest.mark.long
+def test_the_command_of_the_readme(wan: Path, tmp_path: Path) -> None:
+    stock, ours = (tmp_path / f"{name}.npy" for name in ("stock", "ours"))
+    assert run(str(SCRIPT), str(wan), str(stock)).returncode == 0
+    words = command("dynaflow fastvideo", **{"script.py": str(SCRIPT), "ARGS": f"{wan} {ours}"})
+    finished = run(DYNAFLOW[0], *words[1:])
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert abs(numpy.load(stock) - numpy.load(ours)).max() < 1e-3  # of 255
 
 
 def arguments(**changes: Any) -> SimpleNamespace:

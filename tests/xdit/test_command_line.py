@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
 import pytest
+from readme import ROOT, command
 
 from dynaflow_serving.config import load
 from dynaflow_serving.errors import InactiveError
@@ -24,12 +26,15 @@ ARGUMENTS = [
 ]
 
 
-def run(folder: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run `dynaflow xdit` on two ranks."""
+OURS = ("xdit", "-c", "comm_overlap", "--")
+
+
+def run(folder: Path, out: Path, *more: str, ours: Sequence[str] = OURS) -> subprocess.CompletedProcess[str]:
+    """Run `dynaflow xdit` on two ranks; `ours` are its words before the runner's arguments."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*torchrun, str(SCRIPT), str(folder), str(out), "xdit", "-c", "comm_overlap", "--", *ARGUMENTS, *more]
+    words = [*torchrun, str(SCRIPT), str(folder), str(out), *ours, *ARGUMENTS, *more]
     environment = {**os.environ, "PYTHONPATH": str(SHARED), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 def test_the_runner_makes_the_stock_video_and_says_what_was_split(wan: Path, tmp_path: Path) -> None:
@@ -38,6 +43,15 @@ def test_the_runner_makes_the_stock_video_and_says_what_was_split(wan: Path, tmp
     assert "DynaFlow: 3 denoising steps were split, 2 not: no guidance pair" in finished.stderr
     stock, ours = numpy.load(tmp_path / "videos.npy")
     assert abs(stock - ours).max() < 1e-5
+
+
+@pytest.mark.long
+def test_the_command_of_the_readme(wan: Path, tmp_path: Path) -> None:
+    words = command("dynaflow xdit", MODEL="tiny-wan")
+    finished = run(wan, tmp_path / "videos.npy", ours=words[words.index("xdit") :])
+    assert finished.returncode == 0, finished.stderr
+    stock, ours = numpy.load(tmp_path / "videos.npy")
+    assert abs(stock - ours).max() < 1e-5 and "denoising steps were split" in finished.stderr
 
 
 def test_what_cannot_be_run_is_refused_before_weights_load(tmp_path: Path) -> None:
