@@ -18,8 +18,17 @@ from dynaflow_serving.capture.eager.frames import Frame
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
+def kept(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 STATES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "grad": (torch.enable_grad, torch.is_grad_enabled),
+    "forward grad": (lambda: torch.autograd.forward_ad._set_fwd_grad_enabled(False), torch._C._is_fwd_grad_enabled),
+    "saved tensors": (
+        lambda: torch.autograd.graph.saved_tensors_hooks(kept, kept),
+        lambda: torch._C._autograd._top_saved_tensors_default_hooks(True),
+    ),
     "inference": (torch.inference_mode, torch.is_inference_mode_enabled),
     "autocast": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.is_autocast_enabled("cpu")),
     "autocast dtype": (lambda: torch.autocast("cpu", torch.float16), lambda: torch.get_autocast_dtype("cpu")),

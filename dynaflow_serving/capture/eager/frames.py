@@ -49,6 +49,12 @@ class PendingCall:
     border: Border
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grad: bool  # whether autograd records it
+
+    def make(self) -> Any:
+        """Make the call outside of its frame."""
+        with torch.set_grad_enabled(self.grad):
+            return self.border.function(*self.args, **self.kwargs)
 
     def argument(self, key: int | str) -> Any:
         """The argument at a position or with a keyword."""
@@ -81,11 +87,12 @@ class Frame(greenlet):
         """Stop the frame, from inside it, at a call; return what `advance` is given for it."""
         assert self.parent is not None
         number, self._calls = self._calls, self._calls + 1
-        if number not in self.apart or not torch.is_grad_enabled():
-            return self.parent.switch(PendingCall(border, args, kwargs))
+        grad = torch.is_grad_enabled()
+        if number not in self.apart or not grad:
+            return self.parent.switch(PendingCall(border, args, kwargs, grad))
         crossing = Crossing(self.apart[number])
         args, kwargs = crossing.leave(args, kwargs)
-        return crossing.arrive(self.parent.switch(PendingCall(border, args, kwargs)))
+        return crossing.arrive(self.parent.switch(PendingCall(border, args, kwargs, grad)))
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PendingCall | None:
         return self._switch(*args, **kwargs)
@@ -116,6 +123,11 @@ class Frame(greenlet):
     def has_own_state(self) -> bool:
         """Whether the frame is suspended in another torch state than its caller's."""
         return self._state is not None
+
+    @property
+    def dispatches_its_own_way(self) -> bool:
+        """Whether that state is another in more than what autograd records."""
+        return self._state is not None and not self._state.inside.dispatches_like_now()
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function` in the torch state that the frame is suspended in, such as its autocast."""

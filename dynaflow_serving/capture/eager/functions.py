@@ -186,7 +186,7 @@ def _carried_border_function(
 
     def make_call(*inputs: Any) -> Any:
         pending: PendingCall = inputs[position]
-        result = pending.border.function(*pending.args, **pending.kwargs)
+        result = pending.make()
         results = (result,) if call.result_kind == "tensor" else result
         return _bare([*(results[i] for i in taken), *only_order])
 

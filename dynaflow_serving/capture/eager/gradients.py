@@ -9,6 +9,8 @@ Contract
   backward pass is the forward pass backwards, on all ranks alike: `planning.mirror` is its plan.
 - A border that is called outside of frames in the backward pass (a layer is recomputed) calls `join_gradients` first.
   Otherwise its collective might overtake those in flight, on one rank only.
+- A crossing keeps edges of graphs, and no values. What a call or the frame's code does not save is free once the
+  forward pass has read it, so that layers which are recomputed keep as little as without DynaFlow.
 - The gradient of a call can be taken once.
 """
 
@@ -22,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dynaflow_serving.errors import DynaflowError
 
@@ -51,8 +54,8 @@ class Crossing:
     def __init__(self, submit: Submit) -> None:
         self._submit = submit
         self._token: torch.Tensor | None = None  # it ties the two nodes together
-        self._leaves: list[torch.Tensor] = []
-        self._results: list[torch.Tensor] = []
+        self._leaves: list[GradientEdge] = []
+        self._results: list[GradientEdge] = []
         self._given: tuple[torch.Tensor, ...] = ()  # the gradients of the results, while they are in use
         self._running: Running | None = None
         self.thread = 0  # the thread that has started the gradient
@@ -65,9 +68,10 @@ class Crossing:
             return args, kwargs
         given = [values[i] for i in positions]
         self._token = _Leave.apply(self, *given)  # type: ignore[no-untyped-call]
-        self._leaves = [tensor.detach().requires_grad_() for tensor in given]
-        for i, leaf in zip(positions, self._leaves):
-            values[i] = leaf
+        begun = _Begin.apply(torch.empty(0, requires_grad=True), *(t.detach() for t in given))  # type: ignore[no-untyped-call]
+        self._leaves = [get_gradient_edge(tensor) for tensor in begun]
+        for i, tensor in zip(positions, begun):
+            values[i] = tensor
         new_args, new_kwargs = pytree.tree_unflatten(values, spec)
         return new_args, new_kwargs
 
@@ -80,8 +84,9 @@ class Crossing:
         positions = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor) and v.requires_grad]
         if not positions:
             raise DynaflowError("the call of a border returned nothing that has a gradient, for arguments that have")
-        self._results = [values[i] for i in positions]
-        for i, tensor in zip(positions, _Arrive.apply(self, token)):  # type: ignore[no-untyped-call]
+        results = [values[i] for i in positions]
+        self._results = [get_gradient_edge(tensor) for tensor in results]
+        for i, tensor in zip(positions, _Arrive.apply(self, token, results)):  # type: ignore[no-untyped-call]
             values[i] = tensor
         return pytree.tree_unflatten(values, spec)
 
@@ -136,16 +141,30 @@ class _Leave(torch.autograd.Function):
         return (None, *ctx.crossing.wait())
 
 
+class _Begin(torch.autograd.Function):
+    """The first node of a call's own graph. A leaf would do, but its node keeps its value."""
+
+    @staticmethod
+    def forward(ctx: Any, _: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.detach() for tensor in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise AssertionError("a gradient is taken up to the edges of this node")
+
+
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, crossing: Crossing, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, crossing: Crossing, token: torch.Tensor, results: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         ctx.crossing = crossing
-        for tensor in crossing._results:
+        for tensor in results:
             if tensor.is_cuda:  # the frame's stream uses it, and autograd decides when its memory is free
                 tensor.record_stream(torch.cuda.current_stream())
-        return tuple(tensor.detach() for tensor in crossing._results)
+        return tuple(tensor.detach() for tensor in results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         ctx.crossing.start(gradients)
-        return None, gradients[0].new_empty(0)
+        return None, gradients[0].new_empty(0), None

@@ -67,4 +67,4 @@ class InTurn:
     def _run(self, call: PendingCall | None) -> Running | None:
         if call is None:
             return None
-        return self._submit(lambda: call.border.function(*call.args, **call.kwargs))
+        return self._submit(call.make)

@@ -113,7 +113,7 @@ class Cut:
 
     def _is_carried(self, event: int) -> bool:
         call = self.recording.border_call(event)
-        rule, bound = call.border.rule, call.own_state or call.border.name in self.states
+        rule, bound = call.border.rule, call.own_dispatch or call.border.name in self.states
         return (
             communicates(rule.resource, rule.gradient)
             and not (rule.context or bound)

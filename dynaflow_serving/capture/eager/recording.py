@@ -66,6 +66,7 @@ class BorderCall:
     results: list[Any]  # of the same kinds
     result_kind: str  # "tensor", "tuple", "list", or "object" for any other
     own_state: bool = False  # whether the frame calls it in a torch state of its own (autocast, grad mode)
+    own_dispatch: bool = False  # whether that state differs in more than what autograd records
     writes: set[int] = field(default_factory=set)  # storages
 
     def returned(self, results: list[Any]) -> Any:
@@ -170,7 +171,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         path = border.path if border.module is not None else self._module_paths[-1]
         passed: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
         arguments = {k: self.find(v) if isinstance(v, torch.Tensor) else v for k, v in passed}
-        event = BorderCall(border, path, arguments, [], "object", frame.has_own_state)
+        event = BorderCall(border, path, arguments, [], "object", frame.has_own_state, frame.dispatches_its_own_way)
         self.events.append(event)
         result = frame.call(border.function, *call.args, **call.kwargs)
         results = [result] if isinstance(result, torch.Tensor) else result

@@ -1,8 +1,9 @@
 """Torch's thread-local state, kept apart for each suspended computation.
 
 Contract
-- Suspended computations share one thread. A computation may change grad mode, inference mode, autocast, dispatch keys
-  and torch function modes. These changes are taken off the thread while it is suspended, and put back when it goes on.
+- Suspended computations share one thread. A computation may change grad mode, inference mode, autocast, dispatch keys,
+  torch function modes and the hooks of saved tensors (a checkpointed layer pushes some). These changes are taken off
+  the thread while it is suspended, and put back when it goes on.
 - Nothing leaks, in whatever order computations enter and leave their `with` blocks.
 - A computation that has changed nothing, the common case, costs one comparison of snapshots.
 - The CUDA stream belongs to the plan, not to a computation. `recording` refuses a border inside a stream block.
@@ -24,10 +25,12 @@ class TorchState:
     """A snapshot of the thread's state."""
 
     grad: bool
+    forward_grad: bool
     inference: bool
     include: Any  # DispatchKeySet: it shows autocast and dispatch modes
     exclude: Any
     modes: int  # number of torch function modes
+    hooks: Any  # the innermost hooks of saved tensors, or None
     autocast: tuple[tuple[str, torch.dtype], ...]  # (device type, dtype) where autocast is on
 
     @classmethod
@@ -38,10 +41,12 @@ class TorchState:
             autocast = tuple((d, torch.get_autocast_dtype(d)) for d in devices)
         return cls(
             torch.is_grad_enabled(),
+            _C._is_fwd_grad_enabled(),
             torch.is_inference_mode_enabled(),
             _C._dispatch_tls_local_include_set(),
             _C._dispatch_tls_local_exclude_set(),
             _C._len_torch_function_stack(),
+            _innermost_hooks(),
             autocast,
         )
 
@@ -49,7 +54,15 @@ class TorchState:
         """Whether the thread is in this state. The dispatch keys show whether autocast is on."""
         return (
             torch.is_grad_enabled() == self.grad
-            and _C._dispatch_tls_local_include_set() == self.include
+            and _C._is_fwd_grad_enabled() == self.forward_grad
+            and _innermost_hooks() == self.hooks
+            and self.dispatches_like_now()
+        )
+
+    def dispatches_like_now(self) -> bool:
+        """Whether a call in this state runs the same kernels as one now, whatever autograd records of it."""
+        return (
+            _C._dispatch_tls_local_include_set() == self.include
             and _C._dispatch_tls_local_exclude_set() == self.exclude
             and _C._len_torch_function_stack() == self.modes
             and torch.is_inference_mode_enabled() == self.inference
@@ -68,21 +81,33 @@ class SuspendedState:
     def __init__(self, outside: TorchState, dtypes: dict[str, torch.dtype], inside: TorchState) -> None:
         # The function modes above those of the outside are the computation's own.
         self._modes = [_C._pop_torch_function_stack() for _ in range(inside.modes - outside.modes)]
-        self._inside = inside
+        self._hooks = []  # likewise
+        while (hooks := _innermost_hooks()) not in (None, outside.hooks):
+            self._hooks.append(hooks)
+            _C._autograd._pop_saved_tensors_default_hooks()
+        self.inside = inside
         # Only guards can set these two. They restore in any order, not only last in, first out.
         keys = _C._ForceDispatchKeyGuard(outside.include, outside.exclude)
         self._guards = (_C._InferenceMode(outside.inference), keys)
         for guard in self._guards:
             guard.__enter__()  # type: ignore[no-untyped-call]
         torch._C._set_grad_enabled(outside.grad)
+        _C._set_fwd_grad_enabled(outside.forward_grad)
         for device, _ in inside.autocast:
             torch.set_autocast_dtype(device, dtypes[device])
 
     def restore(self) -> None:
         for guard in reversed(self._guards):
             guard.__exit__(None, None, None)
-        torch._C._set_grad_enabled(self._inside.grad)
-        for device, dtype in self._inside.autocast:
+        torch._C._set_grad_enabled(self.inside.grad)
+        _C._set_fwd_grad_enabled(self.inside.forward_grad)
+        for device, dtype in self.inside.autocast:
             torch.set_autocast_dtype(device, dtype)
         for mode in reversed(self._modes):
             _C._push_on_torch_function_stack(mode)
+        for hooks in reversed(self._hooks):
+            _C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def _innermost_hooks() -> Any:
+    return _C._autograd._top_saved_tensors_default_hooks(True)
