@@ -168,6 +168,23 @@ class EagerForward(SplitForward):
         if not self.session.plan_caches:
             raise InactiveError(f"DynaFlow cannot schedule this model: {self.eager.waiting}")
 
+    def record_training(self, calls: Iterable[Mapping[str, Any]], groups: Iterable[Any]) -> None:
+        """Record two calls, and compare the plans of the ranks that communicate in them.
+
+        Args:
+            calls: The keyword arguments of each, with different numbers of tokens.
+            groups: The process groups of these ranks; [None] for one rank.
+
+        Raises:
+            InactiveError: They do not give a Program, it cannot be split, or the ranks have different plans.
+        """
+        with self.recording():
+            for given in calls:
+                self(**given)
+        for group in groups:
+            self.session.confirm(group)
+        self.session.agree_over(self.session.ranks)
+
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.session.in_flight is None and not self._recording:
             return self.eager.forward(*args, **kwargs)

@@ -191,12 +191,11 @@ class Decoder:
             InactiveError: It cannot be split, or the ranks have different plans.
         """
         size = given["hidden_states"].shape[1]
-        with torch.no_grad(), self.forward.recording():
-            for times in (1, 2) if size > 1 else (2, 3):
-                self.forward(**{name: _repeated(name, value, size, times) for name, value in given.items()})
-        for group in _groups(self.block.config):
-            self.session.confirm(group)
-        self.session.agree_over(self.session.ranks)
+        calls = (
+            {n: _repeated(n, v, size, times) for n, v in given.items()} for times in ((1, 2) if size > 1 else (2, 3))
+        )
+        with torch.no_grad():
+            self.forward.record_training(calls, _groups(self.block.config))
         logging.getLogger("dynaflow_serving").info("DynaFlow: a Megatron decoder was recorded")
 
 

@@ -39,13 +39,18 @@ def enable(model: Model, source: str | Mapping[str, Any] | Config = "comm_overla
         InactiveError: The model or the release is not supported, and the config does not let it fall back.
     """
     from dynaflow_serving.integrations.transformers.body import Body
-    from dynaflow_serving.integrations.transformers.limits import check_model
+    from dynaflow_serving.integrations.transformers.limits import check_model, check_training
+    from dynaflow_serving.integrations.transformers.training import TrainedBody
 
     config = load(source)
     try:
         TRANSFORMERS.check_release()
         check_model(model)
-        Body.install(model, config)
+        if config.capture == "eager":
+            check_training(model, config)
+            TrainedBody.install(model, config)
+        else:
+            Body.install(model, config)
     except InactiveError as error:
         fall_back(config.fallback, error)
     return model

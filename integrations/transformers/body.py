@@ -76,7 +76,7 @@ class Body(SplitForward):
         return body
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        first = batched_input(self._arguments(args, kwargs))
+        first = batched_input(arguments_by_name(self.signature, args, kwargs))
         assert first is not None
         size = first.shape[0]
         if size < 2 or self.refused:  # Dynamo specialises on 0 and 1, and there is nothing to split
@@ -97,15 +97,9 @@ class Body(SplitForward):
     def run_split(self, step: LiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._run_graphs(args, kwargs)
 
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return all arguments of a call, by name."""
-        given = self.signature.bind(*args, **kwargs).arguments
-        extra: dict[str, Any] = given.pop("kwargs", {})
-        return {**given, **extra}
-
     def _run_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the captured forward."""
-        given = self._arguments(args, kwargs)
+        given = arguments_by_name(self.signature, args, kwargs)
         first = batched_input(given)
         assert first is not None
         size, batched = first.shape[0], [first]
@@ -164,6 +158,13 @@ class Body(SplitForward):
     @torch.no_grad()
     def _call_without_gradients(self, given: Mapping[str, Any]) -> None:
         self(**given)
+
+
+def arguments_by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call of a body, by name."""
+    given = signature.bind(*args, **kwargs).arguments
+    extra: dict[str, Any] = given.pop("kwargs", {})
+    return {**given, **extra}
 
 
 def batched_input(given: Mapping[str, Any]) -> torch.Tensor | None:

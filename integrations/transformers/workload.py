@@ -4,7 +4,7 @@ Contract
 - Several ranks run the model with `tp_plan="auto"`. A pass is one forward of the body (all but the head) over one batch
   of random tokens, without a cache; its output is the last hidden state.
 - With `training` it is forward and backward; the outputs are the loss, the mean of the squares of the hidden states,
-  and the gradients. Both passes run in micro-batches.
+  and the gradients. Both passes run in micro-batches, with a graph or without one (`capture: eager`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import torch
 import torch.distributed as dist
 
 from dynaflow_serving.config import Config
+from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.integrations import TRANSFORMERS
 from dynaflow_serving.integrations.base import Pass, WorkloadSettings, WorkloadSide
 from dynaflow_serving.integrations.torch.workload import gradients, outputs
 from dynaflow_serving.integrations.transformers.body import Body
-from dynaflow_serving.integrations.transformers.limits import check_model
+from dynaflow_serving.integrations.transformers.borders import use_local_products
+from dynaflow_serving.integrations.transformers.limits import check_model, check_training
+from dynaflow_serving.integrations.transformers.training import TrainedBody
 from dynaflow_serving.torch_backend import make_backend
 
 
@@ -37,7 +40,7 @@ class TransformersWorkload:
         plan = {"tp_plan": "auto"} if dist.is_initialized() else {}
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, **plan)
         check_model(model)
-        self.training = settings.training
+        self.model, self.training = model, settings.training
         self.body = (model.train() if settings.training else model.eval()).base_model
         torch.manual_seed(settings.seed)
         ids = torch.randint(0, model.config.vocab_size, (settings.requests, settings.length))
@@ -48,9 +51,28 @@ class TransformersWorkload:
         return self._passes(self.body)
 
     def under(self, config: Config) -> WorkloadSide:
+        if config.capture == "eager":
+            return self._without_a_graph(config)
         body = Body(self.body, make_backend(config, level="aot"), config.fallback)
         key = {"engine": f"transformers {self.release}"}
         return WorkloadSide(run=self._passes(body), session=body.session, tune=partial(body.tune, [self.inputs], key))
+
+    def _without_a_graph(self, config: Config) -> WorkloadSide:
+        """Return the side that captures no graph. No graph can tell its compute or its network alone."""
+        if not self.training:
+            raise ConfigError("capture: eager splits training only: add --training, or set capture: graph")
+        check_training(self.model, config)
+        body = TrainedBody(self.body, config)
+        passes = self._passes(body)
+
+        def run() -> Any:
+            use_local_products(self.body)
+            try:
+                return passes()
+            finally:
+                use_local_products(self.body, False)
+
+        return WorkloadSide(run=run, session=body.session, tune=partial(body.tune, [self.inputs], {}), alone={})
 
     def _passes(self, model: Any) -> Pass:
         def call() -> torch.Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +265,87 @@ def refused(path: str) -> dict[str, Any]:
     enable(model, strategy("comm_overlap", 2) | {"fallback": True})
     equal = [torch.equal(tokens(), expected) for _ in range(2)]
     return {"error": error, "equal": equal, "steps": report(model).steps.model_dump()}
+
+
+def training_without_a_graph(path: str) -> list[dict[str, Any]]:
+    """Train stock and under `capture: eager`: as it is, and with layers that are computed again, one batch padded."""
+    found = []
+    for micro_batches, reentrant in ((3, None), (2, False), (3, False), (2, True)):
+        model, padded = load(path).train(), reentrant is False
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        expected = loss_and_gradients(model, padded)
+        enable(model, strategy("comm_overlap", micro_batches) | {"capture": "eager"})
+        runs = [loss_and_gradients(model, padded)]
+        with reduced_by() as threads:
+            runs.append(loss_and_gradients(model, padded))
+        split = report(model).steps.split
+        with torch.no_grad():
+            model(input_ids=ids(6, 12), use_cache=False)
+        loss_and_gradients(model, sequences=1)
+        found.append({
+            "apart": max(distance(a, b) for run in runs for a, b in zip(run, expected, strict=True)),
+            "split": split,
+            "reduced_by": {name: count / micro_batches for name, count in threads.items()},
+            "unsplit": report(model).steps.unsplit,
+        })  # fmt: skip
+    return found
+
+
+def loss_and_gradients(model: Any, padded: bool = False, sequences: int = 6) -> list[torch.Tensor]:
+    model.zero_grad()
+    tokens = ids(sequences, 12)
+    mask = torch.ones_like(tokens)
+    mask[1:3, :4] = 0
+    loss = model(input_ids=tokens, labels=tokens, attention_mask=mask if padded else None, use_cache=False).loss
+    loss.backward()
+    found = [p.grad for p in model.parameters()]
+    return [loss.detach(), *(g.to_local().clone() if hasattr(g, "to_local") else g.clone() for g in found)]
+
+
+@contextlib.contextmanager
+def reduced_by() -> Iterator[dict[str, int]]:
+    """Count the gradients of inputs of column-parallel linears that are all-reduced, by thread."""
+    counts: collections.Counter[str] = collections.Counter()
+    stock = dist.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts[threading.current_thread().name] += torch._C._current_autograd_node() is not None
+        return stock(tensor, *args, **kwargs)
+
+    found: dict[str, int] = {}
+    dist.all_reduce = all_reduce
+    try:
+        yield found
+    finally:
+        dist.all_reduce = stock
+        found |= {name: count for name, count in counts.items() if count}
+
+
+def refused_without_a_graph(path: str, other: str) -> dict[str, str]:
+    """What is declined of a tensor-parallel model, by name; then the same with `fallback: true`."""
+    eager, found = strategy("comm_overlap", 2) | {"capture": "eager"}, {}
+
+    def refused(name: str, act: Any) -> None:
+        try:
+            act()
+            found[name] = ""
+        except InactiveError as error:
+            found[name] = str(error)
+
+    refused("style", lambda: enable(load(other), eager))
+    model = load(path).train()
+    model.config.attention_dropout = 0.1
+    refused("dropout", lambda: enable(model, eager))
+    model.config.attention_dropout = 0.0
+    for name in ("auto", "flux"):
+        refused(name, lambda name=name: enable(model, {"strategy": name, "capture": "eager"}))
+    enable(model, eager)
+    refused("cache", lambda: model(input_ids=ids(4, 12)))
+    refused("hidden states", lambda: model(input_ids=ids(4, 12), use_cache=False, output_hidden_states=True))
+    found["steps"] = str(report(model).steps.model_dump())
+    model = load(path).train()
+    enable(model, eager | {"fallback": True})
+    model(input_ids=ids(4, 12)).logits.sum().backward()
+    found["fallback"] = str(report(model).steps.unsplit)
+    return found

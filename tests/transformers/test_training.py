@@ -1,0 +1,32 @@
+"""Training without a graph (`capture: eager`), tensor parallelism of two over gloo: equal, split, overlapped."""
+
+from __future__ import annotations
+
+import scenarios
+from rounding import TOLERANCE
+from two_ranks import on_two_ranks
+
+COLUMNS = 5 * 2  # column-parallel linears of a layer, and layers
+
+
+def test_losses_and_gradients_equal_without_a_graph(models: dict[str, str]) -> None:
+    for found in on_two_ranks(scenarios.training_without_a_graph, models["two_layers"]):
+        for outcome in found:
+            assert outcome["apart"] <= TOLERANCE  # sums over the tokens in another order
+            assert outcome["split"] == 2
+            assert outcome["unsplit"] == {"a call without gradients": 1, "one request": 1}
+        *overlapped, reentrant = [outcome["reduced_by"] for outcome in found]  # all-reduces of each micro-batch
+        assert overlapped == [{"dynaflow-network": COLUMNS}] * 3
+        assert reentrant == {"MainThread": COLUMNS}  # one node of autograd computes a layer again, and its gradients
+
+
+def test_declined_without_a_graph(models: dict[str, str]) -> None:
+    for found in on_two_ranks(scenarios.refused_without_a_graph, models["llama"], models["qwen3"]):
+        assert "parallel style replicated_with_grad_allreduce communicates in a way of its own" in found["style"]
+        assert "attention_dropout 0.1: micro-batches would draw other numbers" in found["dropout"]
+        assert "strategy 'auto' times captured graphs" in found["auto"]
+        assert "strategy 'flux' does not split the batch" in found["flux"]
+        assert "pass use_cache=False" in found["cache"]
+        assert "output_hidden_states" in found["hidden states"]
+        assert found["steps"] == "{'split': 0, 'unsplit': {}}"
+        assert "fallback" in found["fallback"] and "use_cache=False" in found["fallback"]
