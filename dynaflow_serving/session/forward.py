@@ -185,6 +185,11 @@ class EagerForward(SplitForward):
             self.session.confirm(group)
         self.session.agree_over(self.session.ranks)
 
+    def forget(self, reason: str) -> None:
+        """Record the model anew from now on, because of `reason`; its plans are of no use any more."""
+        self.eager.forget(reason)
+        self.session.plan_caches.clear()
+
     def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.session.in_flight is None and not self._recording:
             return self.eager.forward(*args, **kwargs)
@@ -208,7 +213,7 @@ class EagerForward(SplitForward):
                 return self.eager.run(plan.run, bounds, args, kwargs, *contexts, apart=apart)
             except Diverged as error:
                 step.withdraw(str(error))
-                self.session.plan_caches.clear()
+                self.forget(str(error))
                 self.session.logger.warning("DynaFlow: a step left its plan, the model is recorded anew: %s", error)
                 return self.eager.run_apart(bounds, args, kwargs, *contexts)
 

@@ -78,6 +78,8 @@ def call_causes(body: Any, given: Mapping[str, Any]) -> list[str]:
     asked = given.get("use_cache") if given.get("use_cache") is not None else getattr(body.config, "use_cache", False)
     if given.get("past_key_values") is not None or (asked and not checkpoints):
         causes.append("a KV cache is of the whole batch (pass use_cache=False, or set model.config.use_cache to False)")
+    if given.get("is_causal") is not None:
+        causes.append("is_causal as an argument changes the config during the call (set it in the config)")
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if given.get(name, getattr(body.config, name, False)):
             causes.append(f"{name}: layers make more than the last hidden state (set it to False, or capture: graph)")

@@ -5,6 +5,7 @@ Contract
   backward pass is autograd's, so it is the forward pass backwards. Layers may be computed again there.
 - The batch is dimension 0 of all batched arguments. The head and the loss see the whole batch.
 - The body is recorded before its first step, in runs of two and of three sequences. Then the ranks compare their plans.
+  Arguments of another form, or layers that take another path, have it recorded anew, a few times.
 - A call without gradients, or of one sequence, runs as in Transformers, and is counted with the reason.
 - A call with a cache, or one that asks for more than the last hidden state, is an `InactiveError`.
 - The first steps under a plan also run as in Transformers, without gradients, and are compared. If they differ, the
@@ -55,6 +56,7 @@ class TrainedBody:
         self.session = Session(build_selector(config), config, device, mode="training", rank=rank)
         self.forward = EagerForward(self.session, self.original, module, borders.RULES, {}, training=True)
         self.refused = ""
+        self._form: Any = None  # of the arguments that were recorded
 
     @classmethod
     def install(cls, model: Any, config: Config) -> None:
@@ -79,8 +81,7 @@ class TrainedBody:
                 self.session.count_unsplit(batch, reason)
                 return self.original(*args, **kwargs)
             refuse("transformers", self.config, call_causes(self.module, given))
-            if not self.session.plan_caches and self.forward.eager.wants_recording:
-                self._record(given, len(batch.tokens))
+            self._record(given, len(batch.tokens))
         except DynaflowError as error:
             fall_back(self.config.fallback, error)
             self.refused = f"fallback: {error}"
@@ -96,13 +97,19 @@ class TrainedBody:
             return "a call without gradients"
         return "one request" if len(batch.tokens) < 2 else ""
 
-    def _record(self, given: Mapping[str, Any], size: int) -> None:
-        """Record the body with gradients, for without them its linears take another path.
+    def _record(self, given: dict[str, Any], size: int) -> None:
+        """Record the body with gradients, unless it was; without them, its linears would take another path.
 
         Raises:
             InactiveError: It cannot be split, or the ranks have different plans.
         """
-        calls = ({n: _resized(v, size, count) for n, v in given.items()} for count in RECORDED_SEQUENCES)
+        form = _form(given, size)
+        if self.session.plan_caches and form != self._form:
+            self.forward.forget("the model was called with arguments of another form")
+        if self.session.plan_caches or not self.forward.eager.wants_recording:
+            return
+        self._form = form
+        calls = (pytree.tree_map(functools.partial(_resized, size, count), given) for count in RECORDED_SEQUENCES)
         self.forward.record_training(calls, [borders.tensor_parallel_group(self.module)])
         self.session.logger.info("DynaFlow: the body of a model was recorded for training")
 
@@ -117,8 +124,16 @@ class TrainedBody:
         return output
 
 
-def _resized(value: Any, size: int, count: int) -> Any:
-    """Return an argument for `count` sequences of a batch of `size`, with some of them twice if need be."""
-    if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != size:
-        return value
-    return value[torch.arange(count, device=value.device) % size]
+def _form(given: dict[str, Any], size: int) -> Any:
+    """Return what a plan takes for granted of arguments: their names, and which tensors have the batch."""
+    leaves, spec = pytree.tree_flatten(given)
+    return spec, [(leaf.dim(), _has_batch(leaf, size)) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+
+
+def _resized(size: int, count: int, leaf: Any) -> Any:
+    """Return a leaf of arguments for `count` sequences of a batch of `size`, with some of them twice if need be."""
+    return leaf[torch.arange(count, device=leaf.device) % size] if _has_batch(leaf, size) else leaf
+
+
+def _has_batch(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and len(leaf) == size

@@ -292,12 +292,38 @@ def training_without_a_graph(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def loss_and_gradients(model: Any, padded: bool = False, sequences: int = 6) -> list[torch.Tensor]:
+def training_that_changes(path: str) -> dict[str, Any]:
+    """Arguments of another form, packed sequences, and layers that take another path than the recorded one."""
+    stock, model = load(path).train(), load(path).train()
+    enable(model, strategy("comm_overlap", 2) | {"capture": "eager"})
+    positions = torch.arange(12)[None]
+    packed = torch.cat([positions[:, :7], positions[:, :5]], 1).expand(6, 12)
+    found: dict[str, Any] = {}
+
+    def compare(name: str, **given: torch.Tensor) -> None:
+        expected, actual = (loss_and_gradients(m, **given) for m in (stock, model))
+        apart = max(distance(a, b) for a, b in zip(actual, expected, strict=True))
+        found[name] = {"apart": apart, **report(model).steps.model_dump()}
+
+    compare("first")
+    compare("same positions for all", position_ids=positions)
+    compare("packed", position_ids=packed)
+    for m in (stock, model):
+        m.gradient_checkpointing_enable({"use_reentrant": True})
+    compare("another path", position_ids=packed)
+    compare("recorded anew", position_ids=packed)
+    return found
+
+
+def loss_and_gradients(
+    model: Any, padded: bool = False, sequences: int = 6, **given: torch.Tensor
+) -> list[torch.Tensor]:
     model.zero_grad()
     tokens = ids(sequences, 12)
-    mask = torch.ones_like(tokens)
-    mask[1:3, :4] = 0
-    loss = model(input_ids=tokens, labels=tokens, attention_mask=mask if padded else None, use_cache=False).loss
+    if padded:
+        given["attention_mask"] = torch.ones_like(tokens)
+        given["attention_mask"][1:3, :4] = 0
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False, **given).loss
     loss.backward()
     found = [p.grad for p in model.parameters()]
     return [loss.detach(), *(g.to_local().clone() if hasattr(g, "to_local") else g.clone() for g in found)]
@@ -343,6 +369,7 @@ def refused_without_a_graph(path: str, other: str) -> dict[str, str]:
     enable(model, eager)
     refused("cache", lambda: model(input_ids=ids(4, 12)))
     refused("hidden states", lambda: model(input_ids=ids(4, 12), use_cache=False, output_hidden_states=True))
+    refused("causal", lambda: model(input_ids=ids(4, 12), use_cache=False, is_causal=True))
     found["steps"] = str(report(model).steps.model_dump())
     model = load(path).train()
     enable(model, eager | {"fallback": True})

@@ -20,6 +20,14 @@ def test_losses_and_gradients_equal_without_a_graph(models: dict[str, str]) -> N
         assert reentrant == {"MainThread": COLUMNS}  # one node of autograd computes a layer again, and its gradients
 
 
+def test_arguments_and_paths_may_change(models: dict[str, str]) -> None:
+    for found in on_two_ranks(scenarios.training_that_changes, models["llama"]):
+        assert max(outcome["apart"] for outcome in found.values()) <= TOLERANCE
+        assert [outcome["split"] for outcome in found.values()] == [1, 2, 3, 3, 4]
+        (reason,) = found["another path"]["unsplit"]
+        assert reason == "the model called all_reduce where it called copy when it was recorded"
+
+
 def test_declined_without_a_graph(models: dict[str, str]) -> None:
     for found in on_two_ranks(scenarios.refused_without_a_graph, models["llama"], models["qwen3"]):
         assert "parallel style replicated_with_grad_allreduce communicates in a way of its own" in found["style"]
@@ -28,5 +36,6 @@ def test_declined_without_a_graph(models: dict[str, str]) -> None:
         assert "strategy 'flux' does not split the batch" in found["flux"]
         assert "pass use_cache=False" in found["cache"]
         assert "output_hidden_states" in found["hidden states"]
+        assert "is_causal as an argument changes the config" in found["causal"]
         assert found["steps"] == "{'split': 0, 'unsplit': {}}"
         assert "fallback" in found["fallback"] and "use_cache=False" in found["fallback"]

@@ -108,6 +108,10 @@ class EagerCapture:
                 self._capture(pair)
         return result
 
+    def forget(self, reason: str) -> None:
+        """Record the model anew from now on, because of `reason`."""
+        self.captured, self._first, self.waiting = None, None, reason
+
     def _capture(self, pair: RecordingPair) -> None:
         self.borders.check_torch_rules(call.border.name for call in pair.first.border_calls.values())
         axes = {leaf: pair.token_axis(tensor) for leaf, tensor in pair.inputs.items()}
@@ -162,7 +166,7 @@ class EagerCapture:
         try:
             return self.captured.rebuild(plan([leaves[i] for i in self._input_axes], bounds, enter_frame))
         except Diverged as error:
-            self.captured, self._first, self.waiting = None, None, str(error)
+            self.forget(str(error))
             raise
         finally:
             for frame in frames:

@@ -112,7 +112,7 @@ def _border_function(
     awaited = {
         key: position[t]
         for key, t in call.arguments.items()
-        if isinstance(t, RecordedTensor) and t.producer == operator.event - 2
+        if isinstance(t, RecordedTensor) and t.producer == operator.event - 2 and not t.is_argument
     }
     taken = [call.results.index(t) for t in operator.outputs if t in call.results]
     only_in_frame = [None] * (outputs - len(taken))
