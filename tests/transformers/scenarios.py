@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 from rounding import distance, same
 
+from dynaflow_serving.capture.eager.gradients import Crossing
 from dynaflow_serving.core.plan import ActionKind
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import InactiveError, PartitionError
@@ -275,9 +274,9 @@ def training_without_a_graph(path: str) -> list[dict[str, Any]]:
         if reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         expected = loss_and_gradients(model, padded)
-        enable(model, strategy("comm_overlap", micro_batches) | {"capture": "eager"})
+        enable(model, strategy("round_robin", micro_batches) | {"capture": "eager"})
         runs = [loss_and_gradients(model, padded)]
-        with reduced_by() as threads:
+        with gradients_in_flight() as overlapped:
             runs.append(loss_and_gradients(model, padded))
         split = report(model).steps.split
         with torch.no_grad():
@@ -286,7 +285,8 @@ def training_without_a_graph(path: str) -> list[dict[str, Any]]:
         found.append({
             "apart": max(distance(a, b) for run in runs for a, b in zip(run, expected, strict=True)),
             "split": split,
-            "reduced_by": {name: count / micro_batches for name, count in threads.items()},
+            "reduced": len(overlapped),
+            "overlapped": sum(overlapped),
             "unsplit": report(model).steps.unsplit,
         })  # fmt: skip
     return found
@@ -330,22 +330,27 @@ def loss_and_gradients(
 
 
 @contextlib.contextmanager
-def reduced_by() -> Iterator[dict[str, int]]:
-    """Count the gradients of inputs of column-parallel linears that are all-reduced, by thread."""
-    counts: collections.Counter[str] = collections.Counter()
-    stock = dist.all_reduce
+def gradients_in_flight() -> Iterator[list[bool]]:
+    """Tell of each all-reduce of a gradient on another stream whether anything ran between its start and its end."""
+    events: list[Crossing] = []
+    found: list[bool] = []
+    start, wait = Crossing.start, Crossing.wait
 
-    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        counts[threading.current_thread().name] += torch._C._current_autograd_node() is not None
-        return stock(tensor, *args, **kwargs)
+    def noted_start(crossing: Crossing, gradients: Any) -> None:
+        events.append(crossing)
+        start(crossing, gradients)
 
-    found: dict[str, int] = {}
-    dist.all_reduce = all_reduce
+    def noted_wait(crossing: Crossing) -> Any:
+        if "_AllReduceBackward" in crossing._results[0].node.name():
+            found.append(events[-1] is not crossing)
+        events.append(crossing)
+        return wait(crossing)
+
+    Crossing.start, Crossing.wait = noted_start, noted_wait  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        dist.all_reduce = stock
-        found |= {name: count for name, count in counts.items() if count}
+        Crossing.start, Crossing.wait = start, wait  # type: ignore[method-assign]
 
 
 def refused_without_a_graph(path: str, other: str) -> dict[str, str]:
