@@ -1,8 +1,9 @@
-"""The guard watches adopted candidates while serving, and switches off those that are slower than un-split steps.
+"""The guard watches candidates while serving, and switches off those that are slower than un-split steps.
 
 Contract
 - A comparison is `COMPARED` adjacent steps of a bucket, of which every second one runs un-split. The load and the
   length of contexts change both alike. A candidate that is slower by more than the noise is switched off.
+- A candidate on trial (`online: true`) has to be faster: by `least_gain`, and by the noise of the un-split steps.
 - The first steps of a bucket are a comparison. After that, the guard looks at every `window` steps of the bucket.
 - Two things start a new comparison: the candidate has become slower per token than at its last one, or `RECHECKED`
   windows have passed.
@@ -12,10 +13,12 @@ Contract
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
+from dynaflow_serving.core.measurement import noise
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
 from dynaflow_serving.session.observers import Observer
 from dynaflow_serving.session.ranks import Ranks
@@ -30,7 +33,8 @@ class Watch:
     """The guard keeps this record of one bucket.
 
     Attributes:
-        noise: The candidate may be slower by this share of the un-split time.
+        noise: The candidate may be slower by this share of the un-split time, or on trial has to be faster by it.
+        on_trial: Whether the candidate is on trial.
         left: The steps that are left of the comparison, or of the window where `comparing` is False.
         comparing: Whether the current steps are a comparison.
         windows: The number of windows since the last comparison.
@@ -41,6 +45,7 @@ class Watch:
     """
 
     noise: float
+    on_trial: bool = False
     left: int = COMPARED
     comparing: bool = True
     windows: int = 0
@@ -53,20 +58,31 @@ class Watch:
 class Guard(Observer):
     """The guard of one worker observes all its steps, and tells the selector which of them run un-split."""
 
-    def __init__(self, window: int, ranks: Ranks, switch_off: Callable[[Bucket, float], None]) -> None:
+    def __init__(
+        self,
+        window: int,
+        ranks: Ranks,
+        switch_off: Callable[[Bucket, float], None],
+        tried: Callable[[Bucket, float, bool], None] = lambda bucket, speed_up, won: None,
+    ) -> None:
         """Make a guard that watches no bucket yet.
 
         Args:
             window: The steps of a bucket between two looks at it.
             ranks: The ranks that decide alike.
             switch_off: This is called with a bucket and its measured speed-up, which is below 1.
+            tried: This is called at the end of a trial, with the bucket, the speed-up, and whether that was enough.
         """
-        self.window, self.ranks, self._switch_off = window, ranks, switch_off
+        self.window, self.ranks, self._switch_off, self._tried = window, ranks, switch_off, tried
         self._watches: dict[Bucket, Watch] = {}
 
     def watch_bucket(self, bucket: Bucket, noise: float) -> None:
         """Watch the adopted candidate of `bucket`, which may be slower by the share `noise`."""
         self._watches[bucket] = Watch(noise)
+
+    def try_bucket(self, bucket: Bucket, least_gain: float) -> None:
+        """Put the candidate of `bucket` on trial: it stays if it is faster by the share `least_gain` and the noise."""
+        self._watches[bucket] = Watch(least_gain, on_trial=True)
 
     def forget_bucket(self, bucket: Bucket) -> None:
         """Watch `bucket` no longer."""
@@ -107,9 +123,18 @@ class Guard(Observer):
 
     def _end_comparison(self, bucket: Bucket, watch: Watch) -> None:
         """Switch the bucket's candidate off if it was slower, else begin the first window."""
-        slower = median(watch.split) / median(watch.plain) if watch.split and watch.plain else 0.0
-        (slower,) = self.ranks.greatest([slower])
-        if slower > 1 + watch.noise:
+        unknown = math.inf if watch.on_trial else 0.0
+        slower = median(watch.split) / median(watch.plain) if watch.split and watch.plain else unknown
+        slower, spread = self.ranks.greatest([slower, noise(watch.plain) if watch.plain else 0.0])
+        if watch.on_trial:
+            watch.noise, watch.on_trial = max(watch.noise, spread), False
+            won = slower < 1 - watch.noise
+            if not won:
+                del self._watches[bucket]
+            self._tried(bucket, 1 / slower, won)
+            if not won:
+                return
+        elif slower > 1 + watch.noise:
             del self._watches[bucket]
             self._switch_off(bucket, 1 / slower)
             return

@@ -2,7 +2,8 @@
 
 Contract
 - `serve_by` gives the selector a table of decisions. From then on a step looks up its bucket, and the guard watches.
-- A batch of an undecided bucket runs un-split.
+- A batch of an undecided bucket runs un-split. With `online: true`, its candidates are compared with un-split steps one
+  after the other, in live steps, until one wins.
 - A candidate is a strategy with one number of micro-batches, labelled `nanoflow x2`, or one that orders un-split steps,
   labelled `fused_norms`. Its label ends with the options that it was given: `comet chunks=4`.
 - The candidate `PLAIN` leaves the step as it is.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,7 @@ from dynaflow_serving.core.batch import Batch, Split
 from dynaflow_serving.errors import ConfigError, unknown_name
 from dynaflow_serving.policy.bucket import Bucket, bucket_of
 from dynaflow_serving.policy.guard import Guard
+from dynaflow_serving.policy.side_effects import Facts, SideEffects
 from dynaflow_serving.policy.table import Table
 from dynaflow_serving.session.metrics import Metrics
 from dynaflow_serving.session.ranks import Ranks
@@ -77,6 +80,11 @@ class AutoOptions(Options):
     retune: bool = Field(
         False, description="If true, the policy measures anew, even if there is a table for this model and machine."
     )
+    online: bool = Field(
+        False,
+        description="If true, kinds of batches that were not decided at start are decided while serving: each "
+        "candidate in turn is compared with un-split steps, until one is faster. They end with the process.",
+    )
     guard_window: int = Field(
         64,
         ge=8,
@@ -126,6 +134,8 @@ class AutoSelector(Selector):
         self.switched_off = 0
         self._adopted: dict[Bucket, str] = {}
         self._why: dict[Bucket, str] = {}  # decided buckets that are not split, with the reason
+        self._to_try: dict[Bucket, list[str]] = {}  # the candidates that are left for buckets decided while serving
+        self._facts = Facts({})
 
     @property
     def options(self) -> AutoOptions:
@@ -153,7 +163,7 @@ class AutoSelector(Selector):
             return in_turn(int(number))
         return Sequential()
 
-    def serve_by(self, table: Table, session: Session, ranks: Ranks | None = None) -> None:
+    def serve_by(self, table: Table, session: Session, ranks: Ranks | None = None, facts: Facts | None = None) -> None:
         """Look decisions up in `table` from now on, and watch them in the steps of `session`.
 
         Decisions of earlier tables stay for buckets that this one has none of.
@@ -162,6 +172,7 @@ class AutoSelector(Selector):
             table: The decisions, equal on all ranks.
             session: The guard observes the steps of this session.
             ranks: The ranks that decide alike; by default, those of the session.
+            facts: For the side effects of splits that are tried while serving.
 
         Raises:
             ConfigError: The table names a candidate that does not exist.
@@ -170,9 +181,10 @@ class AutoSelector(Selector):
             raise ConfigError(f"the policy table names {', '.join(sorted(unknown))}: no candidate of this config")
         if self.guard is None:
             switch_off = functools.partial(self._switch_off, session.metrics)
-            self.guard = Guard(self._options.guard_window, ranks or session.ranks, switch_off)
+            self.guard = Guard(self._options.guard_window, ranks or session.ranks, switch_off, self._tried)
             # The guard estimates what a step saved, and the metrics count it afterwards.
             session.observe_with(self.guard, first=True)
+        self._facts = facts or self._facts
         for decision in table.decisions:
             bucket = decision.bucket
             self._adopted.pop(bucket, None)
@@ -192,10 +204,12 @@ class AutoSelector(Selector):
         """Split `batch` as its bucket's adopted candidate does, or leave it whole with the reason."""
         bucket = bucket_of(batch)
         candidate = self._adopted.get(bucket)
+        if candidate is None and self._options.online and bucket not in self._why:
+            candidate = self._put_on_trial(bucket, batch)
         if candidate is None:
             return whole(batch, self._why.get(bucket, NOT_DECIDED))
         if self.guard is not None and self.guard.runs_plain(bucket):
-            return whole(batch, COMPARING if bucket in self._adopted else SWITCHED_OFF)
+            return whole(batch, COMPARING if bucket in self._adopted else self._why.get(bucket, NOT_DECIDED))
         return self.cut(batch, candidate)
 
     def cut(self, batch: Batch, candidate: str) -> Split:
@@ -204,6 +218,42 @@ class AutoSelector(Selector):
     def decisions(self) -> dict[str, Any] | None:
         """Return the table as plain data, for reports."""
         return None if self.table is None else self.table.model_dump()
+
+    def _put_on_trial(self, bucket: Bucket, batch: Batch) -> str | None:
+        """Let the guard compare the next candidate that cuts `batch`, and return it; None if there is none."""
+        if self.guard is None:
+            return None
+        left = self._to_try.setdefault(bucket, self._likely_first(bucket))
+        for candidate in left:
+            split = self.cut(batch, candidate)
+            effects = SideEffects.of_split(batch, split, self._facts)
+            if len(split.micro_batches) > 1 and not effects.veto(
+                self._options.straddle, self._options.min_collective_kib
+            ):
+                left.remove(candidate)
+                self._adopted[bucket] = candidate
+                self.guard.try_bucket(bucket, self._options.min_gain)
+                return candidate
+        return None
+
+    def _likely_first(self, bucket: Bucket) -> list[str]:
+        """Return the candidates that split, those of the nearest buckets of the kind first."""
+        same = [b for b in self._adopted if b.kind == bucket.kind]
+        near = sorted(same, key=lambda b: abs(math.log2(b.tokens / bucket.tokens)))
+        labels = dict.fromkeys([*(self._adopted[b] for b in near), *self.measured])
+        return [label for label in labels if not self.plans_unsplit(label)]
+
+    def _tried(self, bucket: Bucket, speed_up: float, won: bool) -> None:
+        """Keep the candidate that was on trial, or give way to the next one."""
+        candidate = self._adopted[bucket]
+        if not won:
+            del self._adopted[bucket]
+            if not self._to_try[bucket]:
+                self._why[bucket] = FASTER_WHOLE
+        logger.info(
+            "DynaFlow: %s %s for %s: %.2fx as fast as un-split steps while serving",
+            candidate, "is adopted" if won else "is not adopted", bucket, speed_up,
+        )  # fmt: skip
 
     def _switch_off(self, metrics: Metrics, bucket: Bucket, speed_up: float) -> None:
         candidate = self._adopted.pop(bucket)

@@ -117,7 +117,7 @@ def _serve_by_table(session: Session, selector: AutoSelector, trials: Trials, kn
             session.logger.info("DynaFlow: policy table written to %s", path)
     elif ranks.first:
         session.logger.info("DynaFlow: policy table read from %s", path)
-    selector.serve_by(agreed, session, ranks)
+    selector.serve_by(agreed, session, ranks, known)
     return agreed
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import policy_ranks
 import pytest
@@ -30,7 +31,14 @@ from dynaflow_serving.policy.bucket import (
     representatives,
 )
 from dynaflow_serving.policy.guard import COMPARED, RECHECKED, Guard
-from dynaflow_serving.policy.selector import COMPARING, NOT_DECIDED, SWITCHED_OFF, AutoSelector
+from dynaflow_serving.policy.selector import (
+    COMPARING,
+    FASTER_WHOLE,
+    NOT_DECIDED,
+    SWITCHED_OFF,
+    AutoOptions,
+    AutoSelector,
+)
 from dynaflow_serving.policy.show import as_text, log_lines
 from dynaflow_serving.policy.side_effects import Facts, SideEffects
 from dynaflow_serving.policy.start import start_policy
@@ -152,6 +160,54 @@ def test_a_candidate_that_was_never_as_fast_as_tuned_is_switched_off_after_the_f
     for _ in range(COMPARED + 1):
         engine.step(BATCH)
     assert engine.selector.switched_off == 1
+
+
+# -- deciding while serving ----------------------------------------------------------------------------
+def served(auto: AutoSelector, batch: Batch, steps: int, seconds: dict[str, float]) -> list[str]:
+    """The candidates of so many steps ("" for un-split ones), which take the seconds of their candidate, or 1."""
+    assert auto.guard is not None
+    ran = []
+    for _ in range(steps):
+        ran.append(auto.split(batch).candidate)
+        auto.guard.record_step(bucket_of(batch), bool(ran[-1]), sum(batch.tokens), seconds.get(ran[-1], 1.0))
+    return ran
+
+
+def online(**options: Any) -> AutoSelector:
+    auto = AutoSelector(AutoOptions(candidates=["nanoflow", "comm_overlap"], micro_batches=[2], online=True, **options))
+    table, facts = table_for(adopted(candidate="comm_overlap x2")), Facts({}, collective_bytes=64)
+    auto.serve_by(table, Session(auto, Config(strategy="auto")), facts=facts)
+    return auto
+
+
+def test_an_undecided_kind_of_batch_is_decided_from_live_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """What a neighbour runs under is tried first, and loses here; the next one wins, and the guard goes on watching."""
+    auto, batch, seconds = online(), Batch((100, 100)), {"comm_overlap x2": 1.1, "nanoflow x2": 0.8}
+    with caplog.at_level(logging.INFO):
+        ran = served(auto, batch, 2 * COMPARED + 4, seconds)
+    pairs = COMPARED // 2
+    assert ran == [*["", "comm_overlap x2"] * pairs, "", *["", "nanoflow x2"] * pairs, *["nanoflow x2"] * 3]
+    assert [r.getMessage() for r in caplog.records] == [
+        "DynaFlow: comm_overlap x2 is not adopted for prefill, up to 256 tokens of 4 requests: 0.91x as fast as "
+        "un-split steps while serving",
+        "DynaFlow: nanoflow x2 is adopted for prefill, up to 256 tokens of 4 requests: 1.25x as fast as un-split steps "
+        "while serving",
+    ]
+    seconds["nanoflow x2"] = 2.0
+    assert served(auto, batch, 64 + COMPARED + 1, seconds)[-1] == "" and auto.switched_off == 1
+    assert auto.split(batch).reason == SWITCHED_OFF  # and it is not tried again
+
+
+def test_a_small_gain_is_none_while_serving_and_what_lost_is_not_tried_again() -> None:
+    auto, batch = online(), Batch((100, 100))
+    served(auto, batch, 2 * COMPARED + 2, {"comm_overlap x2": 0.99, "nanoflow x2": 0.99})
+    assert auto.split(batch).reason == FASTER_WHOLE
+
+
+def test_what_the_options_rule_out_is_not_tried_while_serving() -> None:
+    auto = online(min_collective_kib=10)
+    assert auto.split(Batch((100, 100))).reason == NOT_DECIDED  # a half would move 6 KiB
+    assert auto.split(Batch((200, 200))).reason == COMPARING
 
 
 BUCKET = Bucket(PREFILL, 64, 16)
