@@ -115,7 +115,8 @@ class EagerForward(SplitForward):
       profiling, warm-up, graph capture) are not recorded.
     - If a micro-batch takes another path than the recorded one, the step runs again without a plan, one micro-batch
       after the other. Each of them is a batch that the engine could have made.
-    - Such a step is counted as un-split, and the model is recorded anew.
+    - Such a step is counted as un-split, and the model is recorded anew. Where ranks vote, it is an error instead: the
+      ranks that follow their plan would meet other collectives.
     """
 
     def __init__(
@@ -212,6 +213,11 @@ class EagerForward(SplitForward):
             try:
                 return self.eager.run(plan.run, bounds, args, kwargs, *contexts, apart=apart)
             except Diverged as error:
+                if self.session.vote is not None:
+                    raise InactiveError(
+                        "a step left its plan, and other data-parallel ranks wait for its collectives; remove the "
+                        f"dynaflow option for this model: {error}"
+                    ) from error
                 step.withdraw(str(error))
                 self.forget(str(error))
                 self.session.logger.warning("DynaFlow: a step left its plan, the model is recorded anew: %s", error)

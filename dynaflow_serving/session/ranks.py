@@ -43,6 +43,18 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return [float(v) for v in tensor]
 
+    def gather_numbers(self, values: Sequence[int]) -> list[list[int]]:
+        """Return the `values` of every rank, in order of the ranks; all ranks give equally many."""
+        if self.size == 1:
+            return [list(values)]
+        import torch
+        import torch.distributed as dist
+
+        mine = torch.tensor(values, dtype=torch.int64)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self.group)
+        return [numbers.tolist() for numbers in everyone]
+
     def gather(self, value: Any) -> list[Any]:
         """Return the `value` of every rank, in order of the ranks."""
         if self.size == 1:

@@ -5,7 +5,7 @@ Contract
   `with session.step(batch):`.
 - Calls outside a step (dummy, profiling and capture runs) find `in_flight` None, run whole and are not counted.
 - A split depends only on the batch, the programs and the number of steps, so all ranks of a group decide alike. They
-  exchange whatever depends on measured times or on values.
+  exchange whatever depends on measured times or on values. Ranks with a batch each vote.
 - Steps in `with session.trial(candidate):` run as that candidate splits them. They are timed, not counted.
 - A step that is not sampled costs two clock readings, a look-up and the counters.
 """
@@ -41,6 +41,7 @@ from dynaflow_serving.session.ranks import Ranks
 from dynaflow_serving.session.report import StepReport, WorkerReport, program_reports
 from dynaflow_serving.session.step import Step, Trial
 from dynaflow_serving.session.trace import TraceWriter
+from dynaflow_serving.session.vote import Vote
 from dynaflow_serving.strategy.selector import Selector
 from dynaflow_serving.strategy.splitting import whole
 
@@ -109,7 +110,8 @@ class LiveStep(Step):
         split, self.split = self.split, whole(self.batch, reason)
         self.to_trace = self.planned = False
         if len(split.micro_batches) > 1 and self.trial is None:
-            self.session.withdraw(self, reason)
+            for withdrew in self.session._on_withdrew:
+                withdrew(self, reason)
 
 
 class Session:
@@ -122,6 +124,7 @@ class Session:
         in_flight: The step that runs now, or None.
         timelines: The timelines of the latest traced step, with their programs.
         check: It compares split steps with un-split ones, or is None (`check: never`).
+        vote: It decides over splits where the integration says that ranks have a batch each; else it is None.
         counts: The numbers of split and un-split steps.
     """
 
@@ -176,6 +179,7 @@ class Session:
         self.counts = StepCounts()
         self.metrics = Metrics(selector.name, rank == 0, selector.candidates)
         self.check = Check(config.check, rank) if config.check else None
+        self.vote: Vote | None = None
         self._observers: list[Observer] = []
         trace_writer = TraceWriter(config.trace, rank) if config.trace else None
         for observer in (self.counts, trace_writer, self.metrics):
@@ -278,6 +282,8 @@ class Session:
         """Decide the split of `step`, and start it; `LiveStep.__enter__` calls this."""
         self.clock.poll()
         step.split = self._decide(step)
+        if self.vote is not None:
+            step.split, self._planned_steps = self.vote.cast(step.batch, step.split, self._planned_steps)
         if len(step.split.micro_batches) > 1:
             step.planned = True
             step.to_trace = step.trial is not None and step.trial.profiled
@@ -358,11 +364,6 @@ class Session:
         for compared in self._on_compared:
             compared(step, equal)
         return equal
-
-    def withdraw(self, step: Step, reason: str) -> None:
-        """Tell the observers that a split step ran whole; `LiveStep.withdraw` calls this."""
-        for withdrew in self._on_withdrew:
-            withdrew(step, reason)
 
     @contextmanager
     def trial(self, candidate: str, profiled: bool = False) -> Iterator[Trial]:

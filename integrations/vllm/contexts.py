@@ -4,6 +4,7 @@ Contract
 - Either model runner calls `set` with the attention metadata and slot mappings of each micro-batch. The model's
   forward, compiled or not, gets them through `entering`.
 - A micro-batch's context has no CUDA graph, because graphs are keyed by batch and share static outputs.
+- Where data-parallel ranks share experts, it holds the tokens of that micro-batch on all of them (`DPMetadata`).
 - `unsplit` enters a context for the whole batch, where a step is compared.
 """
 
@@ -13,6 +14,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from dynaflow_serving.session.forward import Contexts
 from dynaflow_serving.session.observers import Observer
@@ -44,12 +47,23 @@ class ForwardContexts(Observer):
             create_forward_context(
                 metadata[i],
                 self.vllm_config,
+                dp_metadata=self._dp_metadata(i),
                 batch_descriptor=BatchDescriptor(num_tokens=part.tokens[1] - part.tokens[0]),
                 slot_mapping=slot_mappings[i],
                 is_padding=None if is_padding is None else is_padding[slice(*part.tokens)],
             )
             for i, part in enumerate(self.session.micro_batches)
         ]
+
+    def _dp_metadata(self, micro_batch: int) -> Any:
+        """Return vLLM's `DPMetadata` of a micro-batch, by which experts exchange tokens; None where they do not."""
+        if self.session.vote is None:
+            return None
+        from vllm.forward_context import DPMetadata
+
+        tokens = [sizes[micro_batch] for sizes in self.session.vote.tokens]
+        config = self.vllm_config.parallel_config
+        return DPMetadata.make(config, tokens[config.data_parallel_rank], torch.tensor(tokens, dtype=torch.int32))
 
     @contextmanager
     def entering(self, *args: Any, **kwargs: Any) -> Iterator[Contexts]:

@@ -6,6 +6,7 @@ Contract
 - It is recorded in two of vLLM's dummy runs, after the model is loaded and before the ranks compare their plans.
 - A collective that no rule names would run out of the common order of the ranks. Therefore the computation stops at
   every method of vLLM's `GroupCoordinator` that the model's code calls.
+- Where data-parallel ranks share experts, the computation stops at their exchange and not at expert layers (`experts`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from dynaflow_serving.core.program import Resource
 from dynaflow_serving.errors import DynaflowError, InactiveError
+from dynaflow_serving.integrations.vllm import experts
 from dynaflow_serving.integrations.vllm.state import WorkerState
 from dynaflow_serving.session.forward import EagerForward
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
@@ -29,11 +31,14 @@ _GROUP = "vllm.distributed.parallel_state.GroupCoordinator"
 RECORDED_TOKENS = 16
 
 
-def rules() -> tuple[Rule, ...]:
+def rules(vllm_config: Any) -> tuple[Rule, ...]:
     """Return the rules for vLLM's attention, experts and collectives."""
     compute, memory, network = Resource.COMPUTE, Resource.MEMORY, Resource.NETWORK
+    attention = (SplitModule(n, "attention", memory, (Tag.ATTENTION,), context=True, required=False) for n in ATTENTION)
+    if experts.exchanges_tokens(vllm_config):  # with one tensor-parallel rank, so there are no other collectives
+        return (*attention, *experts.rules())
     return (
-        *(SplitModule(n, "attention", memory, (Tag.ATTENTION,), context=True, required=False) for n in ATTENTION),
+        *attention,
         *(SplitModule(n, "experts", compute, (Tag.EXPERTS,), "tp", context=True, required=False) for n in EXPERTS),
         *(SplitFunc(f"{_GROUP}.{tag}", str(tag), network, (tag,), "tp", required=False) for tag in COLLECTIVES),
     )
@@ -70,7 +75,10 @@ def attach(worker: WorkerState, runner: Any) -> EagerForward | None:
             raise InactiveError(
                 f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
             )
-        forward = EagerForward(session, stock, model, rules(), {"attention": "kv"}, worker.contexts.entering)
+        if experts.exchanges_tokens(worker.vllm_config):
+            experts.prepare_for_frames()
+        cuts = rules(worker.vllm_config)
+        forward = EagerForward(session, stock, model, cuts, {"attention": "kv"}, worker.contexts.entering)
     except DynaflowError as error:
         session.retire(error)
         return None
@@ -81,14 +89,19 @@ def attach(worker: WorkerState, runner: Any) -> EagerForward | None:
 def record(forward: EagerForward, runner: Any) -> None:
     """Record the model in two dummy runs.
 
+    Data-parallel ranks that share experts have different numbers of tokens. So what holds the tokens of all ranks is in
+    no proportion to those of one.
+
     Raises:
         InactiveError: The runs give no Program.
     """
-    most = runner.vllm_config.scheduler_config.max_num_batched_tokens
+    config = runner.vllm_config
+    most, first = config.scheduler_config.max_num_batched_tokens, config.parallel_config.data_parallel_rank == 0
+    fewer = 1 if first and experts.exchanges_tokens(config) else 0
     try:
         with forward.recording():
             for tokens in (min(RECORDED_TOKENS, most - 1), min(2 * RECORDED_TOKENS, most)):
-                runner._dummy_run(tokens)
+                runner._dummy_run(tokens - fewer)
     except DynaflowError as error:
         forward.session.retire(error)
         forward.eager.detach()

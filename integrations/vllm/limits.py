@@ -28,6 +28,7 @@ from dynaflow_serving.integrations.limits import (
     unsplit_causes,
     unsupported,
 )
+from dynaflow_serving.integrations.vllm.experts import exchanges_tokens
 from dynaflow_serving.strategy.rules import Rule, SplitFunc, SplitModule
 from dynaflow_serving.strategy.selector import Selector
 
@@ -43,7 +44,11 @@ def check(vllm_config: Any, config: Config, selector: Selector) -> None:
     causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, selector.annotations)]
     causes += [*_unsplit(vllm_config, selector), *unsplit_causes("vLLM", selector)]
     device, ranks = current_platform.device_type, vllm_config.parallel_config.tensor_parallel_size
-    causes += [*_features(vllm_config), *executor_causes("vLLM", config, device)]
+    causes += [
+        *_features(vllm_config),
+        *_shared_experts(vllm_config, selector),
+        *executor_causes("vLLM", config, device),
+    ]
     causes += [*rank_causes(selector, ranks), *context_causes(config, selector, device)]
     refuse("vLLM", config, causes)
 
@@ -142,7 +147,6 @@ def _features(vllm_config: Any) -> list[str]:
     parallel, model, offload = vllm_config.parallel_config, vllm_config.model_config, vllm_config.offload_config
     found = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "data parallelism": parallel.data_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "expert load balancing (EPLB)": parallel.enable_eplb,
@@ -166,6 +170,35 @@ def _features(vllm_config: Any) -> list[str]:
         "a model with its own state in Model Runner V2": _has_own_state(vllm_config),
     }
     return unsupported(found)
+
+
+def _shared_experts(vllm_config: Any, selector: Selector) -> list[str]:
+    """Return a cause for each setting with which data-parallel ranks cannot share experts."""
+    from vllm import envs
+    from vllm.config import CompilationMode
+
+    if not exchanges_tokens(vllm_config):
+        return []
+    parallel, mode = vllm_config.parallel_config, vllm_config.compilation_config.mode
+    found = {
+        "data parallelism of a mixture of experts without expert parallelism": not parallel.enable_expert_parallel,
+        "data parallelism of a mixture of experts with tensor parallelism": parallel.tensor_parallel_size > 1,
+        "data parallelism of a mixture of experts in Model Runner V2": vllm_config.use_v2_model_runner,
+        # The exchange is inside an operator of the graph there.
+        "data parallelism of a mixture of experts in a mode with a graph": mode != CompilationMode.NONE,
+        # The guard of each rank would look at its steps after another number of steps.
+        "data parallelism of a mixture of experts under strategy auto": len(selector.candidates) > 1,
+        "elastic expert parallelism": parallel.enable_elastic_ep,
+        # Its buffers are shared by all micro-batches.
+        "data parallelism of a mixture of experts over symmetric memory": envs.VLLM_USE_NCCL_SYMM_MEM,
+    }
+    causes = unsupported(found)
+    if parallel.all2all_backend != "allgather_reducescatter":
+        causes.append(
+            f"all-to-all backend {parallel.all2all_backend} keeps its exchange to itself (set --all2all-backend "
+            "allgather_reducescatter)"
+        )
+    return causes
 
 
 def _has_own_state(vllm_config: Any) -> bool:

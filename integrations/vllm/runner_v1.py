@@ -4,6 +4,7 @@ Contract
 - Only the methods named in `patches.md` are overridden, and each calls vLLM's own. Outside a live step nothing changes.
 - vLLM builds the metadata itself, given the micro-batches as `ubatch_slices`. It builds them once more, without
   micro-batches, where a step is compared with an un-split one.
+- Where data-parallel ranks vote, each also votes in its dummy steps, which vLLM runs on ranks without requests.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class V1RunnerMixin(RunnerMixin):
         self.create_metadata_builders(kernel_block_sizes)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        self._live = scheduler_output
+        self._live = scheduler_output if scheduler_output.total_num_scheduled_tokens else None
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -46,6 +47,8 @@ class V1RunnerMixin(RunnerMixin):
             tables = ((t.block_size, t.get_numpy_array()) for t in batch.block_table.block_tables)
             self.begin_step(tokens, batch.num_computed_tokens_cpu[: len(tokens)], self._joined(), tables)
             self._slices = self.ubatch_slices()
+        elif self._live is None and self.dynaflow.session.vote is not None:
+            self.dynaflow.session.vote.abstain()
         if self._slices:
             kwargs["force_eager"] = True
         return super()._determine_batch_execution_and_padding(*args, **kwargs)  # type: ignore[misc]

@@ -5,6 +5,7 @@ Contract
 - A model without a graph is put under DynaFlow when it is loaded (`eager`).
 - After warm-up the worker refuses to serve if DynaFlow has no program of the model, or if the ranks would run
   different plans. Then the policy decides, if the strategy is `auto`, and splits are compared (`trials`).
+- Ranks of tensor parallelism have one batch. Data-parallel ranks that share experts have one each, and vote.
 - `dynaflow_report` and `dynaflow_reset` are for `collective_rpc`.
 """
 
@@ -15,12 +16,14 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from dynaflow_serving.integrations.vllm import eager, mode3
+from dynaflow_serving.integrations.vllm import eager, experts, mode3
 from dynaflow_serving.integrations.vllm.runner_v1 import V1RunnerMixin
 from dynaflow_serving.integrations.vllm.runner_v2 import V2RunnerMixin
 from dynaflow_serving.integrations.vllm.state import WorkerState
 from dynaflow_serving.integrations.vllm.trials import WorkerTrials, facts
 from dynaflow_serving.policy.start import start_policy
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.vote import Vote
 
 
 class DynaflowWorkerMixin:
@@ -30,8 +33,9 @@ class DynaflowWorkerMixin:
 
     def init_device(self, *args: Any, **kwargs: Any) -> None:
         super().init_device(*args, **kwargs)  # type: ignore[misc]
-        device_type, rank = current_platform.device_type, self.rank  # type: ignore[attr-defined]
-        self.dynaflow = WorkerState(self.vllm_config, device_type, rank)  # type: ignore[attr-defined]
+        parallel = self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        rank = parallel.data_parallel_index * parallel.world_size + self.rank  # type: ignore[attr-defined]
+        self.dynaflow = WorkerState(self.vllm_config, current_platform.device_type, rank)  # type: ignore[attr-defined]
         mode3.attach()
         runner = self.model_runner  # type: ignore[attr-defined]
         mixin = V2RunnerMixin if self.use_v2_model_runner else V1RunnerMixin  # type: ignore[attr-defined]
@@ -46,13 +50,17 @@ class DynaflowWorkerMixin:
         return result
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
-        from vllm.distributed.parallel_state import get_tp_group
+        from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tp_group
 
         if self.eager_forward is not None:
             eager.record(self.eager_forward, self.model_runner)  # type: ignore[attr-defined]
         result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
         session = self.dynaflow.session
-        session.confirm(get_tp_group().cpu_group)
+        if experts.exchanges_tokens(self.vllm_config):  # type: ignore[attr-defined]
+            session.confirm(get_ep_group().cpu_group)
+            session.vote = Vote(Ranks(get_dp_group().cpu_group), session.selector.max_micro_batches)
+        else:
+            session.confirm(get_tp_group().cpu_group)
         self.dynaflow.serving = True
         start_policy(session, WorkerTrials(self), lambda: facts(self, session))
         self.dynaflow.write_metrics()
