@@ -6,8 +6,8 @@ With A = attention and gate, D = dispatch, E = experts, C = combine:
     network       D@0   D@1   C@0   C@1
 
 A micro-batch runs until it has issued a dispatch or combine, then the other one has its turn. In a model
-without dispatch and combine (tensor parallelism), the turn ends at every network operator. Of the integrations, only
-Megatron-LM's tags operators dispatch and combine (docs/strategies/tags-and-streams.md).
+without dispatch and combine (tensor parallelism), the turn ends at every network operator. Megatron-LM's integration
+tags operators dispatch and combine, and vLLM's with data and expert parallelism (docs/strategies/tags-and-streams.md).
 """
 
 from __future__ import annotations

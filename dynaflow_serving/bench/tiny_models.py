@@ -87,6 +87,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MixtralForCausalLM",
         {"intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    # With experts that every token goes to, besides those it chooses.
+    "qwen2_moe": Architecture(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {
+            "intermediate_size": 512,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 256,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+        },
+    ),
     "qwen3_moe": Architecture(
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",

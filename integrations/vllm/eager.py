@@ -76,6 +76,7 @@ def attach(worker: WorkerState, runner: Any) -> EagerForward | None:
                 f"capture: graph was requested, but vLLM compiles no graph of {type(model).__name__}; use capture: auto"
             )
         if experts.exchanges_tokens(worker.vllm_config):
+            experts.check(model)
             experts.prepare_for_frames()
         cuts = rules(worker.vllm_config)
         forward = EagerForward(session, stock, model, cuts, {"attention": "kv"}, worker.contexts.entering)

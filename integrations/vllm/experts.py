@@ -6,6 +6,7 @@ Contract
 - A combine reads what the experts have computed while other micro-batches compute. Within a frame the experts therefore
   write to memory of their own, and not to vLLM's workspace, which all micro-batches share.
 - A layer keeps the output of its shared experts on itself until its exchange has ended, so each frame has its own.
+  Layers that keep more of a batch are declined (`check`).
 - Source: `AgRsAll2AllManager` and `FusedMoEKernelModularImpl` (vLLM 0.32).
 """
 
@@ -16,8 +17,14 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from dynaflow_serving.capture.eager.frames import Frame, current_frame
 from dynaflow_serving.core.program import Resource
+from dynaflow_serving.errors import InactiveError
+from dynaflow_serving.session.ranks import Ranks
+from dynaflow_serving.session.session import Session
+from dynaflow_serving.session.vote import Vote
 from dynaflow_serving.strategy.rules import Rule, SplitFunc
 from dynaflow_serving.strategy.tags import Tag
 
@@ -40,10 +47,7 @@ def exchanges_tokens(vllm_config: Any) -> bool:
 def rules() -> tuple[Rule, ...]:
     """Return the rules for the exchange, and for the experts between dispatch and combine."""
     return (
-        *(
-            SplitFunc(f"{_GROUP}.{n}", str(t), Resource.NETWORK, (t,), "ep", required=False)
-            for n, t in EXCHANGES.items()
-        ),
+        *(SplitFunc(f"{_GROUP}.{n}", str(t), Resource.NETWORK, (t,), "ep") for n, t in EXCHANGES.items()),
         SplitFunc(compute, "experts", Resource.COMPUTE, (Tag.EXPERTS,), context=True),
     )
 
@@ -64,6 +68,37 @@ def compute(stock: Callable[..., Any], kernel: Any, *args: Any, **kwargs: Any) -
     own = kwargs["a1q"].new_empty(kwargs["a1q"].shape, dtype=kwargs["in_dtype"])
     result = stock(kernel, *args, **{**kwargs, "output_alias": own})
     return result if result is own else result.clone()
+
+
+def check(model: torch.nn.Module) -> None:
+    """Check that no expert layer of `model` shares between micro-batches what an exchange still reads.
+
+    Raises:
+        InactiveError: A layer does.
+    """
+    from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    for path, layer in model.named_modules():
+        if not isinstance(layer, MoERunner):
+            continue
+        if isinstance(layer.router, ZeroExpertRouter) or layer.is_monolithic or layer.do_naive_dispatch_combine:
+            raise InactiveError(
+                f"{path} keeps state of its batch during the exchange of tokens (zero experts, or a kernel that is not "
+                "modular), which micro-batches would share; remove the dynaflow option for this model"
+            )
+
+
+def confirm(session: Session) -> None:
+    """Check that all ranks of the exchange have the same plans, and let those with a batch each vote from now on.
+
+    Raises:
+        DynaflowError: They have not, and the config does not let the engine fall back.
+    """
+    from vllm.distributed.parallel_state import get_dp_group, get_ep_group
+
+    session.confirm(get_ep_group().cpu_group)
+    session.vote = Vote(Ranks(get_dp_group().cpu_group), session.selector.max_micro_batches)
 
 
 @functools.cache

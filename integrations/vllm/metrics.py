@@ -1,7 +1,8 @@
 """The worker's counters appear on vLLM's own `/metrics`.
 
 Contract
-- The first rank's worker writes its `dynaflow_*` metrics to a file, at most once a second, and at once on a report.
+- The first rank's worker, of data-parallel ranks too, writes its `dynaflow_*` metrics to a file, at most once a second,
+  and at once on a report.
 - The process that parsed the arguments reads the file whenever vLLM's registry is asked for its metrics.
 - An environment variable holds the path of the file, so vLLM's compile hash and the policy's key do not see it.
 - No file is written where the counters are on the endpoint anyway. That is so with the worker in the same process, and

@@ -22,8 +22,6 @@ from dynaflow_serving.integrations.vllm.runner_v2 import V2RunnerMixin
 from dynaflow_serving.integrations.vllm.state import WorkerState
 from dynaflow_serving.integrations.vllm.trials import WorkerTrials, facts
 from dynaflow_serving.policy.start import start_policy
-from dynaflow_serving.session.ranks import Ranks
-from dynaflow_serving.session.vote import Vote
 
 
 class DynaflowWorkerMixin:
@@ -50,15 +48,14 @@ class DynaflowWorkerMixin:
         return result
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
-        from vllm.distributed.parallel_state import get_dp_group, get_ep_group, get_tp_group
+        from vllm.distributed.parallel_state import get_tp_group
 
         if self.eager_forward is not None:
             eager.record(self.eager_forward, self.model_runner)  # type: ignore[attr-defined]
         result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
         session = self.dynaflow.session
         if experts.exchanges_tokens(self.vllm_config):  # type: ignore[attr-defined]
-            session.confirm(get_ep_group().cpu_group)
-            session.vote = Vote(Ranks(get_dp_group().cpu_group), session.selector.max_micro_batches)
+            experts.confirm(session)
         else:
             session.confirm(get_tp_group().cpu_group)
         self.dynaflow.serving = True

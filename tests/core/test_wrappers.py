@@ -66,7 +66,7 @@ V2 += ("_remove_request",)
 
 def nothing_scheduled() -> Any:
     cached = SimpleNamespace(req_ids=[], new_block_ids=[], resumed_req_ids=[])
-    return SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached)
+    return SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached, total_num_scheduled_tokens=0)
 
 
 def check(engine: Any, name: str, *args: Any) -> None:
@@ -86,7 +86,8 @@ def test_model_runners_of_vllm(modules: Callable[..., None], version: str, name:
     runner = importlib.import_module(f"dynaflow_serving.integrations.vllm.runner_{version.lower()}")
     mixin = getattr(runner, f"{version}RunnerMixin")
     engine = type("Runner", (mixin, stock_class(*V1, *V2)), {})(gather_batch_req_state=(None, None))
-    session = SimpleNamespace(in_flight=None, micro_batches=(), selector=SimpleNamespace(max_micro_batches=2))
+    selector = SimpleNamespace(max_micro_batches=2)
+    session = SimpleNamespace(in_flight=None, micro_batches=(), selector=selector, vote=None)
     engine.dynaflow = SimpleNamespace(session=session, serving=True)
     engine.attn_groups, engine.kernel_block_sizes, engine.cudagraph_manager = (), [], MagicMock()
     engine.max_num_reqs, engine.device, engine._block_ids = 4, torch.device("cpu"), {}
@@ -123,7 +124,8 @@ def worker(modules: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Ite
     for name in ("WorkerState", "WorkerTrials", "eager", "mode3", "start_policy"):
         monkeypatch.setattr(module, name, MagicMock())
     made = module.GPUDynaflowWorker()
-    made.vllm_config, made.rank, made.use_v2_model_runner = None, 0, True
+    parallel = SimpleNamespace(data_parallel_index=0, data_parallel_size=1, world_size=1)
+    made.vllm_config, made.rank, made.use_v2_model_runner = SimpleNamespace(parallel_config=parallel), 0, True
     made.model_runner = type("Runner", (), {})()
     yield made
     sys.modules.pop(path, None)
@@ -132,6 +134,24 @@ def worker(modules: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_worker_of_vllm(worker: Any) -> None:
     for name in ("init_device", "load_model", "compile_or_warm_up_model", "shutdown"):
         check(worker, name)
+
+
+def test_experts_of_vllm(modules: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, layers = stock_class("_fused_experts"), "vllm.model_executor.layers.fused_moe"
+    modules({
+        f"{layers}.modular_kernel": {"FusedMoEKernelModularImpl": kernel},
+        f"{layers}.runner.shared_experts": {"SharedExperts": type("SharedExperts", (), {})},
+    })  # fmt: skip
+    from dynaflow_serving.integrations.vllm import experts
+
+    experts.prepare_for_frames.__wrapped__()
+    check(kernel(), "_fused_experts", 1)  # in an un-split step
+    monkeypatch.setattr(experts, "current_frame", MagicMock())
+    engine, tokens = kernel(_fused_experts=torch.zeros(3)), torch.zeros(2, 4)
+    result = engine._fused_experts(1, a1q=tokens, in_dtype=torch.float32, **LATER)
+    args, kwargs = engine.got["_fused_experts"]
+    assert args == (1,) and kwargs.items() >= LATER.items() and kwargs["output_alias"].shape == tokens.shape
+    assert result is not engine.results["_fused_experts"]  # vLLM's workspace
 
 
 def test_engine_args_of_vllm(modules: Callable[..., None]) -> None:

@@ -6,6 +6,8 @@ process through vLLM's own plugin mechanism, so that VllmBackend and its pieces 
 Model Runner V2, CUDA's default too, needs an active Triton. Where Triton is installed (`nox -s vllm_v2`) its
 kernels are interpreted, and an entry point tells vLLM in every process that there is a backend for CPU.
 
+`EXPERTS_PLUGIN` adds what vLLM's CPU build lacks for experts over data-parallel ranks, in every process too.
+
 An engine takes ten seconds to start, so the stock one runs once per model and prompts (`stock_tokens`).
 """
 
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from replicas import EXPERTS_PLUGIN
 
 from dynaflow_serving.bench.serving.server import Server, free_port
 
@@ -86,11 +89,13 @@ class Outcome:
 def plugins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "mode3_on_cpu.py").write_text(MODE3_PLUGIN)
+    (folder / "experts_on_cpu.py").write_text(EXPERTS_PLUGIN)
     info = folder / "mode3_on_cpu-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mode3-on-cpu\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nmode3_on_cpu = mode3_on_cpu:register\n[triton.backends]\ncpu = interpreted\n"
+        "[vllm.general_plugins]\nmode3_on_cpu = mode3_on_cpu:register\nexperts_on_cpu = experts_on_cpu:register\n"
+        "[triton.backends]\ncpu = interpreted\n"
     )
     (folder / "interpreted").mkdir()
     for module, base in (("compiler", "BaseBackend"), ("driver", "DriverBase")):

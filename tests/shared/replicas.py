@@ -1,4 +1,4 @@
-"""An engine with data-parallel ranks for tests, in this process: `Replicas`.
+"""`Replicas` is an engine with two data-parallel ranks, for tests.
 
 vLLM's CPU build lacks the exchange of tokens between data-parallel ranks, and its experts take no map of experts.
 `EXPERTS_PLUGIN` adds both in every process, over gloo.
@@ -33,7 +33,11 @@ def register():
         dist.all_reduce(total, group=self.device_group)
         return total.split(sizes)[self.rank_in_group].clone()
 
+    def combine_into_output(self, *args):  # as CUDA's communicator does
+        return self.all2all_manager.combine_into_output(*args)
+
     CpuCommunicator.all_gatherv, CpuCommunicator.reduce_scatterv = all_gatherv, reduce_scatterv
+    CpuCommunicator.combine_into_output = combine_into_output
     stock = CPUUnquantizedExperts.apply
 
     def apply(self, *, topk_weights, topk_ids, expert_map, **kwargs):
@@ -59,6 +63,7 @@ class Replicas:
         settings = dict(
             max_model_len=512, max_num_seqs=16, max_num_batched_tokens=96, seed=0, dtype="float32",
             data_parallel_size=2, enforce_eager=True,
+            distributed_executor_backend="uni",  # the worker is in the process of its engine
         )  # fmt: skip
         if dynaflow is not None:
             settings["additional_config"] = {"dynaflow": dynaflow}
@@ -101,8 +106,11 @@ class Replicas:
 
     def call(self, method):
         """Return what `method` of each rank's worker returns."""
-        return self._loop.run_until_complete(self.engine.collective_rpc(method))
+        core = self.engine.engine_core
+        calls = core.call_utility_all_async("collective_rpc", method, None, (), None)
+        return [of_rank[0] for of_rank in self._loop.run_until_complete(calls)]
 
     def close(self):
         self.engine.shutdown()
+        del self.engine  # it would shut down again when Python ends
         self._loop.close()
