@@ -182,9 +182,8 @@ class Session:
         self.vote: Vote | None = None
         self._observers: list[Observer] = []
         trace_writer = TraceWriter(config.trace, rank) if config.trace else None
-        for observer in (self.counts, trace_writer, self.metrics):
-            if observer is not None:
-                self.observe_with(observer)
+        for observer in filter(None, (self.counts, trace_writer, self.metrics)):
+            self.observe_with(observer)
 
     # -- set-up by an integration ---------------------------------------------------------------------
     def observe_with(self, observer: Observer, first: bool = False) -> None:

@@ -35,7 +35,9 @@ EXCHANGES = {
     "reduce_scatterv_into_output": Tag.COMBINE,
 }
 
-_outputs: WeakKeyDictionary[Frame, dict[Any, Any]] = WeakKeyDictionary()  # outputs of shared experts, by their module
+_outputs: WeakKeyDictionary[Frame, dict[Any, list[Any]]] = (
+    WeakKeyDictionary()
+)  # outputs of shared experts, by their module
 
 
 def exchanges_tokens(vllm_config: Any) -> bool:
@@ -121,9 +123,9 @@ def prepare_for_frames() -> None:
 
 def _output_of_frame(shared_experts: Any) -> list[Any]:
     """Return `SharedExperts._output`, vLLM's list of outputs; each frame has one of its own."""
-    frame = current_frame()
-    if frame is None:
-        return shared_experts.__dict__["_output"]
+    if (frame := current_frame()) is None:
+        outside: list[Any] = shared_experts.__dict__["_output"]
+        return outside
     return _outputs.setdefault(frame, {}).setdefault(shared_experts, [None, None])
 
 

@@ -6,7 +6,7 @@ Contract
 - A second, empty `SchedulerOutput` finishes the requests. Nothing of them stays in the engine.
 - A batch's tokens in the KV cache are blocks whose contents do not matter. Block 0 is vLLM's null block. No two
   requests share a block, or `hazards` would see prefix-cache hits.
-- The ranks of a tensor-parallel group run the same trials in lock step.
+- The ranks of a tensor-parallel group run the same trials in lock step. So do data-parallel ones that share experts.
 - `facts` gives the key of the decisions. Settings that change no decision (log folders, budgets) are not in it.
 """
 
@@ -38,6 +38,9 @@ class WorkerTrials:
         self.worker, self._run = worker, 0
         groups = worker.model_runner.kv_cache_config.kv_cache_groups
         self._block_sizes: list[int] = [group.kv_cache_spec.block_size for group in groups]
+        # Data-parallel ranks may have found room for different numbers of blocks.
+        (fewest,) = worker.dynaflow.session.ranks.greatest([-worker.model_runner.kv_cache_config.num_blocks])
+        self._blocks = int(-fewest) - 1  # without the null block
         # Equal tokens would hide errors from the check, and send all rows to the same experts.
         self._draw = random.Random(0)
         self._ids = self._draw.choices(range(worker.vllm_config.model_config.get_vocab_size()), k=DRAWN)
@@ -51,10 +54,9 @@ class WorkerTrials:
         A request leaves less than a block per KV-cache group unused, so one block per request and group is set aside.
         """
         scheduler, model = self.worker.vllm_config.scheduler_config, self.worker.vllm_config.model_config
-        blocks = self.worker.model_runner.kv_cache_config.num_blocks - 1  # without the null block
         groups = len(self._block_sizes)
-        requests = max(1, min(scheduler.max_num_seqs, blocks // (2 * groups)))
-        cached = int((blocks - requests * groups) / sum(1 / size for size in self._block_sizes))
+        requests = max(1, min(scheduler.max_num_seqs, self._blocks // (2 * groups)))
+        cached = int((self._blocks - requests * groups) / sum(1 / size for size in self._block_sizes))
         return Limits(
             tokens=scheduler.max_num_batched_tokens,
             requests=requests,

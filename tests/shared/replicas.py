@@ -1,7 +1,8 @@
 """`Replicas` is an engine with two data-parallel ranks, for tests.
 
 vLLM's CPU build lacks the exchange of tokens between data-parallel ranks, and its experts take no map of experts.
-`EXPERTS_PLUGIN` adds both in every process, over gloo.
+`EXPERTS_PLUGIN` adds both in every process, over gloo. All experts of such ranks write to one workspace, as on CUDA. A
+combine is slow, so that it would show if it read what another micro-batch has overwritten.
 """
 
 import asyncio
@@ -9,10 +10,13 @@ import os
 
 EXPERTS_PLUGIN = """
 def register():
+    import time
+
     import torch
     import torch.distributed as dist
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernelModularImpl
 
     if hasattr(CpuCommunicator, "_gathers"):
         return
@@ -29,6 +33,7 @@ def register():
         return torch.cat([x[:n] for x, n in zip(everyone, sizes)])
 
     def reduce_scatterv(self, input_, dim=-1, sizes=None):
+        time.sleep(0.002)
         total = input_.clone()
         dist.all_reduce(total, group=self.device_group)
         return total.split(sizes)[self.rank_in_group].clone()
@@ -48,6 +53,15 @@ def register():
         return stock(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=expert_map, **kwargs)
 
     CPUUnquantizedExperts.apply = apply
+    allocate, workspace = FusedMoEKernelModularImpl._allocate_buffers, torch.empty(1 << 20)
+
+    def allocate_in_workspace(self, *args, **kwargs):
+        *others, output, specialized = allocate(self, *args, **kwargs)
+        if self.is_dp_ep:
+            output = workspace[: output.numel()].view_as(output)
+        return *others, output, specialized
+
+    FusedMoEKernelModularImpl._allocate_buffers = allocate_in_workspace
 """
 
 
@@ -68,12 +82,12 @@ class Replicas:
         if dynaflow is not None:
             settings["additional_config"] = {"dynaflow": dynaflow}
         self._names = 0
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner()
 
         async def start():
             return AsyncLLM.from_engine_args(AsyncEngineArgs(model, **settings | options))
 
-        self.engine = self._loop.run_until_complete(start())
+        self.engine = self._runner.run(start())
 
     def generate(self, requests, max_tokens=12, abort_after=()):
         """Run (rank, prompt) `requests` at once, and return the tokens of each.
@@ -82,7 +96,7 @@ class Replicas:
         """
         limits = [max_tokens] * len(requests) if isinstance(max_tokens, int) else max_tokens
         aborts = dict(abort_after)
-        return self._loop.run_until_complete(self._gather(requests, limits, aborts))
+        return self._runner.run(self._gather(requests, limits, aborts))
 
     async def _gather(self, requests, limits, aborts):
         runs = [self._one(r, p, n, aborts.get(i)) for i, ((r, p), n) in enumerate(zip(requests, limits, strict=True))]
@@ -106,11 +120,16 @@ class Replicas:
 
     def call(self, method):
         """Return what `method` of each rank's worker returns."""
-        core = self.engine.engine_core
-        calls = core.call_utility_all_async("collective_rpc", method, None, (), None)
-        return [of_rank[0] for of_rank in self._loop.run_until_complete(calls)]
+
+        async def call():
+            return await self.engine.engine_core.call_utility_all_async("collective_rpc", method, None, (), None)
+
+        return [of_rank[0] for of_rank in self._runner.run(call())]
 
     def close(self):
-        self.engine.shutdown()
-        del self.engine  # it would shut down again when Python ends
-        self._loop.close()
+        async def stop():
+            self.engine.shutdown(timeout=0)  # within the loop, which its sockets belong to
+
+        self._runner.run(stop())
+        self._runner.close()
+        del self.engine

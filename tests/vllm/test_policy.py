@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dynaflow_serving.errors import ConfigError
 from dynaflow_serving.policy.bucket import DECODE, KINDS
 from dynaflow_serving.policy.selector import COMPARING
+from dynaflow_serving.session.ranks import Ranks
 
 V2 = find_spec("triton") is not None
 MODE = "mode3" if V2 else "mode2-uncompiled"  # of the runs in one process
@@ -77,9 +78,10 @@ def test_trials_fit_into_the_engine(tokens, requests, length, blocks, sizes, v2)
     model = SimpleNamespace(max_model_len=length, get_vocab_size=lambda: 100)
     config = SimpleNamespace(scheduler_config=scheduler, model_config=model)
     cache = SimpleNamespace(kv_cache_groups=groups, num_blocks=blocks)
-    trials = WorkerTrials(
-        SimpleNamespace(vllm_config=config, model_runner=SimpleNamespace(kv_cache_config=cache), use_v2_model_runner=v2)
-    )
+    runner = SimpleNamespace(kv_cache_config=cache)
+    dynaflow = SimpleNamespace(session=SimpleNamespace(ranks=Ranks()))
+    worker = SimpleNamespace(vllm_config=config, model_runner=runner, use_v2_model_runner=v2, dynaflow=dynaflow)
+    trials = WorkerTrials(worker)
     for batch in trials.batches():
         assert sum(batch.tokens) <= tokens and len(batch.tokens) <= requests
         made = trials._requests([str(i) for i in range(len(batch.tokens))], batch)
