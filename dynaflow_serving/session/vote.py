@@ -51,7 +51,7 @@ class Vote:
         ballots = self._exchange(_kind(split.signature) if splits else WHOLE, steps, sizes)
         self.tokens = []
         if splits and all(kind == ballots[0][0] for kind, *_ in ballots):
-            self.tokens = [sizes[: len(parts)] for _, _, *sizes in ballots]
+            self.tokens = [theirs[: len(parts)] for _, _, *theirs in ballots]
         elif splits:
             split = whole(batch, OUTVOTED)
         return split, max(counted for _, counted, *_ in ballots)

@@ -35,9 +35,8 @@ EXCHANGES = {
     "reduce_scatterv_into_output": Tag.COMBINE,
 }
 
-_outputs: WeakKeyDictionary[Frame, dict[Any, list[Any]]] = (
-    WeakKeyDictionary()
-)  # outputs of shared experts, by their module
+# The outputs of shared experts, by their module.
+_outputs: WeakKeyDictionary[Frame, dict[Any, list[Any]]] = WeakKeyDictionary()
 
 
 def exchanges_tokens(vllm_config: Any) -> bool:
@@ -55,7 +54,7 @@ def rules() -> tuple[Rule, ...]:
 
 
 def compute(stock: Callable[..., Any], kernel: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the experts of a micro-batch.
+    """Run the experts of a micro-batch; a plan calls this outside of the micro-batch's frame.
 
     Args:
         stock: `FusedMoEKernelModularImpl._fused_experts`.

@@ -44,12 +44,9 @@ def check(vllm_config: Any, config: Config, selector: Selector) -> None:
     causes = [*_mode(vllm_config, config.capture), *_cuts(vllm_config, selector.annotations)]
     causes += [*_unsplit(vllm_config, selector), *unsplit_causes("vLLM", selector)]
     device, ranks = current_platform.device_type, vllm_config.parallel_config.tensor_parallel_size
-    causes += [
-        *_features(vllm_config),
-        *_shared_experts(vllm_config, selector),
-        *executor_causes("vLLM", config, device),
-    ]
-    causes += [*rank_causes(selector, ranks), *context_causes(config, selector, device)]
+    causes += [*_features(vllm_config), *_data_parallelism(vllm_config, selector)]
+    causes += [*executor_causes("vLLM", config, device), *rank_causes(selector, ranks)]
+    causes += context_causes(config, selector, device)
     refuse("vLLM", config, causes)
 
 
@@ -172,7 +169,7 @@ def _features(vllm_config: Any) -> list[str]:
     return unsupported(found)
 
 
-def _shared_experts(vllm_config: Any, selector: Selector) -> list[str]:
+def _data_parallelism(vllm_config: Any, selector: Selector) -> list[str]:
     """Return a cause for each setting with which data-parallel ranks cannot share experts."""
     from vllm import envs
     from vllm.config import CompilationMode

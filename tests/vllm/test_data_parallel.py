@@ -10,6 +10,7 @@ from dynaflow_serving.errors import InactiveError
 from dynaflow_serving.session.vote import OUTVOTED
 
 MOE = "qwen2_moe"  # a layer keeps the output of its shared expert during the exchange
+EXCHANGE = ("dispatch", "experts", "combine")
 DUAL_BATCH = {"strategy": "dual_batch", "options": {"min_tokens": 1}}
 
 pytestmark = pytest.mark.alone
@@ -43,9 +44,6 @@ def test_the_exchange_of_tokens_runs_beside_compute(experts):
         ("network", "layers.0.combine @1"),
     ]
     assert all(r["check"]["steps"] > 0 and r["check"]["refused"] == [] for r in reports)  # in trials before serving
-
-
-EXCHANGE = ("dispatch", "experts", "combine")
 
 
 def test_even_load(experts, steps, prompts, stock_tokens):
