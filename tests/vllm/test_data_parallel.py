@@ -18,8 +18,9 @@ pytestmark = pytest.mark.alone
 
 @pytest.fixture(scope="module")
 def experts(model_path):
-    """An engine whose two ranks share experts."""
-    with contextlib.closing(Replicas(model_path(MOE), DUAL_BATCH, enable_expert_parallel=True)) as replicas:
+    """An engine whose two ranks share experts; they compare the same steps with un-split ones, or wait for ever."""
+    dynaflow = {**DUAL_BATCH, "check": {"every": 3}}
+    with contextlib.closing(Replicas(model_path(MOE), dynaflow, enable_expert_parallel=True)) as replicas:
         yield replicas
 
 
@@ -82,6 +83,8 @@ def test_requests_that_end_at_different_times(experts, steps, prompts, stock_tok
     check_random_load(experts, prompts, stock_tokens(MOE), 16, seed=0)
     assert experts.generate([(0, prompts[0]), (1, prompts[1])]) == stock_tokens(MOE)[:2]  # it serves on
     assert steps()[0]["split"] == steps()[1]["split"]
+    one, other = (report["check"] for report in experts.call("dynaflow_report"))
+    assert one["steps"] == other["steps"] > 5 and one["refused"] == other["refused"] == []
 
 
 @pytest.mark.long
