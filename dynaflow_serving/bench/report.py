@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from dynaflow_serving.bench.link import place
-from dynaflow_serving.bench.sides import AUTO, SEQUENTIAL, STOCK, side_name
+from dynaflow_serving.bench.sides import AUTO, STOCK, side_name
 
 CPU_NOTE = (
     "This is a CPU: splitting is expected to lose here, because weights are read once per micro-batch and no hardware "
@@ -67,27 +67,20 @@ def _rows(part: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 
 
 def conclusions(result: Mapping[str, Any]) -> list[str]:
-    """Return in sentences what was gained, whether outputs are equal, and where the policy declined at what cost."""
-    gained, declined = [], []
+    """Return in sentences what each strategy gained, and whether outputs are equal."""
+    found = []
     for part in result["parts"]:
-        where = f"{label(part)}: " if has_links(result) else ""
-        limit = " of the limit max(compute, network)" if part["limit"] else ""
-        split = [row for row in part["rows"] if row["split_steps"] and row["strategy"] != SEQUENTIAL]
-        speeds = [f"{row_name(row)} at {spread(row['ratio'])} times stock's speed{_share(row)}" for row in split]
-        if speeds:
-            gained.append(f"{where}{'; '.join(speeds)}{limit}.")
-        declined += [
-            f"{where}auto split no step, and ran at {spread(row['ratio'])} times stock's speed."
-            for row in part["rows"]
-            if row["strategy"] == AUTO and not row["split_steps"]
-        ]
+        where = f"{label(part)}, " if has_links(result) else ""
+        told = [_told(row) for row in part["rows"] if row["strategy"] == AUTO or row["split_steps"]]
+        found += [f"{where}ratio to stock: {'; '.join(told)}."] if told else []
     compared = [row for part in result["parts"] for row in part["rows"] if row["strategy"] != STOCK]
     equal = sum(row["equal"] for row in compared)
-    return [*gained, f"Outputs equal stock's in {equal} of {len(compared)} rows.", *declined]
+    return [*found, f"Outputs equal stock's in {equal} of {len(compared)} rows."]
 
 
-def _share(row: Mapping[str, Any]) -> str:
-    return f", {efficiency(row)}" if efficiency(row) else ""
+def _told(row: Mapping[str, Any]) -> str:
+    share = f", {efficiency(row)} of the limit" if efficiency(row) else ""
+    return f"{row_name(row)} {spread(row['ratio'])}{share}{'' if row['split_steps'] else ', which split no step'}"
 
 
 def has_links(result: Mapping[str, Any]) -> bool:

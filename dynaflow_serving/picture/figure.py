@@ -243,7 +243,7 @@ def _legend(figure: Figure, panels: Sequence[ShownTimeline], tokens: Sequence[in
 
 def _unit(seconds: float) -> tuple[float, str]:
     """Return the factor and the unit for times of about `seconds`."""
-    return (1e6, "us") if seconds < 1e-3 else (1e3, "ms") if seconds < 10 else (1.0, "s")
+    return (1e6, "us") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1.0, "s")
 
 
 def _wrapped(text: str, width: float) -> list[str]:

@@ -140,7 +140,7 @@ def test_two_nodes_and_the_limit(folder: Path) -> None:
         assert row["equal"] and row["seconds"]["median"] > 0.25 and row["retransmissions"] >= 0
     assert "The network is emulated" in stdout and "20 Mbit/s: pair 2 of 2: stock" in stderr
     assert content["config"]["tcp"] == "no slow start after idle"
-    assert "of the limit max(compute, network)" in stdout and "Outputs equal stock's in 2 of 2 rows." in stdout
+    assert "20 Mbit/s, ratio to stock: sequential x2 " in stdout and "Outputs equal stock's in 2 of 2 rows." in stdout
     assert page.read_text().count("one step, measured: ") == 1  # of comm_overlap, traced by rank 0
     for row in part["rows"][1:]:  # what a prediction needs
         program_text, plan = parse_program(row["program"]), parse_plan(row["plan"])
