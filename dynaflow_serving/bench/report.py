@@ -79,7 +79,7 @@ def conclusions(result: Mapping[str, Any]) -> list[str]:
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    share = f", {efficiency(row)} of the limit" if efficiency(row) else ""
+    share = f", {efficiency(row)} of limit" if efficiency(row) else ""
     return f"{row_name(row)} {spread(row['ratio'])}{share}{'' if row['split_steps'] else ', which split no step'}"
 
 

@@ -218,7 +218,7 @@ def test_conclusions_say_gain_equality_and_where_the_policy_declined() -> None:
     alone.sides[1] = SidePasses(auto, seconds=[2.0, 1.9], load=[0.0] * 2, steps=SideSteps(0, {"declined": 4}))
     result = record([part(1.0, 1.0), alone], RUN)
     assert conclusions(result) == [
-        "300 Mbit/s, ratio to stock: comm_overlap x3 2.00 (2.00 - 2.00), 80% of the limit.",
+        "300 Mbit/s, ratio to stock: comm_overlap x3 2.00 (2.00 - 2.00), 80% of limit.",
         "one node, ratio to stock: auto 1.03 (1.00 - 1.05), which split no step.",
         "Outputs equal stock's in 2 of 2 rows.",
     ]
