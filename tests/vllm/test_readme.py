@@ -8,7 +8,8 @@ from readme import ROOT, command
 
 from dynaflow_serving.bench.serving.server import Server, free_port
 
-CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+# Tests keep vLLM quiet otherwise.
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_LOGGING_LEVEL": "INFO"}
 
 
 @pytest.mark.long
@@ -19,7 +20,7 @@ def test_the_quickstart(model_path, tmp_path, monkeypatch):
     port, log = free_port(), tmp_path / "log"
     words = command("vllm serve", MODEL=model_path("llama"))
     words[0] = str(Path(sys.executable).with_name("vllm"))
-    server = Server("vllm", [*words, "--port", str(port), "--max-model-len", "512"], port, CORES, log)
+    server = Server("vllm", [*words, "--port", str(port), "--max-model-len", "512"], port, ENVIRONMENT, log)
     try:
         server.wait(500)
         assert "dynaflow_steps_total" in server.metrics()
