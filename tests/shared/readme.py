@@ -6,7 +6,11 @@ A command's placeholders (MODEL, ARGS, ...) are replaced by the test; a word tha
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from dynaflow_serving.bench.serving.server import Server, free_port
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -32,3 +36,15 @@ def command(part: str, **placeholders: str) -> list[str]:
         place = words.index(name)
         words[place : place + 1] = value.split()
     return words
+
+
+@contextmanager
+def serving(words: list[str], environment: Mapping[str, str], log: Path) -> Iterator[Server]:
+    """Run a server by its command, on a free port, until the block ends; in the block it is healthy."""
+    port = free_port()
+    server = Server("of the README", [*words, "--port", str(port)], port, environment, log)
+    try:
+        server.wait(500)
+        yield server
+    finally:
+        server.stop()
