@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dynaflow_serving.core.batch import Batch
 from dynaflow_serving.policy.bucket import DECODE, Bucket
 from dynaflow_serving.policy.selector import AutoSelector
-from dynaflow_serving.policy.side_effects import Facts, SideEffects
+from dynaflow_serving.policy.side_effects import Facts
 from dynaflow_serving.policy.table import Decision
 
 LOSES_CLEARLY = 0.9  # below this speed-up, smaller buckets are not tried
@@ -61,8 +61,7 @@ def infer(
     split = selector.cut(batch, source.candidate)
     if len(split.micro_batches) == 1 and not selector.plans_unsplit(source.candidate):
         return
-    effects, options = SideEffects.of_split(batch, split, facts), selector.options
-    if effects.veto(options.straddle, options.min_collective_kib):
+    if selector.veto(batch, split, facts):
         return
     decision.candidate, decision.noise = source.candidate, source.noise
     decision.decided = decision.inferred = True

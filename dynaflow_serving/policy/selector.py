@@ -215,6 +215,11 @@ class AutoSelector(Selector):
     def cut(self, batch: Batch, candidate: str) -> Split:
         return whole(batch, TUNING) if candidate == PLAIN else super().cut(batch, candidate)
 
+    def veto(self, batch: Batch, split: Split, facts: Facts) -> str:
+        """Return why the options rule the `split` of `batch` out, or ""."""
+        effects = SideEffects.of_split(batch, split, facts)
+        return effects.veto(self._options.straddle, self._options.min_collective_kib)
+
     def decisions(self) -> dict[str, Any] | None:
         """Return the table as plain data, for reports."""
         return None if self.table is None else self.table.model_dump()
@@ -226,10 +231,7 @@ class AutoSelector(Selector):
         left = self._to_try.setdefault(bucket, self._likely_first(bucket))
         for candidate in left:
             split = self.cut(batch, candidate)
-            effects = SideEffects.of_split(batch, split, self._facts)
-            if len(split.micro_batches) > 1 and not effects.veto(
-                self._options.straddle, self._options.min_collective_kib
-            ):
+            if len(split.micro_batches) > 1 and not self.veto(batch, split, self._facts):
                 left.remove(candidate)
                 self._adopted[bucket] = candidate
                 self.guard.try_bucket(bucket, self._options.min_gain)

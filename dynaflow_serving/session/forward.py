@@ -219,7 +219,7 @@ class EagerForward(SplitForward):
                         f"dynaflow option for this model: {error}"
                     ) from error
                 step.withdraw(str(error))
-                self.forget(str(error))
+                self.session.plan_caches.clear()  # `eager` records the model anew
                 self.session.logger.warning("DynaFlow: a step left its plan, the model is recorded anew: %s", error)
                 return self.eager.run_apart(bounds, args, kwargs, *contexts)
 
